@@ -1,0 +1,11 @@
+"""Convert a published LLaVA checkpoint: `python convert/from_hf.py liuhaotian/llava-v1.6-vicuna-7b`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, installed or not
+
+from llava_jax.conversion.from_hf import main
+
+if __name__ == "__main__":
+    main()

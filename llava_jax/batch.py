@@ -1,0 +1,22 @@
+"""What the host hands to the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """Planned rows, padded to bucketed shapes; a pytree of arrays.
+
+    `index` points into the table [embed(text_ids) | projected tiles, row by row | image_newline | zeros].
+    """
+
+    tiles: np.ndarray  # uint8 [T, S, S, 3]
+    text_ids: np.ndarray  # int32 [text tokens of all rows]
+    index: np.ndarray  # int32 [B, L]
+    position_ids: np.ndarray  # int32 [B, L], 0 at padding
+    attention_mask: np.ndarray  # bool [B, L]
+    labels: np.ndarray  # int32 [B, L], -100 where there is none
+    lengths: np.ndarray  # int32 [B]

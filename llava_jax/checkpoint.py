@@ -1,0 +1,191 @@
+"""A converted checkpoint on disk: small JSON files beside an Orbax directory of parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from llava_jax.config import LlavaConfig
+from llava_jax.models.llava import param_shapes
+from llava_jax.sharding import param_shardings
+
+VERSION = 1
+MANIFEST = "llava_jax.json"
+PARAMS = "params"
+BATCH_BYTES = 512 << 20  # of tensors in memory at once while streaming
+CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
+READ_BYTES = 128 << 20  # in flight while loading: more is slower, and is memory beside the parameters
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array_options.saving.use_compression = False  # weights hardly compress, and it costs minutes
+    context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory_options.deepcopy_host_arrays = False
+    return context
+
+
+def save_params(path: str | Path, params: dict) -> None:
+    """Write a tree of parameters as the Orbax directory `path` (a checkpoint's is DIR/params), which must be new."""
+    with _context():
+        ocp.save(Path(path).absolute(), params)
+
+
+def stream_params(path: str | Path, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
+    """`save_params` for a model that is larger than memory: ("a/b/kernel", array) pairs, written as they come."""
+    path = Path(path).absolute()
+    held: dict[str, np.ndarray] = {}
+    with _context():
+        for name, array in leaves:
+            held[name] = array
+            if sum(a.nbytes for a in held.values()) >= BATCH_BYTES:
+                ocp.partial.save(path, unflatten_dict(held, sep="/"))
+                held = {}
+        if held:
+            ocp.partial.save(path, unflatten_dict(held, sep="/"))
+        ocp.partial.finalize(path)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason = "not a JSON object"
+    except FileNotFoundError:
+        reason = "missing"
+    except ValueError as error:
+        reason = f"damaged: {error}"
+    raise ValueError(f"{path}: {reason}; convert the checkpoint again with convert/from_hf.py")
+
+
+def _manifest(directory: Path) -> dict:
+    """`llava_jax.json`, after checking that the directory is a finished one of this version."""
+    convert = "python convert/from_hf.py"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such directory; a published checkpoint (hub id or directory) becomes one with "
+            f"`{convert} {shlex.quote(str(directory))}`"
+        )
+    if not (directory / MANIFEST).is_file():
+        published = (directory / "config.json").is_file() and [
+            p for pattern in ("*.safetensors", "*.bin") for p in directory.glob(pattern)
+        ]
+        if published:
+            name = directory.absolute()
+            command = f"{convert} {shlex.quote(str(name))} --output {shlex.quote(f'{name}-jax')}"
+            raise ValueError(f"{directory}: a published checkpoint, not converted yet; run `{command}` and load that")
+        raise ValueError(f"{directory}: no llava_jax checkpoint (it has no {MANIFEST}); make one with `{convert}`")
+    manifest = _read_json(directory / MANIFEST)
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{directory}: version {manifest.get('version')!r}, and this llava_jax reads version {VERSION}; "
+            f"update llava_jax, or convert the checkpoint again with `{convert}`"
+        )
+    if not (directory / PARAMS).is_dir():
+        raise ValueError(
+            f"{directory}: half-written (it has no {PARAMS}); delete it and convert again with `{convert}`"
+        )
+    return manifest
+
+
+def load_config(directory: str | Path) -> LlavaConfig:
+    """The config of a converted checkpoint, with its tower's, its preprocessing and its generation defaults.
+
+    Raises:
+        FileNotFoundError, ValueError: not a finished checkpoint of this version; the message says what to do.
+    """
+    directory = Path(directory).expanduser()
+    manifest = _manifest(directory)
+    generation = directory / "generation_config.json"
+    config = LlavaConfig.from_hf(
+        _read_json(directory / "config.json"),
+        _read_json(directory / "vision_config.json"),
+        _read_json(directory / "preprocessor_config.json"),
+        _read_json(generation) if generation.is_file() else None,
+        name=manifest.get("name", ""),
+    )
+    return config.replace(reading=manifest.get("reading", "original"))
+
+
+def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Mesh | None = None) -> dict:
+    """The parameters, restored straight into the mesh's shardings (no mesh: onto the first device) and cast.
+
+    Args:
+        directory: a converted checkpoint.
+        config: its config (`load_config`), which says what must be there.
+        dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 elsewhere.
+        mesh: see `llava_jax.sharding.make_mesh`.
+
+    Raises:
+        FileNotFoundError, ValueError: not a finished checkpoint of this version, or not this config's parameters.
+    """
+    directory = Path(directory).expanduser()
+    _manifest(directory)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if dtype is None:
+        dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
+    shapes = param_shapes(config)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
+    else:
+        shardings = param_shardings(shapes, mesh)
+    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), shapes, shardings)
+    path = (directory / PARAMS).absolute()
+    context = ocp.Context()
+    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    context.memory_options.read_concurrent_bytes = max(READ_BYTES, 4 * largest + 1)  # Orbax refuses a larger array
+    with _readable(directory), context:
+        stored = ocp.metadata(path).metadata
+        if stored is None:
+            raise ValueError("Orbax finds no parameters in it")
+    _check_tree(directory, stored, shapes)
+    with _readable(directory), context:
+        return ocp.load(path, abstract)
+
+
+@contextlib.contextmanager
+def _readable(directory: Path):
+    """Orbax's many exceptions about a damaged directory, as one."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the directory is not to blame
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"{directory / PARAMS}: half-written or damaged ({reason}); delete {directory} and convert the "
+            "checkpoint again with convert/from_hf.py"
+        ) from error
+
+
+def _check_tree(directory: Path, stored: dict, shapes: dict) -> None:
+    stored = {k: tuple(v.shape) for k, v in flatten_dict(stored, sep="/").items()}
+    wanted = {k: tuple(v.shape) for k, v in flatten_dict(shapes, sep="/").items()}
+    problems = [f"{k} is missing" for k in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{k} has no place in the config" for k in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{k} is {list(stored[k])} instead of {list(wanted[k])}"
+        for k in sorted(wanted.keys() & stored.keys())
+        if stored[k] != wanted[k]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{directory}: its parameters do not match its config.json: {'; '.join(problems[:5])}{more}; restore "
+            "config.json, or convert the checkpoint again with convert/from_hf.py"
+        )

@@ -1,0 +1,96 @@
+"""The `llava-jax` command (`python -m llava_jax`). Flags carry the names of LLaVA's own scripts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from llava_jax.inputs.conversation import conv_templates
+from llava_jax.inputs.image import load_image
+
+
+def _add_ask(commands) -> None:
+    ask = commands.add_parser(
+        "ask",
+        help="answer a question about one or more pictures",
+        description="Answer a question about one or more pictures, or none.",
+        epilog='example: llava-jax ask --model-path llava-v1.6-vicuna-7b --image-file me.jpg --query "What is this?"',
+    )
+    ask.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    ask.add_argument("--image-file", help="a path or URL, or several with --sep between")
+    ask.add_argument("--query", required=True, help="the question; <image> may be placed by hand")
+    ask.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (picked from the checkpoint)")
+    ask.add_argument("--sep", default=",", help="between several image files (%(default)r)")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
+    ask.add_argument("--top_p", type=float, help="(as the checkpoint's generation_config.json, or 1)")
+    ask.add_argument("--top_k", type=int, help="0 is off (as the checkpoint's generation_config.json, or 50)")
+    ask.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
+    ask.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    ask.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(float32 on CPU, bfloat16 elsewhere)")
+    ask.set_defaults(run=_ask)
+
+
+def _ask(args) -> None:
+    import llava_jax  # JAX is imported once the command line is known to be good
+
+    images = [load_image(path) for path in _image_files(args.image_file, args.sep)]
+    llava, params = llava_jax.load(args.model_path, dtype=args.dtype)
+    names = ("conv_mode", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    for piece in llava.stream(params, images, args.query, **{name: getattr(args, name) for name in names}):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _image_files(image_file: str | None, sep: str) -> list[str]:
+    """The reference's image_parser, but a file that has `sep` in its own name is one file."""
+    if image_file is None:
+        return []
+    return [image_file] if os.path.exists(image_file) else image_file.split(sep)
+
+
+def _add_convert(commands) -> None:
+    from llava_jax.conversion.from_hf import add_arguments, run
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a published checkpoint into an Orbax directory",
+        description="Turn a published checkpoint, local or on the hub, into an Orbax directory.",
+        epilog="example: llava-jax convert liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
+    )
+    add_arguments(convert)
+    convert.set_defaults(run=run)
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="the whole path on what the package bundles",
+        description="Write a small checkpoint with random weights in the published layout, convert it, and ask about the "
+        "bundled photograph. The weights are random, so the answer is noise: it shows the path, not a model.",
+    )
+    demo.add_argument("--output", help="keep the converted checkpoint here (a temporary directory)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args) -> None:
+    from llava_jax.demo import run
+
+    run(args.output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; an error of the user's is one line on stderr and status 1."""
+    parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_ask, _add_convert, _add_demo):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"llava-jax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,343 @@
+"""The settings of a LLaVA checkpoint, as frozen dataclasses read from, and written back to, its `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+PROJECTOR_TYPES = ("linear", "mlpNx_gelu (mlp2x_gelu, …)", "identity")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+SELECT_FEATURES = ("patch", "cls_patch")
+ASPECT_RATIOS = ("anyres", "pad", "square")
+ROPE_TYPES = ("linear", "dynamic", "llama3")
+PADDING_SIDES = ("right", "left")
+READINGS = ("original", "llava-hf")
+
+PINPOINTS_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def one_of(key: str, value: Any, supported) -> None:
+    if value not in supported:
+        raise ValueError(f"config: {key}={value!r} is not supported; supported: {', '.join(map(str, supported))}")
+
+
+def divides(key: str, value: int, by_key: str, by: int) -> None:
+    if not by or value % by:
+        raise ValueError(f"config: {key}={value} is not a multiple of {by_key}={by}")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision tower and its preprocessing (`vision_config` and `preprocessor_config.json` of the tower)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        one_of("vision_config.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        divides("vision_config.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+
+# Towers named in published LLaVA configs, so that a config alone gives the shapes.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """`rope_scaling`: `linear` and `dynamic` (NTK) as in transformers 4.37, `llama3` as in Llama 3.1."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        one_of("rope_scaling.type", self.rope_type, ROPE_TYPES)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The Llama-family decoder. Defaults are those of transformers' LlamaConfig."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        one_of("hidden_act", self.hidden_act, ("silu",))
+        divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What `generate` takes where the caller says nothing: the checkpoint's `generation_config.json`,
+    over transformers' own defaults (top_k is 50 there when sampling)."""
+
+    eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int = 0
+    top_p: float = 1.0
+    top_k: int = 50
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA model: tower, projector, decoder, and how an image becomes tokens.
+
+    `from_hf` reads both published layouts; `to_hf` gives back every key that was read, changed only where a
+    field was changed. `reading="llava-hf"` asks for transformers' reading of the same weights instead of the
+    original's: pinpoints as (height, width), rounding in unpad, legacy token ids after a special token.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_hidden_size: int = 1024
+    mm_patch_merge_type: str = "flat"
+    image_aspect_ratio: str = "square"
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    tokenizer_padding_side: str = "right"
+    tokenizer_model_max_length: int | None = None
+    s2: bool = False
+    s2_scales: tuple[int, ...] = (336, 672, 1008)
+    unfreeze_mm_vision_tower: bool = False
+    reading: str = "original"
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    name: str = ""  # what picks the conversation template, as in the reference: the checkpoint's folder name
+    source: dict | None = field(default=None, compare=False, repr=False)  # the config.json that was read
+
+    def __post_init__(self):
+        if self.projector_depth is None:
+            one_of("mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
+        one_of("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
+        one_of("mm_vision_select_feature", self.mm_vision_select_feature, SELECT_FEATURES)
+        one_of("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+        one_of("tokenizer_padding_side", self.tokenizer_padding_side, PADDING_SIDES)
+        one_of("reading", self.reading, READINGS)
+        layers = self.vision.num_hidden_layers
+        one_of("mm_vision_select_layer", self.mm_vision_select_layer, range(-layers - 1, layers + 1))
+        self._check_images()
+        if self.mm_hidden_size != self.feature_size:
+            raise ValueError(
+                f"config: mm_hidden_size={self.mm_hidden_size}, but the vision tower {self.mm_vision_tower!r} gives "
+                f"features of {self.feature_size}; give the tower's own config (vision_config) or correct the key"
+            )
+        if self.mm_projector_type == "identity" and self.feature_size != self.text.hidden_size:
+            raise ValueError(
+                f"config: mm_projector_type='identity' needs mm_hidden_size={self.mm_hidden_size} to equal "
+                f"hidden_size={self.text.hidden_size}"
+            )
+
+    def _check_images(self) -> None:
+        size = self.vision.image_size
+        if self.image_aspect_ratio == "anyres":
+            bad = [p for p in self.image_grid_pinpoints if len(p) != 2 or p[0] % size or p[1] % size or min(p) <= 0]
+            if bad or not self.image_grid_pinpoints:
+                raise ValueError(
+                    f"config: image_grid_pinpoints={list(self.image_grid_pinpoints)!r} must list (width, height) pairs "
+                    f"that are multiples of the tower's image_size={size} for image_aspect_ratio='anyres'"
+                )
+            if self.mm_patch_merge_type != "flat" and self.mm_vision_select_feature == "cls_patch":
+                raise ValueError(
+                    f"config: mm_vision_select_feature='cls_patch' has no grid to merge as "
+                    f"mm_patch_merge_type={self.mm_patch_merge_type!r}; only 'flat' works with it"
+                )
+        if self.s2:
+            if self.image_aspect_ratio == "anyres":
+                raise ValueError("config: s2=True is not supported with image_aspect_ratio='anyres'; use pad or square")
+            if self.s2_scales[0] != size or any(s % size for s in self.s2_scales):
+                raise ValueError(
+                    f"config: s2_scales={self.s2_scales} must be multiples of the tower's image_size={size}, "
+                    "the smallest equal to it"
+                )
+            if self.mm_vision_select_feature == "cls_patch":
+                raise ValueError(
+                    "config: mm_vision_select_feature='cls_patch' is not supported with s2=True; use 'patch'"
+                )
+
+    # ---- what follows from the settings
+
+    @property
+    def projector_depth(self) -> int | None:
+        """Number of linear layers in the projector: 0 for identity, None for a type that nobody knows."""
+        mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", self.mm_projector_type)
+        return int(mlp.group(1)) if mlp else {"identity": 0, "linear": 1}.get(self.mm_projector_type)
+
+    @property
+    def feature_size(self) -> int:
+        """Channels of a tower feature: the tower's `hidden_size`, once for each S2 scale."""
+        return self.vision.hidden_size * (len(self.s2_scales) if self.s2 else 1)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.vision.num_patches + (self.mm_vision_select_feature == "cls_patch")
+
+    @property
+    def tile_size(self) -> int:
+        """Side, in pixels, of the tiles that the host prepares: S2 splits a large square on the device."""
+        return self.s2_scales[-1] if self.s2 else self.vision.image_size
+
+    @property
+    def has_image_newline(self) -> bool:
+        return "unpad" in self.mm_patch_merge_type
+
+    @property
+    def max_tiles_per_image(self) -> int:
+        if self.image_aspect_ratio != "anyres":
+            return 1
+        return 1 + max(w * h for w, h in self.image_grid_pinpoints) // self.vision.image_size**2
+
+    def replace(self, **changes) -> LlavaConfig:
+        """A copy with some fields changed (checked again)."""
+        return dataclasses.replace(self, **changes)
+
+    # ---- published layouts
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: dict,
+        vision_config: dict | None = None,
+        preprocessor_config: dict | None = None,
+        generation_config: dict | None = None,
+        name: str = "",
+    ) -> LlavaConfig:
+        """Read a published `config.json`, of either layout.
+
+        Args:
+            config: the parsed `config.json`: liuhaotian (`llava`, `llava_llama`, `llava_mistral`) or llava-hf
+                (`llava`, `llava_next` with nested `text_config` and `vision_config`).
+            vision_config: the tower's own `config.json` (or its `vision_config`). The liuhaotian layout names
+                the tower only; the published towers are known, and a local directory is read.
+            preprocessor_config: the tower's `preprocessor_config.json`, for the pixel mean and deviation.
+            generation_config: `generation_config.json`.
+            name: the checkpoint's name, from which the conversation template is picked.
+
+        Raises:
+            ValueError: a value is not supported; the message names the key, the value and what is supported.
+        """
+        from llava_jax import config_layouts as layouts  # it builds the classes above
+
+        fields = layouts.read_llava_hf(config) if "text_config" in config else layouts.read_liuhaotian(config)
+        if vision_config is not None or "vision" not in fields:
+            fields["vision"] = layouts.read_vision(vision_config, fields["mm_vision_tower"])
+        if preprocessor_config:
+            stats = {k: tuple(preprocessor_config[k]) for k in ("image_mean", "image_std") if k in preprocessor_config}
+            fields["vision"] = dataclasses.replace(fields["vision"], **stats)
+        if fields["mm_hidden_size"] is None:
+            scales = len(fields["s2_scales"]) if fields["s2"] else 1
+            fields["mm_hidden_size"] = fields["vision"].hidden_size * scales
+        fields["generation"] = layouts.read_generation(generation_config, fields["text"])
+        return cls(**fields, name=name, source=json.loads(json.dumps(config)))
+
+    def to_hf(self) -> dict:
+        """The published `config.json`: what was read, key for key, updated where a field has changed since."""
+        from llava_jax import config_layouts as layouts
+
+        if self.source is None:
+            return layouts.write_liuhaotian(self)
+        nested = "text_config" in self.source
+        write = layouts.write_llava_hf if nested else layouts.write_liuhaotian
+        vision = None if nested else dataclasses.asdict(self.vision)
+        return layouts.overlay(self.source, write(LlavaConfig.from_hf(self.source, vision)), write(self))
+
+    @classmethod
+    def preset(cls, name: str) -> LlavaConfig:
+        """The published shapes under a short name: 1.5-7b, 1.5-13b, 1.6-vicuna-7b, 1.6-vicuna-13b, 1.6-mistral-7b,
+        1.6-34b, llama3-llava-next-8b. Nothing is downloaded."""
+        one_of("preset", name, PRESETS)
+        return PRESETS[name]
+
+
+# ---- presets
+
+
+def _preset(name: str, text: dict, **mm) -> LlavaConfig:
+    text = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0, **text}
+    text.setdefault("num_key_value_heads", text.get("num_attention_heads", 32))
+    text = TextConfig(**text)
+    eos = text.eos_token_id
+    return LlavaConfig(text=text, generation=GenerationDefaults((eos,), 0), name=name, **mm)
+
+
+_V15 = dict(image_aspect_ratio="pad")
+_V16 = dict(
+    image_aspect_ratio="anyres",
+    mm_patch_merge_type="spatial_unpad",
+    image_grid_pinpoints=PINPOINTS_336,
+    tokenizer_model_max_length=4096,
+    unfreeze_mm_vision_tower=True,
+)
+_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+_MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1e6)
+_YI_34B = dict(
+    hidden_size=7168,
+    intermediate_size=20480,
+    num_hidden_layers=60,
+    num_attention_heads=56,
+    num_key_value_heads=8,
+    vocab_size=64000,
+    rope_theta=5e6,
+    eos_token_id=7,
+)
+_LLAMA3 = dict(
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rope_theta=5e5,
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+
+PRESETS = {
+    "1.5-7b": _preset("llava-v1.5-7b", {}, **_V15),
+    "1.5-13b": _preset("llava-v1.5-13b", _13B, **_V15),
+    "1.6-vicuna-7b": _preset("llava-v1.6-vicuna-7b", {}, **_V16),
+    "1.6-vicuna-13b": _preset("llava-v1.6-vicuna-13b", _13B, **_V16),
+    "1.6-mistral-7b": _preset("llava-v1.6-mistral-7b", _MISTRAL, **_V16),
+    "1.6-34b": _preset("llava-v1.6-34b", _YI_34B, **_V16),
+    "llama3-llava-next-8b": _preset("llama3-llava-next-8b", _LLAMA3, **{**_V16, "tokenizer_model_max_length": 8192}),
+}

@@ -1,0 +1,204 @@
+"""`config.json` as published, read into dataclasses' fields and written back: one reader and one writer a layout."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+
+from llava_jax import config as c
+
+
+def overlay(source: dict, before: dict, after: dict) -> dict:
+    """`source` with the keys that differ between `before` and `after` set to their value in `after`."""
+    out = dict(source)
+    for key, value in after.items():
+        if isinstance(value, dict) and isinstance(before.get(key), dict):
+            out[key] = overlay(source.get(key) or {}, before[key], value)
+        elif before.get(key) != value:
+            out[key] = value
+    return out
+
+
+# ---- the two layouts, read
+
+
+# What transformers' CLIPVisionConfig means by a key that a file leaves out (it is ViT-B/32's shape).
+_CLIP_DEFAULTS = c.VisionConfig(768, 3072, 12, 12, 224, 32)
+
+
+def read_vision(vision_config: dict | None, tower: str | None) -> c.VisionConfig:
+    if vision_config is None:
+        if tower in c.KNOWN_TOWERS:
+            return c.KNOWN_TOWERS[tower]
+        path = os.path.join(os.path.expanduser(tower or ""), "config.json")
+        if not tower or not os.path.isfile(path):
+            return c.VisionConfig()  # mm_hidden_size is checked against it
+        with open(path, encoding="utf-8") as file:
+            vision_config = json.load(file)
+    inner = vision_config.get("vision_config") or vision_config
+    known = {f.name for f in dataclasses.fields(c.VisionConfig)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
+    return dataclasses.replace(_CLIP_DEFAULTS, **values)
+
+
+# Where transformers' MistralConfig differs from LlamaConfig for a key that a file leaves out.
+_MISTRAL_DEFAULTS = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32)
+
+
+def _read_text(config: dict, mistral: bool) -> c.TextConfig:
+    values = {f.name: config[f.name] for f in dataclasses.fields(c.TextConfig) if config.get(f.name) is not None}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in config:
+            values[key] = tuple(config[key]) if isinstance(config[key], list) else config[key]
+    if mistral:
+        values = {**_MISTRAL_DEFAULTS, **values}
+        if config.get("sliding_window") is not None:
+            raise ValueError(f"config: sliding_window={config['sliding_window']!r} is not supported; supported: null")
+    heads = values.get("num_attention_heads", c.TextConfig.num_attention_heads)
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", values.get("hidden_size", c.TextConfig.hidden_size) // heads)
+    rope = config.get("rope_parameters") or {}
+    values["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", c.TextConfig.rope_theta)))
+    values["rope_scaling"] = _read_rope(config.get("rope_scaling") or rope)
+    return c.TextConfig(**values)
+
+
+def _read_rope(rope: dict) -> c.RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    known = {f.name for f in dataclasses.fields(c.RopeScaling)} - {"rope_type"}
+    if kind in c.ROPE_TYPES and "factor" not in rope:
+        raise ValueError(f"config: rope_scaling={rope!r} has no 'factor'")
+    return c.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
+
+
+def _read_pinpoints(value) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple((int(w), int(h)) for w, h in pairs or ())
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(
+            f"config: image_grid_pinpoints={value!r} is not supported; supported: a list of [width, height] pairs, "
+            "or that list as a string"
+        ) from None
+
+
+def _read_scales(value) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(sorted(int(s) for s in parts))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"config: s2_scales={value!r} is not supported; supported: sizes in pixels, like '336,672,1008'"
+        ) from None
+
+
+def read_liuhaotian(config: dict) -> dict:
+    c.one_of("model_type", config.get("model_type"), ("llava", "llava_llama", "llava_mistral", "llava_next"))
+    kind = (config.get("architectures") or [config["model_type"]])[0].lower()
+    return dict(
+        text=_read_text(config, mistral="mistral" in kind),
+        mm_vision_tower=config.get("mm_vision_tower", config.get("vision_tower")),
+        mm_vision_select_layer=config.get("mm_vision_select_layer", -2),
+        mm_vision_select_feature=config.get("mm_vision_select_feature") or "patch",
+        mm_projector_type=config.get("mm_projector_type") or "linear",
+        mm_hidden_size=config.get("mm_hidden_size"),
+        mm_patch_merge_type=config.get("mm_patch_merge_type") or "flat",
+        image_aspect_ratio=config.get("image_aspect_ratio") or "square",
+        image_grid_pinpoints=_read_pinpoints(config.get("image_grid_pinpoints")),
+        mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
+        mm_use_im_patch_token=bool(config.get("mm_use_im_patch_token", True)),
+        tokenizer_padding_side=config.get("tokenizer_padding_side") or "right",
+        tokenizer_model_max_length=config.get("tokenizer_model_max_length"),
+        s2=bool(config.get("s2", False)),
+        s2_scales=_read_scales(config.get("s2_scales") or "336,672,1008"),
+        unfreeze_mm_vision_tower=bool(config.get("unfreeze_mm_vision_tower", False)),
+    )
+
+
+def read_llava_hf(config: dict) -> dict:
+    c.one_of("model_type", config.get("model_type"), ("llava", "llava_next"))
+    c.one_of("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
+    strategy = config.get("vision_feature_select_strategy", "default")
+    c.one_of("vision_feature_select_strategy", strategy, ("default", "full"))
+    anyres = config["model_type"] == "llava_next"
+    text = dict(config["text_config"])
+    text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    kind = text.get("model_type", "llama")
+    c.one_of("text_config.model_type", kind, ("llama", "mistral"))
+    vision_config = config.get("vision_config") or {}
+    c.one_of("vision_config.model_type", vision_config.get("model_type", "clip_vision_model"), ("clip_vision_model",))
+    read_text = _read_text(text, kind == "mistral")
+    pinpoints = config.get("image_grid_pinpoints") or (c.PINPOINTS_336 if anyres else ())
+    return dict(
+        text=read_text,
+        vision=read_vision(vision_config, None),
+        mm_vision_tower=None,
+        mm_vision_select_layer=config.get("vision_feature_layer", -2),
+        mm_vision_select_feature="patch" if strategy == "default" else "cls_patch",
+        mm_projector_type="mlp2x_gelu",
+        mm_hidden_size=None,
+        mm_patch_merge_type="spatial_unpad" if anyres else "flat",
+        image_aspect_ratio="anyres" if anyres else "pad",  # the original's 1.5 pads; llava-hf's processor crops
+        image_grid_pinpoints=_read_pinpoints(pinpoints),
+        tokenizer_model_max_length=read_text.max_position_embeddings if anyres else None,
+        s2=False,
+        s2_scales=(336, 672, 1008),
+        unfreeze_mm_vision_tower=anyres,
+    )
+
+
+def read_generation(generation: dict | None, text: c.TextConfig) -> c.GenerationDefaults:
+    generation = generation or {}
+    eos = generation.get("eos_token_id", text.eos_token_id)
+    eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    pad = generation.get("pad_token_id", text.pad_token_id)
+    if pad is None:
+        pad = eos[0] if eos else 0  # as transformers' generate does
+    top_p, top_k = generation.get("top_p"), generation.get("top_k")
+    return c.GenerationDefaults(eos, pad, 1.0 if top_p is None else top_p, 50 if top_k is None else top_k)
+
+
+# ---- and written
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _write_text(text: c.TextConfig) -> dict:
+    out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(c.TextConfig)}
+    if text.rope_scaling is not None:
+        scaling = dataclasses.asdict(text.rope_scaling)
+        if text.rope_scaling.rope_type != "llama3":
+            scaling = {"type": text.rope_scaling.rope_type, "factor": text.rope_scaling.factor}
+        out["rope_scaling"] = scaling
+    return out
+
+
+def write_liuhaotian(config: c.LlavaConfig) -> dict:
+    mistral = "mistral" in config.name
+    skip = {"vision", "text", "reading", "generation", "name", "source"}
+    own = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(c.LlavaConfig) if f.name not in skip}
+    own["s2_scales"] = ",".join(map(str, config.s2_scales))
+    if not config.s2:
+        del own["s2"], own["s2_scales"]
+    architecture = "LlavaMistralForCausalLM" if mistral else "LlavaLlamaForCausalLM"
+    kind = "llava_mistral" if mistral else "llava"
+    out = {"architectures": [architecture], "model_type": kind, **own, **_write_text(config.text), "use_mm_proj": True}
+    return {**out, "sliding_window": None} if mistral else out
+
+
+def write_llava_hf(config: c.LlavaConfig) -> dict:
+    vision = {f.name: _plain(getattr(config.vision, f.name)) for f in dataclasses.fields(c.VisionConfig)}
+    del vision["image_mean"], vision["image_std"]  # they stand in preprocessor_config.json
+    return {
+        "text_config": _write_text(config.text),
+        "vision_config": vision,
+        "vision_feature_layer": config.mm_vision_select_layer,
+        "vision_feature_select_strategy": "default" if config.mm_vision_select_feature == "patch" else "full",
+        "image_grid_pinpoints": _plain(config.image_grid_pinpoints),
+    }

@@ -1,0 +1,10 @@
+"""LLaVA's constants, under their names."""
+
+IGNORE_INDEX = -100  # a position without a label
+IMAGE_TOKEN_INDEX = -200  # where an image goes in input_ids
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
+DEFAULT_IM_START_TOKEN = "<im_start>"
+DEFAULT_IM_END_TOKEN = "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"

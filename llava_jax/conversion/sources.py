@@ -1,0 +1,221 @@
+"""Where published tensors come from: a local directory or the hub; safetensors or torch's `.bin`; one at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
+import numpy as np
+
+from llava_jax.conversion.key_table import TensorInfo
+
+# In the order of preference, as in transformers: the file itself, or an index that lists the shards.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+PROJECTOR_FILE = "mm_projector.bin"
+SMALL_FILES = ("*.json", "tokenizer.model")
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Tensor(TensorInfo):
+    """A published tensor: what its header says, its file, and how to read it."""
+
+    file: Path
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint directory: local, or a hub repository's snapshot at one commit, to which `fetch` adds files."""
+
+    given: str
+    path: Path
+    commit: str | None = None
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Download these files (names or patterns) into the snapshot; a local directory has what it has."""
+        if self.commit is not None:
+            _snapshot(self.given, self.commit, list(names))
+
+    def read_json(self, name: str, required: bool = False) -> dict | None:
+        """A JSON file of the directory; None where there is none."""
+        path = self.path / name
+        if not path.is_file():
+            if required:
+                raise FileNotFoundError(f"{self.given}: there is no {name}, so this is no published checkpoint")
+            return None
+        return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); get the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object was expected, not {type(value).__name__}; get the file again")
+    return value
+
+
+def locate(source: str, revision: str | None = None) -> Location:
+    """A local directory, or else a hub id, whose small files are fetched (huggingface_hub's cache, HF_HUB_OFFLINE and
+    tokens apply).
+
+    Raises:
+        FileNotFoundError: neither of them can be had; the message says why.
+    """
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision {revision}: {source} is a local directory; a revision is for a hub id only")
+        return Location(source, path.resolve())
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise FileNotFoundError(f"{source!r}: no such directory, and not a hub id (owner/name)")
+    snapshot = _snapshot(source, revision, list(SMALL_FILES))
+    return Location(source, snapshot, snapshot.name)
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        reason = "the hub asks for permission; accept its terms there, and log in with `hf auth login` or set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = f"the hub has no revision {revision!r} of it; correct --revision"
+    except errors.RepositoryNotFoundError:
+        reason = "no such directory here, and no such model on the hub (if it is private, log in or set HF_TOKEN)"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = (
+            f"no such directory here, not in the hub's local cache{at}, and the hub cannot be reached "
+            "(HF_HUB_OFFLINE, or no connection); go online, or download it first and give the directory"
+        )
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        reason = f"the hub gave an error: {error}"
+    raise FileNotFoundError(f"{repo}: {reason}")
+
+
+# ---- the tensors of a directory
+
+
+def open_checkpoint(location: Location) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name, from the headers alone; nothing is read yet.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index lists is absent.
+        ValueError: a file is truncated or damaged, or the index lists a tensor that its shard does not hold.
+    """
+    for name in WEIGHT_FILES:
+        location.fetch([name])
+        path = location.path / name
+        if path.is_file():
+            return _open_sharded(location, path) if name.endswith(".json") else open_file(path)
+    hint = ""
+    if (location.path / PROJECTOR_FILE).is_file():
+        hint = f"; it has {PROJECTOR_FILE}, so it is a stage-1 projector: give its language model with --model-base"
+    elif (location.path / "adapter_config.json").is_file():
+        hint = "; it is a LoRA adapter: merge it into its base model first"
+    raise FileNotFoundError(f"{location.given}: no weights ({', '.join(WEIGHT_FILES)}){hint}")
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by name."""
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index}: has no weight_map from tensors to files; get the file again")
+    shards = sorted(set(weight_map.values()))
+    location.fetch(shards)
+    absent = [shard for shard in shards if not (location.path / shard).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{location.path}: {index.name} lists {', '.join(absent)}, absent; download it again")
+    tensors: dict[str, Tensor] = {}
+    lies = []
+    for shard in shards:
+        held = open_file(location.path / shard)
+        lies += [f"{n} ({shard})" for n, file in weight_map.items() if file == shard and n not in held]
+        tensors |= {n: t for n, t in held.items() if weight_map.get(n, shard) == shard}
+    if lies:
+        more = f" and {len(lies) - 5} more" if len(lies) > 5 else ""
+        raise ValueError(f"{index}: lists tensors that their files do not hold: {', '.join(lies[:5])}{more}")
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100 << 20):
+            raise ValueError(f"{path}: truncated, or not a safetensors file (a git-lfs pointer?); download it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, AttributeError, TypeError, KeyError):
+            raise ValueError(f"{path}: its safetensors header is damaged; download it again") from None
+    start = 8 + length
+    if size < start + end:
+        raise ValueError(f"{path}: truncated: {size} bytes of {start + end}; download it again")
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+        read = partial(_read_safetensors, path, dtype, shape, start + entry["data_offsets"][0])
+        tensors[name] = Tensor(shape, dtype, path, read)
+    return tensors
+
+
+def _read_safetensors(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    count = int(np.prod(shape, dtype=np.int64))
+    array = np.fromfile(path, np.dtype(dtype).newbyteorder("<"), count, offset=offset)
+    if len(array) != count:
+        raise ValueError(f"{path}: became shorter while it was read; download it again")
+    return array.reshape(shape)
+
+
+def _open_torch(path: Path) -> dict[str, Tensor]:
+    """A `.bin` file: its tensors stay on disk (memory-mapped) until they are read."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{path}: reading a .bin file needs PyTorch; run `pip install torch`") from None
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: truncated, or not a file of tensors ({reason}); download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a dictionary of tensors, so no published weights")
+    return {
+        name: Tensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), path, partial(_read_torch, t))
+        for name, t in state.items()
+    }
+
+
+def _read_torch(tensor) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # NumPy has it from ml_dtypes, which torch does not know
+        return tensor.view(torch.uint16).numpy().view("bfloat16")
+    return tensor.numpy()

@@ -1,0 +1,298 @@
+"""`Llava`: a config, a tokenizer and the jitted functions of one model; what `llava_jax.load` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from llava_jax.batch import Batch
+from llava_jax.checkpoint import load_config, load_params
+from llava_jax.config import LlavaConfig
+from llava_jax.inference import generate as device
+from llava_jax.inference.sampling import make_sampling
+from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.batch import as_rows, pack, pack_text
+from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
+from llava_jax.inputs.image import as_image_list, load_image, process_images
+from llava_jax.inputs.stream import TextStream
+from llava_jax.inputs.tokenizer import load_tokenizer, tokenizer_image_token
+from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.ops import causal_lm_loss
+from llava_jax.models.vocabulary import initialize_vision_tokenizer
+
+STOP_CHUNK = 16  # tokens decoded between two looks for a stop string
+
+
+class ForwardOutput(NamedTuple):
+    """What the reference's forward returns."""
+
+    logits: jax.Array  # float32 [B, L, V]
+    loss: jax.Array | None
+    hidden_states: tuple[jax.Array, ...] | None  # layers + 1 of [B, L, E], the last one normed
+    attentions: tuple[jax.Array, ...] | None  # for each layer [B, H, L, L]
+
+
+def _forward(model, output_hidden_states, output_attentions, with_loss, params, batch: Batch):
+    logits, hidden, attentions = model.apply({"params": params}, batch, output_attentions)
+    loss = causal_lm_loss(logits, batch.labels) if with_loss else None
+    return logits, loss, hidden if output_hidden_states else None, attentions if output_attentions else None
+
+
+def _call(model, method, params, *args):
+    return model.apply({"params": params}, *args, method=method)
+
+
+class Llava:
+    """A LLaVA model without its weights, which every method takes as `params`. All jitted functions are built here,
+    once; shapes are bucketed, so images of any size share a handful of compiled programs.
+
+    Images are given as a path, URL, bytes, PIL image, uint8 array, a list of those, or None.
+    """
+
+    def __init__(self, config: LlavaConfig, tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = model = LlavaLlamaForCausalLM(config)
+        self._generate = jax.jit(partial(device.generate, model), static_argnums=0)
+        self._start = jax.jit(partial(device.start, model), static_argnums=0)
+        self._run = jax.jit(partial(device.run, model), donate_argnames="state")
+        self._forward = jax.jit(partial(_forward, model), static_argnums=(0, 1, 2))
+        self._encode = jax.jit(partial(_call, model, "encode_images"))
+        self._embed = jax.jit(partial(_call, model, "embed_multimodal"))
+
+    # ---- text
+
+    def generate(self, params, image=None, prompt="", *, stop: Sequence[str] = (), **options) -> str:
+        """Answer a prompt about a picture, several, or none.
+
+        Args:
+            params: from `llava_jax.load`.
+            image: a picture in any form, a list, or None.
+            prompt: the question; or turns, alternating user and assistant, the last one the user's; or a
+                Conversation, used as it stands. `<image>` may be placed by hand; otherwise it goes in front.
+            stop: strings that end the answer, which is cut before them; the end-of-sequence token always does.
+            options: `max_new_tokens` (512), `temperature` (0: greedy), `top_p` and `top_k` (where the checkpoint's
+                generation_config says nothing: 1 and 50), `seed` (0), `conv_mode` (picked from the checkpoint).
+
+        Returns:
+            the answer, without special tokens and outer white space.
+
+        Raises:
+            ValueError: the pictures do not fit the prompt, the prompt is too long, or an option is out of range.
+        """
+        if stop:
+            return "".join(self.stream(params, image, prompt, stop=stop, **options))
+        ids, images, options = self._prompt(image, prompt, **options)
+        tokens = self._tokens(params, self._pack_prompts([ids], *images), **options)
+        return self.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True).strip()
+
+    def stream(self, params, image=None, prompt="", *, stop: Sequence[str] = (), **options) -> Iterator[str]:
+        """`generate`, yielding text as it comes: never half a character, nor what may still become a stop string.
+
+        The pieces joined are exactly what `generate` returns.
+        """
+        ids, images, options = self._prompt(image, prompt, **options)
+        batch = self._pack_prompts([ids], *images)
+        slots, limit, sampling = self._plan_decode(**options)
+        return self._stream(params, batch, slots, limit, sampling, stop)
+
+    def _stream(self, params, batch, slots, limit, sampling, stop) -> Iterator[str]:
+        text = TextStream(self.tokenizer, stop)
+        prefix, state = self._start(slots, params, batch, sampling)
+        seen, chunk = 0, STOP_CHUNK if stop else 1
+        while True:
+            tokens, step = np.asarray(state.tokens)[0, 0], int(state.step)
+            finished = step >= limit or bool(np.all(state.done))
+            for token in tokens[seen:step].tolist():
+                if piece := text.push(token):
+                    yield piece
+            if finished or text.stopped:
+                break
+            seen = step
+            state = self._run(params, prefix, state, sampling, np.int32(min(limit, step + chunk)))
+        if piece := text.flush():
+            yield piece
+
+    def conversation(self, prompt, num_images: int = 0, conv_mode: str | None = None) -> Conversation:
+        """A question, or alternating turns, in the template that the checkpoint picks (`conv_mode` overrides)."""
+        if isinstance(prompt, Conversation):
+            return prompt
+        turns = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(turns) % 2 == 0:
+            raise ValueError(
+                f"prompt: got {len(turns)} turns; they alternate user, assistant, …, and the user's is last"
+            )
+        conversation = conv_templates[pick_conv_mode(self.config.name, conv_mode)]
+        turns[0] = self._with_images(turns, num_images)
+        for i, turn in enumerate([*turns, None]):
+            conversation = conversation.append_message(conversation.roles[i % 2], turn)
+        return conversation
+
+    def _with_images(self, turns: list[str], num_images: int) -> str:
+        placed = sum(turn.count("<image>") for turn in turns[1:])
+        return user_message(turns[0], num_images - placed, self.config.mm_use_im_start_end)
+
+    def _prompt(self, image, prompt, conv_mode: str | None = None, **options):
+        """(ids, (tiles, sizes), the other options) of one prompt."""
+        images = self._load(image)
+        text = self.conversation(prompt, len(images[0]), conv_mode).get_prompt()
+        ids = tokenizer_image_token(text, self.tokenizer)
+        limit = self.config.tokenizer_model_max_length
+        length = sum(i >= 0 for i in ids) + sum(int(num_image_tokens(*size, self.config)) for size in images[1])
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"prompt: {length} positions ({length - sum(i >= 0 for i in ids)} of them images) are more than this "
+                f"model's tokenizer_model_max_length={limit}; shorten it or give fewer images"
+            )
+        return ids, images, options
+
+    # ---- tokens
+
+    def generate_tokens(self, params, input_ids, images=None, *, attention_mask=None, **options) -> np.ndarray:
+        """The token-level twin of `generate`.
+
+        Args:
+            input_ids: [B, L] (or rows of different lengths), -200 where an image goes.
+            images: a flat list over all rows, in any form that `generate` takes.
+            attention_mask: [B, L], 0 at padding on either side, or None.
+            options: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
+
+        Returns:
+            int32 [B, new tokens]: no BOS, padding after a row's end-of-sequence token; each row's tokens are those it
+            gives alone. As in the reference, a prompt over tokenizer_model_max_length is cut off on the right.
+        """
+        rows, _ = as_rows(input_ids, attention_mask)
+        return self._tokens(params, self._pack_prompts(rows, *self._load(images), cut=images is not None), **options)
+
+    def _tokens(self, params, batch: Batch, **options) -> np.ndarray:
+        slots, limit, sampling = self._plan_decode(**options)
+        tokens, steps = self._generate(slots, params, batch, sampling, limit)
+        return np.asarray(tokens)[:, : int(steps)]
+
+    def _plan_decode(self, max_new_tokens: int = 512, temperature=0.0, top_p=None, top_k=None, seed: int = 0):
+        """(slots, bucketed; limit; sampling) for so many new tokens."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1")
+        defaults = self.config.generation
+        top_p = defaults.top_p if top_p is None else top_p
+        top_k = defaults.top_k if top_k is None else top_k
+        slots = 1 << max(5, (max_new_tokens - 1).bit_length())
+        return slots, np.int32(max_new_tokens), make_sampling(temperature, top_p, top_k, seed)
+
+    def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:
+        rows = [np.asarray(row, np.int64) for row in rows]
+        if not all(map(len, rows)):
+            raise ValueError("input_ids: a row is empty; a prompt has at least one token")
+        max_length = self.config.tokenizer_model_max_length if cut else None
+        return pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, self.config, max_length=max_length)
+
+    # ---- arrays, as the reference's methods give them
+
+    def forward(
+        self,
+        params,
+        input_ids,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        labels=None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ForwardOutput:
+        """Logits over whole sequences (the reference's forward).
+
+        Args:
+            input_ids: int [B, L], -200 where an image goes.
+            images: a flat list, in any form that `generate` takes.
+            image_sizes: (width, height) of each image where it is not the image's own.
+            attention_mask, labels: [B, L] or None. Without a mask, padding is attended to, as in the reference.
+
+        Returns:
+            ForwardOutput; L there is the longest merged row.
+        """
+        batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
+        counted = np.broadcast_to(np.arange(batch.index.shape[1], dtype=np.int32), batch.index.shape)
+        batch = batch._replace(position_ids=counted)  # the reference counts left padding too
+        out = self._forward(output_hidden_states, output_attentions, labels is not None, params, batch)
+        logits, loss, hidden_states, attentions = jax.device_get(out)
+        end = int(batch.lengths.max())
+        return ForwardOutput(
+            logits[:, :end],
+            loss,
+            tuple(x[:, :end] for x in hidden_states) if output_hidden_states else None,
+            tuple(x[:, :, :end, :end] for x in attentions) if output_attentions else None,
+        )
+
+    def prepare_inputs_labels_for_multimodal(
+        self, params, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        """The reference's method: ids and images in; embeddings, and what belongs to them, out.
+
+        Returns:
+            (None, position_ids, attention_mask, past_key_values, inputs_embeds [B, L, E], labels), None where None
+            went in; everything unchanged, with inputs_embeds None, where there are no images or rows of one token.
+        """
+        if images is None or len(input_ids[0]) == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
+        end = int(batch.lengths.max())
+        embeds = np.asarray(self._embed(params, batch))[:, :end]
+        positions = None if position_ids is None else batch.position_ids[:, :end]
+        mask = None if attention_mask is None else batch.attention_mask[:, :end]
+        return None, positions, mask, past_key_values, embeds, None if labels is None else batch.labels[:, :end]
+
+    def _pack_reference(self, input_ids, attention_mask, labels, images, image_sizes) -> Batch:
+        if images is None:
+            return pack_text(input_ids, attention_mask, labels, self.config)
+        rows, targets = as_rows(input_ids, attention_mask, labels)
+        tiles, sizes = self._load(images)
+        if image_sizes is not None:
+            if len(image_sizes) != len(sizes):
+                raise ValueError(f"image_sizes: got {len(image_sizes)} for {len(sizes)} images")
+            sizes = [tuple(int(n) for n in size) for size in image_sizes]
+        return pack(
+            rows,
+            targets,
+            tiles,
+            sizes,
+            self.config,
+            padding_side=self.config.tokenizer_padding_side,
+            max_length=self.config.tokenizer_model_max_length,
+            attend_to_padding=attention_mask is None,
+        )
+
+    def encode_images(self, params, images) -> list[np.ndarray]:
+        """Each image's projected features, [tiles, tokens_per_tile, E], before merging."""
+        tiles, _ = self._load(images)
+        return [np.asarray(self._encode(params, tile)) for tile in tiles]
+
+    def _load(self, images) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+        """(tiles, sizes) of pictures in any form."""
+        pictures = [load_image(image) for image in as_image_list(images)]
+        return process_images(pictures, self.config), [picture.size for picture in pictures]
+
+
+def load(directory, dtype=None, mesh=None) -> tuple[Llava, dict]:
+    """A converted checkpoint, ready to use.
+
+    Args:
+        directory: what `convert/from_hf.py` wrote.
+        dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU.
+        mesh: a `jax.sharding.Mesh` to shard the parameters over (see `llava_jax.make_mesh`); None is one device.
+
+    Returns:
+        (Llava, params)
+
+    Raises:
+        FileNotFoundError, ValueError: the directory is missing, not ours, half-written or of another version.
+    """
+    config = load_config(directory)
+    tokenizer = load_tokenizer(directory, config.name, config.reading)
+    params = load_params(directory, config, dtype=dtype, mesh=mesh)
+    if config.mm_use_im_start_end:  # in case its tokenizer files lack them, as the original's builder does
+        params, config, tokenizer = initialize_vision_tokenizer(params, config, tokenizer)
+    return Llava(config, tokenizer), params

@@ -1,0 +1,199 @@
+"""Rows of ids and pictures into one batch with its gather index: the host half of LLaVA's multimodal merge."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.batch import Batch
+from llava_jax.config import LlavaConfig
+from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_jax.inputs.anyres import NEWLINE, image_index, num_tiles
+
+
+class _Table(NamedTuple):
+    """Where the kinds of rows start in the device's table."""
+
+    image_start: list[int]  # for each image that is shown
+    newline: int
+    zeros: int
+
+
+def bucket_length(n: int) -> int:
+    """Sequence lengths to a few: 64, 128, 256, then multiples of 512."""
+    return next((size for size in (64, 128, 256) if n <= size), -(-n // 512) * 512)
+
+
+def bucket_count(n: int) -> int:
+    """Counts to a few: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    power = 1
+    while n > 2 * power:
+        power *= 2
+    return next(size for size in (0, power, power * 3 // 2, 2 * power) if n <= size)
+
+
+def as_rows(input_ids, attention_mask=None, labels=None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The reference's [B, L] arrays (or lists of rows) as one id and one label array a row, padding taken out.
+
+    Raises:
+        ValueError: rows of ids, mask and labels do not match.
+    """
+    rows = [np.asarray(row, np.int64) for row in input_ids]
+    if not rows or any(row.ndim != 1 for row in rows):
+        raise ValueError("input_ids: expected [B, L], one row of token ids for each prompt")
+    masks = [np.ones(len(row), bool) for row in rows]
+    if attention_mask is not None:
+        masks = [np.asarray(mask).astype(bool) for mask in attention_mask]
+    targets = [np.full(len(row), IGNORE_INDEX) for row in rows] if labels is None else [np.asarray(x) for x in labels]
+    for name, other in (("attention_mask", masks), ("labels", targets)):
+        if [len(x) for x in other] != [len(row) for row in rows]:
+            raise ValueError(
+                f"{name}: its rows {[len(x) for x in other]} do not match input_ids' {[len(r) for r in rows]}"
+            )
+    return [r[m] for r, m in zip(rows, masks, strict=True)], [t[m] for t, m in zip(targets, masks, strict=True)]
+
+
+def assign_images(rows, num_images: int) -> list[list[int]]:
+    """Which images each row shows, in order.
+
+    A text-only row needs none; if there is exactly one image more for each text-only row, those are the dummies that
+    the original needs there, and are passed over.
+
+    Raises:
+        ValueError: the number of images does not fit the number of <image> placeholders.
+    """
+    wanted = [int(np.sum(row == IMAGE_TOKEN_INDEX)) for row in rows]
+    text_only = wanted.count(0)
+    if num_images not in (sum(wanted), sum(wanted) + text_only):
+        raise ValueError(
+            f"images: got {num_images} for {sum(wanted)} <image> placeholders ({IMAGE_TOKEN_INDEX} in input_ids) in "
+            f"{len(rows)} rows; give one image for each placeholder"
+        )
+    dummies = num_images > sum(wanted)
+    out, start = [], 0
+    for count in wanted:
+        out.append(list(range(start, start + count)))
+        start += count or dummies
+    return out
+
+
+def _splice(row, labels, text_start: int, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """One row's table index and labels: text in place, each placeholder replaced by its image's positions."""
+    index, targets, next_text = [], [], text_start
+    placeholders = np.flatnonzero(row == IMAGE_TOKEN_INDEX)
+    for i, (start, stop) in enumerate(zip([0, *placeholders + 1], [*placeholders, len(row)], strict=True)):
+        index.append(np.arange(next_text, next_text + stop - start))
+        targets.append(labels[start:stop])
+        next_text += stop - start
+        if i < len(images):
+            index.append(images[i])
+            targets.append(np.full(len(images[i]), IGNORE_INDEX))
+    return np.concatenate(index), np.concatenate(targets)
+
+
+def _check_tiles(tiles, sizes, config: LlavaConfig) -> None:
+    for i, (tile, size) in enumerate(zip(tiles, sizes, strict=True)):
+        if len(tile) != num_tiles(size, config):
+            raise ValueError(
+                f"image_sizes[{i}]={tuple(size)} (width, height) asks for {num_tiles(size, config)} tiles, "
+                f"but the image has {len(tile)}"
+            )
+
+
+def _table(shown: list[int], tiles, config: LlavaConfig, text_rows: int) -> tuple[_Table, np.ndarray]:
+    """The table's layout, and the shown images' tiles [T, S, S, 3], padded to a bucket."""
+    counts = [len(tiles[i]) for i in shown]
+    per_image = config.max_tiles_per_image
+    total = per_image * bucket_count(-(-sum(counts) // per_image))
+    packed = np.zeros((total, config.tile_size, config.tile_size, 3), np.uint8)
+    if shown:
+        packed[: sum(counts)] = np.concatenate([tiles[i] for i in shown])
+    starts = dict.fromkeys(range(len(tiles)), 0)
+    starts.update(zip(shown, text_rows + config.tokens_per_tile * np.cumsum([0, *counts])[:-1], strict=True))
+    newline = text_rows + config.tokens_per_tile * total
+    return _Table([int(starts[i]) for i in range(len(tiles))], newline, newline + 1), packed
+
+
+def pack(
+    rows,
+    labels,
+    tiles,
+    sizes,
+    config: LlavaConfig,
+    *,
+    padding_side: str = "right",
+    max_length: int | None = None,
+    attend_to_padding: bool = False,
+) -> Batch:
+    """Any mix of rows into one bucketed batch (the original's prepare_inputs_labels_for_multimodal, planned).
+
+    Args:
+        rows, labels: for each row, int arrays of ids (-200 where an image goes) and labels, from `as_rows`.
+        tiles, sizes: for each image, uint8 [T, S, S, 3] and (width, height), in the order of the placeholders.
+        padding_side: "left" puts rows against the end of the longest one.
+        max_length: rows are cut off on the right after so many positions, inside an image if need be.
+        attend_to_padding: what the original does where no attention_mask went in.
+
+    Returns:
+        Batch; L is bucketed, and positions beyond the longest row are padding.
+
+    Raises:
+        ValueError: the images do not fit the placeholders, or a size does not fit its tiles.
+    """
+    assigned = assign_images(rows, len(tiles))
+    shown = [i for images in assigned for i in images]
+    _check_tiles([tiles[i] for i in shown], [sizes[i] for i in shown], config)
+    text = [row[row != IMAGE_TOKEN_INDEX] for row in rows]
+    text_rows = max(128, bucket_count(sum(map(len, text))))
+    table, packed = _table(shown, tiles, config, text_rows)
+
+    def positions_of(i: int) -> np.ndarray:
+        cells = image_index(sizes[i], config)
+        return np.where(cells == NEWLINE, table.newline, cells + table.image_start[i])
+
+    text_starts = np.cumsum([0, *map(len, text)])
+    spliced = [
+        _splice(row, target, start, [positions_of(i) for i in images])
+        for row, target, start, images in zip(rows, labels, text_starts, assigned, strict=False)
+    ]
+    spliced = [(index[:max_length], target[:max_length]) for index, target in spliced]
+    text_ids = np.zeros(text_rows, np.int32)
+    text_ids[: text_starts[-1]] = np.concatenate(text)
+    return _lay_out(spliced, packed, text_ids, table.zeros, padding_side, attend_to_padding)
+
+
+def _lay_out(spliced, packed, text_ids, zeros: int, padding_side: str, attend_to_padding: bool) -> Batch:
+    """Rows of (index, labels) into [B, L] arrays."""
+    lengths = np.array([len(index) for index, _ in spliced], np.int32)
+    longest, shape = lengths.max(), (len(spliced), bucket_length(lengths.max()))
+    index, targets = np.full(shape, zeros, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
+    position_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for b, (row_index, row_targets) in enumerate(spliced):
+        start = longest - lengths[b] if padding_side == "left" else 0
+        here = slice(start, start + lengths[b])
+        index[b, here], targets[b, here] = row_index, row_targets
+        position_ids[b, here], mask[b, here] = np.arange(lengths[b]), True
+    if attend_to_padding:
+        mask[:, :longest], position_ids[:, :longest] = True, np.arange(longest)
+    return Batch(packed, text_ids, index, position_ids, mask, targets, lengths)
+
+
+def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
+    """Rows without any image, padding left where it stands: the original touches nothing when `images` is None.
+
+    Args:
+        input_ids: [B, L]; attention_mask: [B, L] or None; labels: [B, L] or None.
+
+    Raises:
+        ValueError: an image placeholder, but no images; rows of different lengths.
+    """
+    rows, targets = as_rows(input_ids, None, labels)
+    if any(np.any(row == IMAGE_TOKEN_INDEX) for row in rows):
+        raise ValueError(f"images: none given, but input_ids have <image> placeholders ({IMAGE_TOKEN_INDEX})")
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError("input_ids: rows of different lengths need padding to [B, L] and an attention_mask")
+    batch = pack(rows, targets, [], [], config, attend_to_padding=True)
+    if attention_mask is not None:
+        batch.attention_mask[:, : len(rows[0])] = np.asarray(attention_mask).astype(bool)
+    return batch

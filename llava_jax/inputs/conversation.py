@@ -1,0 +1,305 @@
+"""Prompt templates of LLaVA, one table, and the rules that pick one and place the images.
+
+Source: `llava/conversation.py` and `llava/eval/run_llava.py`. Imports neither JAX nor torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+
+
+class SeparatorStyle(Enum):
+    """How the turns of a conversation are written. `LLAMA_3` is LLaVA-NeXT's, the others are LLaVA's."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+    LLAMA_3 = auto()
+
+
+Message = str | tuple | None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A system prompt, the two roles, the turns so far, and how they are written.
+
+    `messages` holds (role, message) pairs. A message is a text, None for the turn that the model is to write,
+    or, as in the reference, a tuple whose first element is the text: in the first turn it moves `<image>` to the front.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: tuple[tuple[str, Message], ...] = ()
+    offset: int = 0
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+
+    def append_message(self, role: str, message: Message) -> Conversation:
+        """A new conversation with one turn more; `message=None` is the turn that the model is to write."""
+        return replace(self, messages=(*self.messages, (role, message)))
+
+    def get_prompt(self) -> str:
+        """The text of the conversation, as the reference's `Conversation.get_prompt`.
+
+        Raises:
+            ValueError: the first turn is empty or not the user's (LLAMA_2), or a turn needs a `sep2` that is not set.
+        """
+        return _WRITERS[self.sep_style](self, self._turns())
+
+    @property
+    def stop_str(self) -> str:
+        """The text that ends an answer, as the reference's CLI takes it. It is empty for mistral_instruct."""
+        return self.sep2 if self.sep_style is SeparatorStyle.TWO else self.sep
+
+    def _turns(self) -> list[tuple[str, str | None]]:
+        """(role, text) pairs, with the image of a tuple message put where the reference puts it."""
+        turns = [(role, m[0] if isinstance(m, tuple) else m) for role, m in self.messages]
+        if not self.messages or not isinstance(self.messages[0][1], tuple):
+            return turns
+        role, text = turns[0][0], turns[0][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        if "mmtag" not in self.version:
+            return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *turns[1:]]
+        image = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
+        return [(self.roles[0], image), (self.roles[1], "Received."), (role, text), *turns[1:]]
+
+    def _separator(self, turn: int) -> str:
+        """What ends turn number `turn`: `sep` after the user's, `sep2` after the model's."""
+        separator = self.sep2 if turn % 2 else self.sep
+        if separator is None:
+            raise ValueError(
+                f"conversation: turn {turn} ({self.sep_style.name} style) has no separator to end it; "
+                "set sep2, or leave the model's turn None"
+            )
+        return separator
+
+
+# ---- one writer for each style: (conversation, turns) → text
+
+
+def _write_single(conv: Conversation, turns) -> str:
+    said = [f"{role}: {text}{conv.sep}" if text else f"{role}:" for role, text in turns]
+    return conv.system + conv.sep + "".join(said)
+
+
+def _write_two(conv: Conversation, turns) -> str:
+    said = [f"{role}: {text}{conv._separator(i)}" if text else f"{role}:" for i, (role, text) in enumerate(turns)]
+    return conv.system + conv.sep + "".join(said)
+
+
+def _write_mpt(conv: Conversation, turns) -> str:
+    said = [f"{role}{text}{conv.sep}" if text else role for role, text in turns]
+    return conv.system + conv.sep + "".join(said)
+
+
+def _write_plain(conv: Conversation, turns) -> str:
+    return conv.system + "".join(text + conv._separator(i) for i, (_, text) in enumerate(turns) if text)
+
+
+def _write_llama_2(conv: Conversation, turns) -> str:
+    if turns and (not turns[0][1] or turns[0][0] != conv.roles[0]):
+        raise ValueError(
+            f"conversation: the first turn must be a non-empty message of {conv.roles[0]!r} in the LLAMA_2 style, "
+            f"got {turns[0]!r}"
+        )
+    prompt = ""
+    for i, (_, text) in enumerate(turns):
+        if not text:
+            continue
+        if i == 0 and conv.system:
+            text = f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n{text}"
+        prompt += f" {text} {conv._separator(i)}" if i % 2 else f"{conv.sep}[INST] {text} [/INST]"
+    # The tokenizer adds BOS itself. The reference's lstrip takes `sep` as a set of characters, not as a prefix.
+    return prompt.lstrip(conv.sep)
+
+
+def _write_llama_3(conv: Conversation, turns) -> str:
+    prompt = "<|begin_of_text|>"
+    for role, text in [("system", conv.system), *turns]:
+        prompt += f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+        if text:
+            prompt += text.strip() + conv.sep
+    return prompt
+
+
+_WRITERS = {
+    SeparatorStyle.SINGLE: _write_single,
+    SeparatorStyle.TWO: _write_two,
+    SeparatorStyle.MPT: _write_mpt,
+    SeparatorStyle.PLAIN: _write_plain,
+    SeparatorStyle.LLAMA_2: _write_llama_2,
+    SeparatorStyle.LLAMA_3: _write_llama_3,
+}
+
+
+# ---- the templates: their wording is what the checkpoints were trained on, so it is the reference's to the letter
+
+_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+_USER = _HUMAN.replace("human", "user")
+_LANGUAGE_AND_VISION = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+_MPT = (
+    "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers."
+)
+_EXAMPLE_DIALOGUE = (
+    ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
+    (
+        "Assistant",
+        "Renewable energy sources are those that can be replenished naturally in a relatively "
+        "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+        "Non-renewable energy sources, on the other hand, are finite and will eventually be "
+        "depleted, such as coal, oil, and natural gas. Here are some key differences between "
+        "renewable and non-renewable energy sources:\n"
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+        "energy sources are finite and will eventually run out.\n"
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+        "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+        "and other negative effects.\n"
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
+        "have lower operational costs than non-renewable sources.\n"
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
+        "locations than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+        "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+        "non-renewable sources are not, and their depletion can lead to economic and social instability.\n",
+    ),
+)
+
+_NAMES = ("USER", "ASSISTANT")
+_NAMES_V0 = ("Human", "Assistant")
+_CHATML = dict(
+    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    sep_style=SeparatorStyle.MPT,
+    sep="<|im_end|>",
+    version="mpt",
+)
+_V1 = dict(roles=_NAMES, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>")
+_LLAMA_2_STYLE = dict(roles=_NAMES, sep_style=SeparatorStyle.LLAMA_2, sep2="</s>", version="llama_v2")
+
+_vicuna_v0 = Conversation(_HUMAN, _NAMES_V0, _EXAMPLE_DIALOGUE, offset=2)
+_vicuna_v1 = Conversation(_USER, version="v1", **_V1)
+_chatml_direct = Conversation("<|im_start|>system\nAnswer the questions.", **_CHATML)
+_plain = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
+
+conv_templates: dict[str, Conversation] = {
+    "default": _vicuna_v0,
+    "v0": _vicuna_v0,
+    "v1": _vicuna_v1,
+    "vicuna_v1": _vicuna_v1,
+    "llama_2": Conversation(_LLAMA_2, sep="<s>", **_LLAMA_2_STYLE),
+    "mistral_instruct": Conversation("", sep="", **_LLAMA_2_STYLE),
+    "chatml_direct": _chatml_direct,
+    "mistral_direct": _chatml_direct,
+    "plain": _plain,
+    "v0_plain": _plain,
+    "llava_v0": Conversation(_HUMAN, _NAMES_V0),
+    "v0_mmtag": Conversation(_MMTAG, _NAMES_V0, version="v0_mmtag"),
+    "llava_v1": Conversation(_HUMAN, version="v1", **_V1),
+    "v1_mmtag": Conversation(_MMTAG, version="v1_mmtag", **_V1),
+    "llava_llama_2": Conversation(_LANGUAGE_AND_VISION, sep="<s>", **_LLAMA_2_STYLE),
+    "mpt": Conversation(_MPT, **_CHATML),
+    # Not of the original LLaVA: what LLaVA-NeXT gives llama3-llava-next-8b.
+    "llava_llama_3": Conversation(
+        _LANGUAGE_AND_VISION,
+        ("user", "assistant"),
+        sep_style=SeparatorStyle.LLAMA_3,
+        sep="<|eot_id|>",
+        version="llama_v3",
+    ),
+}
+
+
+# ---- which template, and where the images go
+
+# Parts of a checkpoint's name, in the order in which they are looked for, and the template that each picks.
+_MODE_BY_NAME = (
+    ("llama3", "llava_llama_3"),
+    ("llama-3", "llava_llama_3"),
+    ("llama-2", "llava_llama_2"),
+    ("mistral", "mistral_instruct"),
+    ("v1.6-34b", "chatml_direct"),
+    ("v1", "llava_v1"),
+    ("mpt", "mpt"),
+)
+
+
+def infer_conv_mode(model_name: str) -> str:
+    """The template's name for a checkpoint's name, as `run_llava.py` picks it (`llava_v0` where nothing matches).
+
+    Llama 3, which the reference does not know, is looked for first.
+    """
+    name = model_name.lower()
+    return next((mode for part, mode in _MODE_BY_NAME if part in name), "llava_v0")
+
+
+def pick_conv_mode(model_name: str, conv_mode: str | None = None) -> str:
+    """The template's name: `conv_mode` where it is given, with a warning if the checkpoint's name says another.
+
+    Raises:
+        ValueError: nobody knows `conv_mode`.
+    """
+    inferred = infer_conv_mode(model_name)
+    if conv_mode is None:
+        return inferred
+    if conv_mode not in conv_templates:
+        raise ValueError(f"conv_mode={conv_mode!r} is not known; use one of {', '.join(conv_templates)}")
+    if conv_mode != inferred:
+        warnings.warn(
+            f"the checkpoint's name {model_name!r} suggests conv_mode={inferred!r}, using {conv_mode!r} as asked",
+            stacklevel=2,
+        )
+    return conv_mode
+
+
+def user_message(query: str, num_images: int, mm_use_im_start_end: bool = False) -> str:
+    """The user's turn with one `<image>` for each image, as `run_llava.py` writes it.
+
+    `<image-placeholder>` becomes the image token. A query with `<image>` placed by hand is kept; otherwise one
+    `<image>` and a line break for each image are put in front. `mm_use_im_start_end` wraps what is put in.
+
+    Raises:
+        ValueError: the number of `<image>` is not `num_images`.
+    """
+    token = DEFAULT_IMAGE_TOKEN
+    if mm_use_im_start_end:
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    if IMAGE_PLACEHOLDER in query:
+        query = query.replace(IMAGE_PLACEHOLDER, token)
+    elif DEFAULT_IMAGE_TOKEN not in query:
+        query = f"{token}\n" * num_images + query
+    placed = query.count(DEFAULT_IMAGE_TOKEN)
+    if placed != num_images:
+        raise ValueError(
+            f"the query has {placed} {DEFAULT_IMAGE_TOKEN} but there are {num_images} images; "
+            f"write one {DEFAULT_IMAGE_TOKEN} for each image, or none to have them put in front"
+        )
+    return query

@@ -1,0 +1,377 @@
+"""Prompt → ids with the image placeholder, and ids → text.
+
+`LlamaTokenizer` gives the ids and the texts of transformers 4.37.2's Llama tokenizers, which the reference uses: the
+slow one, legacy or not, and the fast one. It needs sentencepiece only. Imports neither JAX nor torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from llava_jax.constants import IMAGE_TOKEN_INDEX
+
+SPIECE_UNDERLINE = "▁"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DEFAULT_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+# Serialized `normalizer_spec`s: after a model's bytes, such a message overrides those fields of the model's own.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # add_dummy_prefix: false
+_PREFIX_AND_NOTHING_ELSE = b"\x1a\x06\x12\x00\x18\x01\x20\x00"  # no charsmap, dummy prefix, extra spaces kept
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def tokenizer_image_token(prompt: str, tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX) -> list[int]:
+    """Ids of a prompt with `image_token_index` where `<image>` stands, as the reference's function of this name.
+
+    Each chunk between the images is encoded alone and the BOS of all but the first is dropped, so that a chunk
+    after an image starts with the tokenizer's dummy prefix, as the checkpoints were trained.
+    """
+    first, *others = [tokenizer.encode(chunk) for chunk in prompt.split("<image>")]
+    ids = list(first)
+    skip = 1 if first and first[0] == tokenizer.bos_token_id else 0
+    for chunk in others:
+        ids += [image_token_index, *chunk[skip:]]
+    return ids
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of a text before SentencePiece sees it; lstrip and rstrip eat the spaces beside it."""
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class LlamaTokenizer:
+    """A SentencePiece Llama tokenizer, as transformers 4.37.2 reads the same files.
+
+    Attributes:
+        model_proto: the bytes of `tokenizer.model`.
+        special_tokens: token by name (`bos_token`, `eos_token`, `unk_token`, `pad_token`, …).
+        added_tokens: id → token, the special ones among them.
+        additional_special_tokens: special tokens that have no name.
+        legacy: every text between two added tokens gets the dummy prefix (else the first only). Slow tokenizer only.
+        fast: what the fast tokenizer does: encodes as legacy, decodes invalid bytes and special tokens its own way.
+    """
+
+    model_proto: bytes = field(repr=False)
+    special_tokens: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_SPECIAL))
+    added_tokens: dict[int, AddedToken] = field(default_factory=dict)
+    additional_special_tokens: tuple[str, ...] = ()
+    legacy: bool = True
+    fast: bool = False
+    add_bos_token: bool = True
+    add_eos_token: bool = False
+
+    # ---- ids
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._special_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._special_id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    def __len__(self) -> int:
+        """Number of different tokens, the added ones included: the rows that the embedding table needs."""
+        return len(self._vocabulary)
+
+    def add_tokens(self, tokens: Iterable[str | AddedToken]) -> LlamaTokenizer:
+        """A new tokenizer that has these as special tokens too, as transformers' `add_tokens(…, special_tokens=True)`.
+
+        A token that the vocabulary lacks gets the next id after it; one that it has keeps its id. An added token that
+        is named again stays what it was, except that the fast tokenizer then takes it as special.
+        """
+        added, additional = dict(self.added_tokens), list(self.additional_special_tokens)
+        ids, known = dict(self._vocabulary), dict(self._added_by_content)
+        for token in tokens:
+            if isinstance(token, str) and token in known and not self.fast:
+                continue
+            token = known.get(token, AddedToken(token)) if isinstance(token, str) else token
+            if not token.content:
+                continue
+            token_id = ids.setdefault(token.content, len(ids))
+            known[token.content] = added[token_id] = replace(token, special=True)
+            if token.content not in self.special_tokens.values() and token.content not in additional:
+                additional.append(token.content)
+        return replace(self, added_tokens=added, additional_special_tokens=tuple(additional))
+
+    # ---- text → ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with BOS in front where the tokenizer adds it."""
+        ids = [self._token_id(token) for token in self._tokenize(text)]
+        if self.add_bos_token and self.bos_token_id is not None:
+            ids.insert(0, self.bos_token_id)
+        if self.add_eos_token and self.eos_token_id is not None:
+            ids.append(self.eos_token_id)
+        return ids
+
+    def _tokenize(self, text: str) -> list[str]:
+        if self._prefix_everywhere or not text:
+            return self._tokenize_around_added(text)
+        tokens = self._tokenize_around_added(SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "))
+        if len(tokens) > 1 and tokens[0] == SPIECE_UNDERLINE and tokens[1] in self._all_special:
+            return tokens[1:]
+        return tokens
+
+    def _tokenize_around_added(self, text: str) -> list[str]:
+        chunks = self._added_pattern.split(text)  # texts at even places, added tokens at odd ones
+        for i in range(1, len(chunks), 2):
+            token = self._added_by_content[chunks[i]]
+            if token.rstrip:
+                chunks[i + 1] = chunks[i + 1].lstrip()
+            if token.lstrip:
+                chunks[i - 1] = chunks[i - 1].rstrip()
+        tokens = []
+        for i, chunk in enumerate(chunks):
+            if i % 2:
+                tokens.append(chunk)
+            elif chunk:
+                tokens += self._tokenize_chunk(chunk)
+        return tokens
+
+    def _tokenize_chunk(self, text: str) -> list[str]:
+        if self._prefix_everywhere or not text.startswith((SPIECE_UNDERLINE, " ")):
+            return self._model.encode(text, out_type=str)
+        # SentencePiece may strip a leading space, so the reference puts the text `<unk>` before it and cuts its pieces.
+        unk = self.special_tokens["unk_token"]
+        tokens = self._model.encode(unk + text, out_type=str)
+        return tokens[len(self._model.encode(unk, out_type=str)) :]
+
+    # ---- ids → text
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. An id past the vocabulary (a model's table may be padded) is nothing.
+
+        Raises:
+            ValueError: an id is negative (-200 and -100 are placeholders, not tokens).
+        """
+        tokens = self._tokens(ids, skip_special_tokens)
+        return self._text_fast(tokens) if self.fast else self._text_slow(tokens)
+
+    def _tokens(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str]:
+        ids, size = [int(i) for i in ids], self._model.get_piece_size()
+        if ids and min(ids) < 0:
+            raise ValueError(f"decode: {min(ids)} is not a token id; leave placeholders out of the ids")
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in self._skipped_ids]
+        added = self.added_tokens
+        return [added[i].content if i in added else self._model.id_to_piece(i) for i in ids if i in added or i < size]
+
+    def _text_slow(self, tokens: list[str]) -> str:
+        """Added tokens that are not special stand apart, with a space on each side."""
+        texts, run = [], []
+        for token in tokens:
+            if token not in self._spaced:
+                run.append(token)
+                continue
+            text = self._text_of_run(run)
+            texts += [text, token] if text else [token]
+            run = []
+        if run:
+            texts.append(self._text_of_run(run))
+        return " ".join(texts)
+
+    def _text_of_run(self, tokens: list[str]) -> str:
+        """As `LlamaTokenizer.convert_tokens_to_string`: a special token is not SentencePiece's to decode."""
+        text, pieces, after_special = "", [], False
+        for i, token in enumerate(tokens):
+            if i == 0:
+                token = token.removeprefix(SPIECE_UNDERLINE)
+            if token not in self._all_special:
+                pieces.append(token)
+                after_special = False
+                continue
+            if self.legacy and i > 0 and not after_special:
+                text += " "
+            text += self._model.decode(pieces) + token if pieces else token
+            pieces, after_special = [], True
+        return text + self._model.decode(pieces) if pieces else text
+
+    def _text_fast(self, tokens: list[str]) -> str:
+        """As the fast decoder: a run of byte tokens is text if all of it is UTF-8, else one U+FFFD for each byte."""
+        texts, run = [], bytearray()
+        for token in [*tokens, ""]:
+            if byte := BYTE_PIECE.fullmatch(token):
+                run.append(int(byte[1], 16))
+                continue
+            texts += [_utf8_or_replacement(bytes(run)), token.replace(SPIECE_UNDERLINE, " ")]
+            run.clear()
+        return "".join(texts).removeprefix(" ")
+
+    def settled_text(self, ids: Sequence[int]) -> str:
+        """The part of `decode(ids)` that no further id can change."""
+        tokens = self._tokens(ids, True)
+        if not self.fast:
+            return self._text_slow(tokens).rstrip("\ufffd")
+        while tokens and BYTE_PIECE.fullmatch(tokens[-1]):
+            tokens.pop()  # the next byte may still make the whole run invalid
+        return self._text_fast(tokens)
+
+    # ---- what follows from the fields
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._token_id(token)
+
+    def _token_id(self, token: str) -> int:
+        found = self._added_ids.get(token)
+        return self._model.piece_to_id(token) if found is None else found
+
+    @property
+    def _prefix_everywhere(self) -> bool:
+        return self.legacy or self.fast
+
+    @functools.cached_property
+    def _model(self) -> SentencePieceProcessor:
+        """What the reference makes of the model: the fast tokenizer never reads the model's own normalizer."""
+        override = _PREFIX_AND_NOTHING_ELSE if self.fast else b"" if self.legacy else _NO_DUMMY_PREFIX
+        return SentencePieceProcessor(model_proto=self.model_proto + override)
+
+    @functools.cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        vocabulary = {self._model.id_to_piece(i): i for i in range(self._model.get_piece_size())}
+        return vocabulary | self._added_ids
+
+    @functools.cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.added_tokens.items()}
+
+    @functools.cached_property
+    def _added_by_content(self) -> dict[str, AddedToken]:
+        return {token.content: token for token in self.added_tokens.values()}
+
+    @functools.cached_property
+    def _added_pattern(self) -> re.Pattern:
+        """Matches the leftmost added token, and the longest there."""
+        longest_first = sorted(self._added_by_content, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "((?!))")
+
+    @functools.cached_property
+    def _all_special(self) -> frozenset[str]:
+        return frozenset(self.special_tokens.values()) | frozenset(self.additional_special_tokens)
+
+    @functools.cached_property
+    def _skipped_ids(self) -> frozenset[int]:
+        if self.fast:
+            return frozenset(i for i, token in self.added_tokens.items() if token.special)
+        return frozenset(map(self._token_id, self._all_special))
+
+    @functools.cached_property
+    def _spaced(self) -> frozenset[str]:
+        size = self._model.get_piece_size()
+        extra = {token for token in self.additional_special_tokens if self._token_id(token) >= size}
+        return frozenset(self._added_ids) - self._all_special | extra
+
+
+def _utf8_or_replacement(run: bytes) -> str:
+    try:
+        return run.decode("utf-8")
+    except UnicodeDecodeError:
+        return "\ufffd" * len(run)
+
+
+# ---- from files
+
+
+def load_tokenizer(directory: str | Path, name: str = "", reading: str = "original"):
+    """The tokenizer of a checkpoint directory, of the kind that the reference's `load_pretrained_model` takes.
+
+    Args:
+        directory: holds `tokenizer.model` (and its JSON files), or `tokenizer.json` alone (Llama 3), which is read by
+            transformers' PreTrainedTokenizerFast: same `encode`, `decode` and ids, but its `decode` keeps special
+            tokens unless told `skip_special_tokens=True`.
+        name: the checkpoint's name: the fast tokenizer is taken for "mistral", as in the reference.
+        reading: "original", or "llava-hf" for the fast tokenizer whatever the name.
+
+    Raises:
+        FileNotFoundError: neither file is there.
+        ValueError: a file is not what its name says.
+    """
+    directory = Path(directory)
+    if (directory / "tokenizer.model").is_file():
+        fast = reading == "llava-hf" or "mistral" in name.lower()
+        return _load_llama(directory, fast)
+    if (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast  # slow to import
+
+        _read_json(directory / "tokenizer.json")
+        return PreTrainedTokenizerFast.from_pretrained(str(directory))
+    raise FileNotFoundError(
+        f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
+    )
+
+
+def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
+    path = directory / "tokenizer.model"
+    proto = path.read_bytes()
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(proto)
+    except RuntimeError as error:
+        raise ValueError(f"{path} ({len(proto)} bytes) is not a SentencePiece model; download it again") from error
+
+    config = _read_json(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        added = {int(i): _added_token(token) for i, token in config["added_tokens_decoder"].items()}
+    else:
+        config |= _read_json(directory / "special_tokens_map.json")
+        added = _added_tokens_of_older_files(directory)
+    by_content = {token.content: token for token in added.values()}
+    special = {name: AddedToken(content) for name, content in DEFAULT_SPECIAL.items() if name not in config}
+    for name in SPECIAL_NAMES:
+        if config.get(name) is not None:
+            token = _added_token(config[name])
+            special[name] = by_content.get(token.content, token)
+    # Those without a name override the listed ones only where they say how they strip.
+    additional = [t if isinstance(t, str) else _added_token(t) for t in config.get("additional_special_tokens") or []]
+
+    tokenizer = LlamaTokenizer(
+        model_proto=proto,
+        special_tokens={name: token.content for name, token in special.items()},
+        added_tokens=added,
+        additional_special_tokens=tuple(t if isinstance(t, str) else t.content for t in additional),
+        legacy=config.get("legacy", True) is not False,
+        fast=fast,
+        add_bos_token=config.get("add_bos_token", True),
+        add_eos_token=config.get("add_eos_token", False),
+    )
+    in_order = [special[name] for name in SPECIAL_NAMES if name in special]
+    return tokenizer.add_tokens([*in_order, *additional])
+
+
+def _added_tokens_of_older_files(directory: Path) -> dict[int, AddedToken]:
+    """Added tokens where `tokenizer_config.json` does not list them, from the files of before and from the fast one."""
+    added = {i: AddedToken(content) for content, i in _read_json(directory / "added_tokens.json").items()}
+    listed = _read_json(directory / "tokenizer.json").get("added_tokens", [])
+    return added | {token["id"]: _added_token(token) for token in listed}
+
+
+def _added_token(token: str | dict) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token)
+    return AddedToken(token["content"], *(bool(token.get(key)) for key in ("lstrip", "rstrip", "special")))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error

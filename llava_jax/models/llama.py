@@ -1,0 +1,111 @@
+"""The Llama-family decoder. It keeps no cache: each layer is told how to attend, and hands back what that gave.
+
+Layers work on [..., L, E] with any leading axes: [B, L, E] in prefill and training, [G, R, L, E] in decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+
+from llava_jax.config import TextConfig
+from llava_jax.models.ops import apply_rotary, rms_norm, rotary_embedding
+
+# (q [..., L, H, D], k [..., L, K, D], v [..., L, K, D]) → (attended [..., L, H, D], anything to hand back)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
+
+
+class LlamaRMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+
+
+class LlamaAttention(nn.Module):
+    """Projections and rotary positions around whatever attention the caller passes in."""
+
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
+        """x [..., L, E]; cos, sin [..., L, D] → (output [..., L, E], what `attend` hands back)."""
+        config = self.config
+
+        def project(name: str, heads: int) -> jax.Array:
+            out = nn.Dense(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x)
+            return out.reshape(*x.shape[:-1], heads, config.head_dim)
+
+        q = apply_rotary(project("q_proj", config.num_attention_heads), cos, sin)
+        k = apply_rotary(project("k_proj", config.num_key_value_heads), cos, sin)
+        out, state = attend(q, k, project("v_proj", config.num_key_value_heads))
+        out = out.reshape(*x.shape[:-1], -1)
+        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(out), state
+
+
+class LlamaMLP(nn.Module):
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = self.config.intermediate_size
+        gate = nn.Dense(wide, use_bias=False, name="gate_proj")(x)
+        up = nn.Dense(wide, use_bias=False, name="up_proj")(x)
+        return nn.Dense(self.config.hidden_size, use_bias=False, name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class LlamaDecoderLayer(nn.Module):
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
+        eps = self.config.rms_norm_eps
+        normed = LlamaRMSNorm(eps, name="input_layernorm")(x)
+        attended, state = LlamaAttention(self.config, name="self_attn")(normed, cos, sin, attend)
+        x = x + attended
+        x = x + LlamaMLP(self.config, name="mlp")(LlamaRMSNorm(eps, name="post_attention_layernorm")(x))
+        return x, state
+
+
+class LlamaModel(nn.Module):
+    """Embeddings, decoder layers, final norm and language-model head."""
+
+    config: TextConfig
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
+        self.layers = [LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = LlamaRMSNorm(config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Dense(config.vocab_size, use_bias=False)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, seq_len: jax.Array, attends: Sequence[Attend]):
+        """Run the layers.
+
+        Args:
+            x: embeddings [..., L, E].
+            positions: int32 [..., L].
+            seq_len: int32 [...], each row's length so far (`dynamic` rope scaling looks at it).
+            attends: one for each layer.
+
+        Returns:
+            (the normed last hidden state [..., L, E], what each layer's `attend` handed back,
+            the hidden states as transformers lists them: embeddings, each layer's, the last one normed)
+        """
+        cos, sin = rotary_embedding(positions, self.config, seq_len)
+        hidden_states, states = [x], []
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x, state = layer(x, cos, sin, attend)
+            hidden_states.append(x)
+            states.append(state)
+        hidden_states[-1] = self.norm(x)
+        return hidden_states[-1], states, hidden_states
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., E] → float32 [..., V]."""
+        tied = self.config.tie_word_embeddings
+        return (self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)).astype("float32")

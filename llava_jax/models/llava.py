@@ -1,0 +1,134 @@
+"""LLaVA: tower, projector and decoder, joined by one gather. Everything here is device code with static shapes."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llava_jax.batch import Batch
+from llava_jax.config import LlavaConfig
+from llava_jax.models.llama import LlamaModel
+from llava_jax.models.ops import attention_weights, causal_attention, causal_mask, two_part_attention, weighted_values
+from llava_jax.models.projector import build_vision_projector
+from llava_jax.models.vision import build_vision_tower
+
+
+class LlavaLlamaForCausalLM(nn.Module):
+    """The whole model as a Flax module; its parameters are the nested dict that a converted checkpoint holds."""
+
+    config: LlavaConfig
+
+    def setup(self):
+        self.vision_tower = build_vision_tower(self.config)
+        self.mm_projector = build_vision_projector(self.config)
+        self.language_model = LlamaModel(self.config.text)
+        if self.config.has_image_newline:
+            width = self.config.text.hidden_size
+            self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))
+
+    def encode_images(self, tiles: jax.Array) -> jax.Array:
+        """uint8 tiles [T, S, S, 3] → projected features [T, tokens_per_tile, E]."""
+        return self.mm_projector(self.vision_tower(tiles))
+
+    def vision_features(self, tiles: jax.Array) -> jax.Array:
+        """uint8 tiles [T, S, S, 3] → the tower's selected features [T, tokens_per_tile, mm_hidden_size]."""
+        return self.vision_tower(tiles)
+
+    def embed_multimodal(self, batch: Batch) -> jax.Array:
+        """The merged sequence [B, L, E] of a planned batch: one gather from one table.
+
+        The table is [embedded text | projected tiles | image_newline | zeros]; `batch.index` says which row stands
+        where (the device half of the original's prepare_inputs_labels_for_multimodal).
+        """
+        text = self.language_model.embed_tokens(batch.text_ids)
+        width = text.shape[-1]
+        newline = self.image_newline if self.config.has_image_newline else jnp.zeros(width, text.dtype)
+        parts = [text]
+        if len(batch.tiles):
+            parts.append(self.encode_images(batch.tiles).reshape(-1, width).astype(text.dtype))
+        table = jnp.concatenate([*parts, newline[None], jnp.zeros((1, width), text.dtype)])
+        return jnp.take(table, batch.index, axis=0)
+
+    def __call__(self, batch: Batch, output_attentions: bool = False):
+        """A whole batch at once.
+
+        Returns:
+            (logits float32 [B, L, V], hidden states: layers + 1 of [B, L, E], attentions: one [B, H, L, L] a layer,
+            or None each where not asked for)
+        """
+        valid = batch.attention_mask
+
+        def attend(q, k, v):
+            if not output_attentions:
+                return causal_attention(q, k, v, valid), None
+            weights = attention_weights(q, k, causal_mask(valid, 0, q.shape[1]))
+            return weighted_values(weights, v), weights.reshape(len(q), -1, *weights.shape[-2:])
+
+        embeds = self.embed_multimodal(batch)
+        attends = [attend] * self.config.text.num_hidden_layers
+        hidden, attentions, hidden_states = self.language_model(embeds, batch.position_ids, batch.lengths, attends)
+        return self.language_model.logits(hidden), hidden_states, attentions
+
+    def prefill(self, batch: Batch):
+        """Prompts (right-padded) to the logits after their last token, [B, V], and every layer's keys and values.
+
+        Returns:
+            (logits float32 [B, V], one (k, v) of [B, L, K, D] for each layer)
+        """
+
+        def attend(q, k, v):
+            return causal_attention(q, k, v, batch.attention_mask), (k, v)
+
+        embeds = self.embed_multimodal(batch)
+        attends = [attend] * self.config.text.num_hidden_layers
+        hidden, keys_values, _ = self.language_model(embeds, batch.position_ids, batch.lengths, attends)
+        last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.language_model.logits(last), keys_values
+
+    def extend(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
+        """New tokens after a shared prefix: written into the suffix at `slot`, attending to both parts of the cache.
+
+        Args:
+            token_ids, positions: int32 [G, R, L].
+            prefix, suffix: `llava_jax.inference.cache` states; the suffix's `valid` covers the new slots already.
+            slot: int32 scalar, where in the suffix the L new positions stand.
+
+        Returns:
+            (logits float32 [G, R, L, V], the suffix's new (k, v) for each layer)
+        """
+        slots = slot + jnp.arange(token_ids.shape[-1])
+        seen = suffix.valid[:, :, None] & (jnp.arange(suffix.valid.shape[-1]) <= slots[:, None])
+
+        def attend_with(prefix_kv, suffix_kv):
+            def attend(q, k, v):
+                k = jax.lax.dynamic_update_slice_in_dim(suffix_kv[0], k.astype(suffix_kv[0].dtype), slot, axis=2)
+                v = jax.lax.dynamic_update_slice_in_dim(suffix_kv[1], v.astype(suffix_kv[1].dtype), slot, axis=2)
+                return two_part_attention(q, *prefix_kv, prefix.valid, k, v, seen), (k, v)
+
+            return attend
+
+        attends = [attend_with(*kv) for kv in zip(prefix.keys_values, suffix.keys_values, strict=True)]
+        embeds = self.language_model.embed_tokens(token_ids)
+        hidden, keys_values, _ = self.language_model(embeds, positions, positions[..., -1] + 1, attends)
+        return self.language_model.logits(hidden), keys_values
+
+
+def init_params(config: LlavaConfig, key: jax.Array) -> dict:
+    """Random float32 parameters: the plain nested dict that every function here takes."""
+    side = config.tile_size
+    batch = Batch(
+        tiles=jnp.zeros((1, side, side, 3), jnp.uint8),
+        text_ids=jnp.zeros(1, jnp.int32),
+        index=jnp.zeros((1, 1), jnp.int32),
+        position_ids=jnp.zeros((1, 1), jnp.int32),
+        attention_mask=jnp.ones((1, 1), bool),
+        labels=jnp.zeros((1, 1), jnp.int32),
+        lengths=jnp.ones(1, jnp.int32),
+    )
+    return LlavaLlamaForCausalLM(config).init(key, batch)["params"]
+
+
+def param_shapes(config: LlavaConfig) -> dict:
+    """The tree of `jax.ShapeDtypeStruct` (float32) that `init_params` would fill; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

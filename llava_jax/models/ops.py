@@ -1,0 +1,177 @@
+"""The decoder's arithmetic as pure functions: norm, rotary positions, attention, loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.config import TextConfig
+from llava_jax.constants import IGNORE_INDEX
+
+QUERY_CHUNK = 512  # rows of scores alive at once in prefill: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x [..., E] / rms(x), rounded to x's dtype before the weight multiplies (LlamaRMSNorm)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return scale * wide.astype(x.dtype)
+
+
+def divide_exactly(x: jax.Array, by: np.ndarray) -> jax.Array:
+    """float32 x / by, correctly rounded, which XLA's own division is not: one step back by the quotient's remainder.
+
+    The remainder is exact because the quotient and `by` are split into halves whose products fit in float32.
+    """
+    inverse, mask = np.float32(1) / by, np.uint32(0xFFFFF000)
+    by_head = (by.view(np.uint32) & mask).view(np.float32)
+    quotient = x * inverse
+    head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(quotient, jnp.uint32) & mask, jnp.float32)
+    tail, by_tail = quotient - head, by - by_head
+    remainder = ((x - head * by_head) - head * by_tail - tail * by_head) - tail * by_tail
+    return quotient + remainder * inverse
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x · σ(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _inverse_frequencies(config: TextConfig, base) -> jax.Array:
+    """float32 [..., D/2], computed as the reference does: 1 / base^(2i/D)."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    if isinstance(base, float):  # float64 and one rounding: what torch's float32 pow gives
+        return jnp.asarray(np.float32(1) / (base ** exponent.astype(np.float64)).astype(np.float32))
+    return 1.0 / base[..., None] ** exponent
+
+
+def _llama3_frequencies(config: TextConfig) -> jax.Array:
+    """Llama 3.1: low frequencies slowed by `factor`, a smooth ramp between (transformers' llama3 rope_scaling)."""
+    scaling = config.rope_scaling
+    plain = np.asarray(_inverse_frequencies(config, config.rope_theta))
+    wavelength = 2 * np.pi / plain
+    low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    ramp = scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor
+    ramp = ramp / (scaling.high_freq_factor - scaling.low_freq_factor)
+    between = (1 - ramp) * plain / scaling.factor + ramp * plain
+    slowed = np.where(wavelength > low, plain / scaling.factor, plain)
+    return jnp.asarray(np.where((wavelength <= low) & (wavelength >= high), between, slowed), jnp.float32)
+
+
+def rotary_embedding(positions: jax.Array, config: TextConfig, seq_len: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, in float32.
+
+    Args:
+        positions: int32 [..., L].
+        seq_len: int32 [...]: how long each row's sequence is so far; only `dynamic` scaling looks at it.
+
+    Returns:
+        cos, sin: float32 [..., L, D], the half-split layout (each angle stands at i and at i + D/2).
+    """
+    scaling, angles = config.rope_scaling, positions.astype(jnp.float32)[..., None]
+    if scaling is None:
+        frequencies = _inverse_frequencies(config, float(config.rope_theta))
+    elif scaling.rope_type == "linear":
+        frequencies = _inverse_frequencies(config, float(config.rope_theta))
+        angles = angles / scaling.factor
+    elif scaling.rope_type == "llama3":
+        frequencies = _llama3_frequencies(config)
+    else:  # dynamic NTK: the base grows with the sequence once it is past the trained length
+        longest = jnp.maximum(seq_len, config.max_position_embeddings).astype(jnp.float32)
+        stretch = scaling.factor * longest / config.max_position_embeddings - (scaling.factor - 1)
+        base = config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
+        frequencies = _inverse_frequencies(config, base)[..., None, :]
+    angles = angles * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate x [..., L, H, D] by cos, sin [..., L, D], rounded to x's dtype first (apply_rotary_pos_emb)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √D) in float32, as one whole matrix.
+
+    Args:
+        q: [B, L, H, D]; k: [B, S, K, D], H a multiple of K (grouped queries).
+        mask: bool [B, L, S], True where a query may look.
+
+    Returns:
+        [B, K, H/K, L, S] in q's dtype.
+    """
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+
+
+def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [B, K, H/K, L, S] times v [B, S, K, D]: [B, L, H, D]."""
+    out = jnp.einsum("bkhls,bskd->blkhd", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def causal_mask(valid: jax.Array, start: int, stop: int) -> jax.Array:
+    """bool [B, stop - start, stop]: which of the first `stop` keys the queries start..stop may see; valid [B, L]."""
+    return valid[:, None, :stop] & (jnp.arange(stop) <= jnp.arange(start, stop)[:, None])
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
+    """Causal self-attention, a chunk of queries at a time, each over the keys up to its own end.
+
+    Args:
+        q: [B, L, H, D]; k, v: [B, L, K, D].
+        valid: bool [B, L], False at padding.
+
+    Returns:
+        [B, L, H, D].
+    """
+    out = []
+    for start in range(0, q.shape[1], QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, q.shape[1])
+        weights = attention_weights(q[:, start:stop], k[:, :stop], causal_mask(valid, start, stop))
+        out.append(weighted_values(weights, v[:, :stop]))
+    return jnp.concatenate(out, axis=1)
+
+
+def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid) -> jax.Array:
+    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099).
+
+    Args:
+        q: [G, R, L, H, D], the new positions.
+        prefix_k, prefix_v: [G, P, K, D]; prefix_valid: bool [G, P].
+        suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
+
+    Returns:
+        [G, R, L, H, D]; exact: the scores against both parts are normalised together.
+    """
+    kv_heads, scale = prefix_k.shape[2], q.shape[-1] ** -0.5
+    grouped = q.reshape(*q.shape[:3], kv_heads, -1, q.shape[-1])
+    over_prefix = jnp.einsum("grlkhd,gpkd->grkhlp", grouped, prefix_k, preferred_element_type=jnp.float32) * scale
+    over_suffix = jnp.einsum("grlkhd,grskd->grkhls", grouped, suffix_k, preferred_element_type=jnp.float32) * scale
+    over_prefix = jnp.where(prefix_valid[:, None, None, None, None], over_prefix, MASKED)
+    over_suffix = jnp.where(suffix_valid[:, :, None, None], over_suffix, MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([over_prefix, over_suffix], axis=-1), axis=-1).astype(q.dtype)
+    on_prefix, on_suffix = jnp.split(weights, [prefix_k.shape[1]], axis=-1)
+    out = jnp.einsum("grkhlp,gpkd->grlkhd", on_prefix, prefix_v)
+    out = out + jnp.einsum("grkhls,grskd->grlkhd", on_suffix, suffix_v)
+    return out.reshape(q.shape)
+
+
+def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of each next token; -100 is left out. NaN if nothing is labelled, as in the reference.
+
+    Args:
+        logits: [B, L, V]; labels: int32 [B, L].
+    """
+    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
+    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    labelled = labels != IGNORE_INDEX
+    return jnp.sum(jnp.where(labelled, losses, 0.0)) / jnp.sum(labelled)

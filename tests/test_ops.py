@@ -1,0 +1,236 @@
+"""The decoder's arithmetic against PyTorch, transformers and plain float64 formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from llava_jax.config import RopeScaling, TextConfig
+from llava_jax.models import ops
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def plain_attention(q, k, v, seen):
+    """float64: q [L, H, D], k and v [S, K, D], seen bool [L, S] → [L, H, D]; query head h reads kv head h // (H/K)."""
+    out = np.zeros(q.shape)
+    for head in range(q.shape[1]):
+        kv = head // (q.shape[1] // k.shape[1])
+        scores = q[:, head].astype(np.float64) @ k[:, kv].T / np.sqrt(q.shape[-1])
+        weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+        out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv]
+    return out
+
+
+# ---- norm, division, activation
+
+
+def test_rms_norm_rounds_before_the_weight():
+    """bfloat16: rounding the other way round would differ in many places."""
+    x, scale = 3 * normal(64, 160), 1 + 0.3 * normal(160, seed=1)
+    norm = LlamaRMSNorm(160, eps=1e-5).bfloat16()
+    norm.weight.data = torch.from_numpy(scale).bfloat16()
+    theirs = norm(torch.from_numpy(x).bfloat16()).detach().float().numpy()
+    half = jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.bfloat16)
+    ours = np.asarray(jax.jit(ops.rms_norm, static_argnums=2)(*half, 1e-5))
+    assert ours.dtype == jnp.bfloat16
+    wide = np.asarray(half[0], np.float32)
+    wide = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-5)
+    late = np.asarray(jnp.asarray(wide * np.asarray(half[1], np.float32), jnp.bfloat16), np.float32)
+    # one float32 ulp in rsqrt may tip a rounding, once in some thousands
+    assert np.mean(ours.astype(np.float32) != theirs) < 1e-3 < 0.1 < np.mean(late != theirs)
+    np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=2**-7)
+
+
+def test_rms_norm_float32():
+    x, scale = normal(5, 7, 32), normal(32, seed=1)
+    norm = LlamaRMSNorm(32, eps=1e-3)  # an eps that shows
+    norm.weight.data = torch.from_numpy(scale)
+    np.testing.assert_allclose(ops.rms_norm(x, scale, 1e-3), norm(torch.from_numpy(x)).detach(), atol=2e-6)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_divide_exactly(jit):
+    """Every quotient is IEEE's, where XLA's own division is off by an ulp in places."""
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((3000, 200)) * 2.0 ** rng.integers(-8, 8, (3000, 200))).astype(np.float32)
+    by = rng.uniform(0.05, 4, 200).astype(np.float32)
+    np.testing.assert_array_equal(jit(ops.divide_exactly)(x, by), x / by)
+    levels = np.arange(256, dtype=np.float32)
+    np.testing.assert_array_equal(jit(ops.divide_exactly)(levels, np.float32([255])), levels / np.float32(255))
+
+
+def test_quick_gelu():
+    x = normal(1000) * 5
+    tensor = torch.from_numpy(x)
+    np.testing.assert_allclose(ops.quick_gelu(x), tensor * torch.sigmoid(1.702 * tensor), atol=1e-6)
+
+
+# ---- rotary positions
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("theta", "head_dim", "scaling"),
+    [(1e4, 128, None), (5e5, 128, None), (1e6, 64, None), (5e6, 128, None), (12345.0, 80, None)]
+    + [
+        (1e4, 128, RopeScaling("linear", 2.5)),
+        (5e5, 128, LLAMA3),
+        (5e5, 64, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+    ],
+    ids=lambda value: value.rope_type if isinstance(value, RopeScaling) else str(value),
+)
+def test_rotary_embedding(theta, head_dim, scaling):
+    """Up to position 4095, where one ulp in a frequency would already show as 2e-4."""
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    if scaling is not None:
+        parameters |= (
+            dataclasses.asdict(scaling)
+            if scaling.rope_type == "llama3"
+            else {
+                "rope_type": "linear",
+                "factor": scaling.factor,
+            }
+        )
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=131072, rope_parameters=parameters
+        )
+    )
+    positions = np.arange(4096)[None]
+    expected = theirs(torch.zeros(1), torch.from_numpy(positions))
+    config = TextConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
+    ours = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([4096]))
+    # linear divides the positions, as transformers 4.37 does; 5.x divides the frequencies: an ulp, times the position
+    atol = 4e-4 if scaling is not None and scaling.rope_type == "linear" else 1e-6
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.shape == (1, 4096, head_dim) and mine.dtype == jnp.float32
+        np.testing.assert_allclose(mine, other, atol=atol)
+
+
+def reference_dynamic(positions, seq_len, head_dim, theta, factor, trained):
+    """cos of transformers 4.37's LlamaDynamicNTKScalingRotaryEmbedding: Python floats, then torch float32."""
+    base = theta
+    if seq_len > trained:
+        base = theta * ((factor * seq_len / trained) - (factor - 1)) ** (head_dim / (head_dim - 2))
+    frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    return torch.outer(torch.from_numpy(positions).float(), frequencies).cos().repeat(1, 2)
+
+
+@pytest.mark.parametrize("seq_len", [7, 2048, 2049, 3000, 4096])
+def test_dynamic_rope(seq_len):
+    config = TextConfig(head_dim=128, max_position_embeddings=2048, rope_scaling=RopeScaling("dynamic", 2.0))
+    positions = np.arange(seq_len)
+    cos, _ = jax.jit(ops.rotary_embedding, static_argnums=1)(positions[None], config, jnp.int32([seq_len]))
+    expected = reference_dynamic(positions, seq_len, 128, 1e4, 2.0, 2048)
+    np.testing.assert_allclose(cos[0], expected, atol=1e-4)
+
+
+def test_dynamic_rope_goes_by_each_rows_length():
+    config = TextConfig(head_dim=16, max_position_embeddings=8, rope_scaling=RopeScaling("dynamic", 3.0))
+    positions = np.stack([np.arange(20)] * 3)
+    cos, _ = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([5, 12, 20]))
+    for row, seq_len in enumerate([5, 12, 20]):
+        np.testing.assert_allclose(cos[row], reference_dynamic(positions[row], seq_len, 16, 1e4, 3.0, 8), atol=1e-5)
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_causal_attention_in_chunks(monkeypatch, kv_heads, length, padding):
+    monkeypatch.setattr(ops, "QUERY_CHUNK", 8)
+    q, k, v = normal(2, length, 6, 4), normal(2, length, kv_heads, 4, seed=1), normal(2, length, kv_heads, 4, seed=2)
+    valid, some = np.ones((2, length), bool), length // 3
+    if padding == "right":
+        valid[1, length - some :] = False
+    if padding == "left":
+        valid[1, :some] = False
+    out = np.asarray(ops.causal_attention(q, k, v, jnp.asarray(valid)))
+    assert out.shape == q.shape and np.isfinite(out).all()
+    for row in range(2):
+        seen = np.tril(np.ones((length, length), bool)) & valid[row]
+        queries = valid[row]
+        expected = plain_attention(q[row][queries], k[row], v[row], seen[queries])
+        np.testing.assert_allclose(out[row][queries], expected, atol=2e-6)
+
+
+def test_causal_attention_around_the_real_chunk():
+    length = ops.QUERY_CHUNK + 1
+    q, k, v = normal(1, length, 2, 4), normal(1, length, 1, 4, seed=1), normal(1, length, 1, 4, seed=2)
+    out = ops.causal_attention(q, k, v, jnp.ones((1, length), bool))
+    expected = plain_attention(q[0], k[0], v[0], np.tril(np.ones((length, length), bool)))
+    np.testing.assert_allclose(out[0], expected, atol=2e-6)
+
+
+def test_attention_weights_are_the_whole_matrix():
+    q, k, v = normal(2, 5, 6, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
+    valid = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
+    mask = ops.causal_mask(valid, 0, 5)
+    weights = ops.attention_weights(q, k, mask)
+    assert weights.shape == (2, 2, 3, 5, 5)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert np.all(np.asarray(weights)[~np.broadcast_to(mask[:, None, None], weights.shape)] == 0)
+    np.testing.assert_allclose(ops.weighted_values(weights, v), ops.causal_attention(q, k, v, valid), atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("new", [1, 3])
+def test_two_part_attention_is_attention_over_both(kv_heads, new):
+    """G prefixes and R suffixes of different lengths, in arrays with room to spare."""
+    groups, rows, prefix_room, suffix_room = 2, 3, 7, 6
+    shapes = (prefix_room, kv_heads, 4), (rows, suffix_room, kv_heads, 4)
+    q = normal(groups, rows, new, 4, 4)
+    (prefix_k, prefix_v), (suffix_k, suffix_v) = (
+        [3 * normal(groups, *shape, seed=seed + i) for i in range(2)]
+        for seed, shape in zip((10, 20), shapes, strict=True)
+    )
+    prefix_valid = np.arange(prefix_room) < np.array([[7], [4]])
+    end = np.array([[3, 4, 6], [5, 3, 4]])[..., None, None]  # of each row's suffix, the new positions being its last
+    suffix_valid = np.arange(suffix_room) < end - new + 1 + np.arange(new)[:, None]
+    parts = (q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid)
+    out = np.asarray(ops.two_part_attention(*map(jnp.asarray, parts)))
+    assert out.shape == q.shape
+    for g in range(groups):
+        for r in range(rows):
+            k, v = (np.concatenate([a[g], b[g, r]]) for a, b in ((prefix_k, suffix_k), (prefix_v, suffix_v)))
+            seen = np.concatenate([np.tile(prefix_valid[g], (new, 1)), suffix_valid[g, r]], axis=-1)
+            np.testing.assert_allclose(out[g, r], plain_attention(q[g, r], k, v, seen), atol=2e-6)
+
+
+def test_two_part_attention_continues_causal_attention():
+    """Positions 5.. of a causal sequence, its first 5 as the prefix."""
+    q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
+    whole = ops.causal_attention(q, k, v, jnp.ones((1, 9), bool))
+    seen = jnp.tril(jnp.ones((4, 4), bool))[None, None]
+    split = q[:, None, 5:], k[:, :5], v[:, :5], jnp.ones((1, 5), bool), k[:, None, 5:], v[:, None, 5:], seen
+    np.testing.assert_allclose(ops.two_part_attention(*split)[:, 0], whole[:, 5:], atol=1e-6)
+
+
+# ---- loss
+
+
+def test_causal_lm_loss():
+    logits, labels = 4 * normal(3, 9, 17), np.random.default_rng(1).integers(0, 17, (3, 9)).astype(np.int32)
+    labels[0, :4] = labels[1] = labels[2, 5] = -100
+    flat = torch.from_numpy(logits[:, :-1].reshape(-1, 17)), torch.from_numpy(labels[:, 1:].reshape(-1)).long()
+    expected = torch.nn.functional.cross_entropy(*flat).item()
+    np.testing.assert_allclose(ops.causal_lm_loss(logits, jnp.asarray(labels)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", [-100, 3])
+def test_loss_of_nothing_labelled_is_nan(first):
+    """The first label is never predicted."""
+    labels = np.full((2, 5), -100, np.int32)
+    labels[:, 0] = first
+    assert np.isnan(ops.causal_lm_loss(normal(2, 5, 7), jnp.asarray(labels)))
