@@ -17,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import DTYPES
 from llava_jax.models.llava import param_shapes
 from llava_jax.sharding import param_shardings
 
@@ -26,7 +27,6 @@ PARAMS = "params"
 BATCH_BYTES = 512 << 20  # of tensors in memory at once while streaming
 CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
 READ_BYTES = 128 << 20  # in flight while loading: more is slower, and is memory beside the parameters
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _context() -> ocp.Context:

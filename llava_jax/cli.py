@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from llava_jax.constants import DTYPES
+from llava_jax.conversion.arguments import add_arguments
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
 
@@ -27,7 +29,7 @@ def _add_ask(commands) -> None:
     ask.add_argument("--top_k", type=int, help="0 is off (as the checkpoint's generation_config.json, or 50)")
     ask.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
     ask.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    ask.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(float32 on CPU, bfloat16 elsewhere)")
+    ask.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
     ask.set_defaults(run=_ask)
 
 
@@ -50,8 +52,6 @@ def _image_files(image_file: str | None, sep: str) -> list[str]:
 
 
 def _add_convert(commands) -> None:
-    from llava_jax.conversion.from_hf import add_arguments, run
-
     convert = commands.add_parser(
         "convert",
         help="turn a published checkpoint into an Orbax directory",
@@ -59,14 +59,20 @@ def _add_convert(commands) -> None:
         epilog="example: llava-jax convert liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
     )
     add_arguments(convert)
-    convert.set_defaults(run=run)
+    convert.set_defaults(run=_convert)
+
+
+def _convert(args) -> None:
+    from llava_jax.conversion.from_hf import run
+
+    run(args)
 
 
 def _add_demo(commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="the whole path on what the package bundles",
-        description="Write a small checkpoint with random weights in the published layout, convert it, and ask about the "
+        description="Write a small checkpoint with random weights in the published layout, convert it, ask about the "
         "bundled photograph. The weights are random, so the answer is noise: it shows the path, not a model.",
     )
     demo.add_argument("--output", help="keep the converted checkpoint here (a temporary directory)")

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from llava_jax import checkpoint
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
+from llava_jax.constants import DTYPES
 from llava_jax.conversion import key_table, sources
+from llava_jax.conversion.arguments import add_arguments
 from llava_jax.conversion.key_table import Placement, Rule
 from llava_jax.conversion.sources import Location, Tensor
 from llava_jax.models.llava import param_shapes
@@ -94,8 +96,8 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError, OSError: one clear reason; nothing is left behind.
     """
     source = os.fspath(source)
-    if dtype is not None and dtype not in checkpoint.DTYPES:
-        raise ValueError(f"--dtype {dtype} is not supported; supported: {', '.join(checkpoint.DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
     name = checkpoint_name(source)
     output = Path(output if output is not None else name).expanduser().absolute()
     _check_output(output)
@@ -331,16 +333,6 @@ def _check_space(output: Path, nbytes: int) -> None:
 
 
 # ---- the command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `convert/from_hf.py` and of `llava-jax convert`."""
-    parser.add_argument("source", help="a local directory or a hub id, e.g. liuhaotian/llava-v1.6-vicuna-7b")
-    parser.add_argument("--output", help="the directory to write (default: ./<last part of the source>)")
-    parser.add_argument("--revision", help="a branch, tag or commit of the hub id")
-    parser.add_argument("--dtype", choices=checkpoint.DTYPES, help="default: as published")
-    parser.add_argument("--vision-tower", help="a CLIP directory or hub id, instead of the config's mm_vision_tower")
-    parser.add_argument("--model-base", help="the language model under a stage-1 mm_projector.bin")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -55,10 +56,9 @@ def write_random_checkpoint(directory: Path) -> None:
     tower = directory / "tower"
     tower.mkdir(parents=True)
     config = small_config(len(load_tokenizer(HERE))).replace(mm_vision_tower=str(tower))
-    vision = {f: getattr(config.vision, f) for f in VisionConfig.__dataclass_fields__ if not f.startswith("image_m")}
-    vision.pop("image_std")
+    vision = dataclasses.asdict(config.vision)
+    statistics = {name: vision.pop(name) for name in ("image_mean", "image_std")}
     _write_json(tower / "config.json", {"model_type": "clip_vision_model", **vision})
-    statistics = {"image_mean": config.vision.image_mean, "image_std": config.vision.image_std}
     _write_json(tower / "preprocessor_config.json", {"size": config.vision.image_size, **statistics})
     _write_json(directory / "config.json", config.to_hf())
     shutil.copy(HERE / "tokenizer.model", directory)
@@ -92,6 +92,5 @@ def run(output: str | None = None) -> None:
         llava, params = llava_jax.load(directory)
         print(f"   {QUESTION}")
         answer = llava.generate(params, PHOTO, QUESTION, max_new_tokens=32)
-        print(
-            f"   {answer!r}\n   (the weights are random, so this is noise: convert a real checkpoint for real answers)"
-        )
+        print(f"   {answer!r}")
+        print("   (the weights are random, so this is noise: convert a real checkpoint for real answers)")

@@ -1,0 +1,247 @@
+"""Prompts to text: what compiles, what stops, what a seed means, and that a batch gives what its rows give alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from llava_jax import demo
+from llava_jax.inference.llava import Llava
+from llava_jax.inference.sampling import make_sampling, warp
+from llava_jax.inputs.tokenizer import load_tokenizer
+from llava_jax.models.llava import init_params
+
+QUESTION = "What is in this picture?"
+
+
+def tiny(**changes):
+    """A model small enough to compile in seconds, with real tiles and canvases."""
+    tokenizer = load_tokenizer(demo.HERE)
+    config = demo.small_config(len(tokenizer))
+    vision = dataclasses.replace(config.vision, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    text = dataclasses.replace(config.text, hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads)
+    config = config.replace(vision=vision, text=text, mm_hidden_size=16, **changes)
+    return Llava(config, tokenizer), jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny()
+
+
+def picture(width, height, seed=0):
+    pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def compilations():
+    """Names of the programs that XLA compiles while the test runs."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_hundred_image_sizes_compile_at_most_six_programs(llava, compilations):
+    model, params = llava
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (4000, 20), (20, 4000), (336, 336), (672, 672), (1008, 336), (640, 480), (480, 640)]
+    sizes += [tuple(rng.integers(1, 1500, 2)) for _ in range(100 - len(sizes))]
+    answers = {model.generate(params, picture(*size), QUESTION, max_new_tokens=2) for size in sizes}
+    assert len(answers) > 1  # it does look at the pictures
+    assert 1 <= len(compilations) <= 6
+
+
+def test_options_that_are_traced_compile_nothing(llava, compilations):
+    model, params = llava
+    ask = dict(image=picture(50, 40), prompt=QUESTION)
+    model.generate(params, **ask, max_new_tokens=9, temperature=0.7)
+    before = len(compilations)
+    model.generate(params, **ask, max_new_tokens=7, temperature=1.3, top_p=0.9, top_k=5, seed=4)
+    assert before and len(compilations) == before
+
+
+def test_a_mixed_batch_gives_each_rows_own_tokens(model):
+    llava, params = model("vicuna")
+    pictures = [picture(*size) for size in ((300, 900), (64, 64), (500, 120))]
+    rows = [[1, 100, -200, 13, 200], [1, 500, 600, 700], [1, -200, 5, 6, -200, 7]]
+    options = dict(max_new_tokens=8)
+    single = [
+        llava.generate_tokens(params, [rows[0]], pictures[:1], **options)[0],
+        llava.generate_tokens(params, [rows[1]], **options)[0],
+        llava.generate_tokens(params, [rows[2]], pictures[1:], **options)[0],
+    ]
+    batch = llava.generate_tokens(params, rows, pictures, **options)
+    assert batch.tolist() == np.stack(single).tolist()
+    for left in (False, True):
+        padded, mask = np.zeros((3, 6), int), np.zeros((3, 6), int)
+        for b, row in enumerate(rows):
+            here = slice(6 - len(row), None) if left else slice(0, len(row))
+            padded[b, here], mask[b, here] = row, 1
+        got = llava.generate_tokens(params, padded, pictures, attention_mask=mask, **options)
+        assert got.tolist() == batch.tolist()
+
+
+def test_rows_end_at_their_own_end_of_sequence_token(llava):
+    model, params = llava
+    rows = [[1, 40, 50], [1, 77, 99, 310]]
+    free = model.generate_tokens(params, rows, max_new_tokens=12)
+    eos = int(free[0][3])
+    defaults = dataclasses.replace(model.config.generation, eos_token_ids=(eos, 1023), pad_token_id=7)
+    stopping = Llava(model.config.replace(generation=defaults), model.tokenizer)
+    got = stopping.generate_tokens(params, rows, max_new_tokens=12)
+    for row, whole in zip(got, free, strict=True):
+        end = list(whole).index(eos) + 1 if eos in whole else len(whole)
+        assert row.tolist() == (whole[:end].tolist() + [7] * 12)[: got.shape[1]]
+    alone = stopping.generate_tokens(params, rows[:1], max_new_tokens=12)
+    assert alone.shape[1] == list(free[0]).index(eos) + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 5}])
+def test_stream_gives_what_generate_gives(llava, options):
+    model, params = llava
+    options = {"max_new_tokens": 40, **options}
+    pieces = list(model.stream(params, picture(90, 60), QUESTION, **options))
+    whole = model.generate(params, picture(90, 60), QUESTION, **options)
+    assert whole and "".join(pieces) == whole
+    assert len(pieces) > 2  # and not all at the end
+
+
+def test_stop_strings_cut_the_answer_and_end_the_work(llava):
+    model, params = llava
+    options = dict(max_new_tokens=64, temperature=1.5, seed=5)
+    whole = model.generate(params, None, QUESTION, **options)
+    stop = whole[len(whole) // 2 :][:3]
+    got = model.generate(params, None, QUESTION, stop=["not there", stop], **options)
+    assert got == whole[: whole.index(stop)].strip()
+    assert "".join(model.stream(params, None, QUESTION, stop=[stop], **options)) == got
+
+
+def test_a_seed_gives_one_answer_alone_and_in_a_batch(llava):
+    model, params = llava
+    options = dict(max_new_tokens=10, temperature=1.0, seed=11)
+    row = [1, 40, 50, 60]
+    alone = model.generate_tokens(params, [row], **options)[0]
+    batch = model.generate_tokens(params, [[1, 3], row, [1, 9, 9, 9, 9, 9]], **options)
+    assert batch[1].tolist() == alone.tolist()
+    assert alone.tolist() != model.generate_tokens(params, [row], **{**options, "seed": 12})[0].tolist()
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.7, 50, 0.6), (1.3, 0, 0.9), (0.2, 5, 1.0), (1.0, 1, 0.1)])
+def test_warp_is_transformers_warpers(temperature, top_k, top_p):
+    scores = torch.tensor(np.random.default_rng(top_k).normal(size=(3, 400)).astype(np.float32)) * 3
+    wanted = transformers.TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted)
+    if top_p < 1:
+        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted)
+    got = np.asarray(warp(scores.numpy(), make_sampling(temperature, top_p, top_k, 0)))
+    assert (np.isinf(got) == np.isinf(wanted.numpy())).all()
+    kept = ~np.isinf(got)
+    assert np.allclose(got[kept], wanted.numpy()[kept], atol=1e-5)
+
+
+def test_sampling_follows_the_distribution(llava):
+    model, params = llava
+    logits = model.forward(params, [[1, 40, 50]]).logits[0, -1]
+    wanted = np.asarray(jax.nn.softmax(logits))
+    top = int(np.argmax(wanted))
+    draws = [
+        model.generate_tokens(params, [[1, 40, 50]], max_new_tokens=1, temperature=1.0, top_k=0, seed=s)[0, 0]
+        for s in range(400)
+    ]
+    rate, spread = np.mean(np.array(draws) == top), np.sqrt(wanted[top] * (1 - wanted[top]) / 400)
+    assert abs(rate - wanted[top]) < 5 * spread + 1e-3
+    assert len(set(draws)) > 50
+
+
+def test_images_in_every_form_give_one_answer(llava, tmp_path):
+    model, params = llava
+    image = picture(64, 48)
+    path = tmp_path / "picture.png"
+    image.save(path)
+    forms = [
+        image,
+        path,
+        str(path),
+        path.read_bytes(),
+        np.asarray(image),
+        [image],
+        jax.numpy.asarray(np.asarray(image)),
+    ]
+    answers = {model.generate(params, form, QUESTION, max_new_tokens=6) for form in forms}
+    assert len(answers) == 1
+
+
+def test_turns_images_and_placeholders_become_the_references_prompt(llava):
+    model, _ = llava
+    roles = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    roles += "detailed, and polite answers to the human's questions. "
+
+    def prompt(*args):
+        return model.conversation(*args).get_prompt()
+
+    assert prompt("Hi", 0) == roles + "USER: Hi ASSISTANT:"
+    assert prompt("Hi", 2) == roles + "USER: <image>\n<image>\nHi ASSISTANT:"
+    assert prompt("See <image> here", 1) == roles + "USER: See <image> here ASSISTANT:"
+    assert prompt(["Hi", "Yes?", "Why?"], 1) == roles + "USER: <image>\nHi ASSISTANT: Yes?</s>USER: Why? ASSISTANT:"
+    assert (
+        prompt(["Hi", "Yes?", "And <image>?"], 1) == roles + "USER: Hi ASSISTANT: Yes?</s>USER: And <image>? ASSISTANT:"
+    )
+    assert prompt("Hi", 1, "llava_llama_2").startswith("[INST] <<SYS>>")
+    conversation = model.conversation("Hi", 0)
+    assert model.conversation(conversation) is conversation
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's name")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompt="<image> or <image>?"), "has 2 <image> but there are 1 images"),
+        (dict(prompt=["one", "two"]), "got 2 turns"),
+        (dict(prompt="word " * 5000), "tokenizer_model_max_length=4096; shorten it"),
+        (dict(image="nowhere.jpg"), "nowhere.jpg.*no such file"),
+        (dict(image=b"not a picture"), "13 bytes is not a picture"),
+        (dict(image=np.zeros((3, 3), np.float32)), "uint8 array .* got ndarray of dtype float32"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=1.0, top_p=1.5), "top_p=1.5"),
+        (dict(temperature=1.0, top_k=-2), "top_k=-2"),
+        (dict(conv_mode="vicuna"), "conv_mode='vicuna' is not known; use one of"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_work(llava, compilations, options, message):
+    model, params = llava
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        model.stream(params, **{"image": picture(10, 10), "prompt": QUESTION, **options})
+    assert not compilations
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(input_ids=[[1, -200]], images=[]), "got 0 for 1 <image> placeholders"),
+        (dict(input_ids=[[1, -200]]), "none given, but input_ids have <image> placeholders"),
+        (dict(input_ids=[[1, -200, 5], [1, 2, 3]], images=[picture(9, 9)] * 3), "got 3 for 1"),
+        (dict(input_ids=[1, 2, 3]), r"expected \[B, L\]"),
+        (dict(input_ids=[[1, 2], [1, 2, 3]]), "different lengths"),
+        (dict(input_ids=[[1, 2, 3]], labels=[[1, 2]]), "labels: its rows"),
+        (dict(input_ids=[[1, -200]], images=[picture(9, 9)], image_sizes=[(9, 9), (8, 8)]), "image_sizes: got 2 for 1"),
+        (dict(input_ids=[[1, -200]], images=[picture(9, 9)], image_sizes=[(900, 900)]), "asks for 5 tiles"),
+    ],
+)
+def test_forward_names_what_does_not_fit(llava, arguments, message):
+    model, params = llava
+    with pytest.raises(ValueError, match=message):
+        model.forward(params, **arguments)

@@ -1,0 +1,99 @@
+"""Pictures of every kind, from every kind of place."""
+
+import http.server
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_jax.inputs.image import as_image_list, load_image
+
+
+def noise(width=40, height=30, channels=3):
+    shape = (height, width, channels)[: 3 if channels > 1 else 2]
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def saved(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+KINDS = {
+    "gray": Image.fromarray(noise(channels=1)),
+    "palette": Image.fromarray(noise()).quantize(16),
+    "rgba": Image.fromarray(noise(channels=4), "RGBA"),
+    "la": Image.fromarray(noise(channels=2), "LA"),
+    "bilevel": Image.fromarray(noise(channels=1)).convert("1"),
+    "16-bit": Image.fromarray(noise(channels=1).astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_comes_in_as_convert_rgb_gives_it(kind, tmp_path):
+    path = tmp_path / "picture.png"
+    KINDS[kind].save(path)
+    got = load_image(path)
+    assert got.mode == "RGB"
+    assert np.array_equal(np.asarray(got), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_cmyk_and_animations():
+    cmyk = saved(Image.fromarray(noise()).convert("CMYK"), "JPEG")
+    assert np.array_equal(np.asarray(load_image(cmyk)), np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB")))
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    animated = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(animated).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_orientation_is_honoured_unless_told_otherwise():
+    image, exif = Image.fromarray(noise(40, 30)), Image.Exif()
+    exif[0x0112] = 6  # turn right by a quarter
+    file = saved(image, "PNG", exif=exif)
+    assert load_image(file).size == (30, 40)
+    assert np.array_equal(np.asarray(load_image(file)), np.rot90(noise(40, 30), -1))
+    assert np.array_equal(np.asarray(load_image(file, exif=False)), noise(40, 30))
+
+
+def test_urls(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(Image.fromarray(noise())))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(load_image(f"{url}/a.png")), noise())
+        with pytest.raises(ValueError, match=r"b\.png' could not be fetched: .*404"):
+            load_image(f"{url}/b.png")
+        server.shutdown()
+
+
+def test_what_is_not_a_picture_is_named(tmp_path):
+    text, cut = tmp_path / "notes.txt", tmp_path / "cut.jpg"
+    text.write_text("hello")
+    cut.write_bytes(saved(Image.fromarray(noise(400, 300)), "JPEG")[:2000])
+    for source, error, message in (
+        (text, ValueError, r"notes\.txt' is not a picture"),
+        (cut, ValueError, r"cut\.jpg' is damaged"),
+        (tmp_path, FileNotFoundError, "no such file"),
+        (np.zeros((4, 4, 7), np.uint8), ValueError, r"shape \(4, 4, 7\)"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"shape \(0, 4\)"),
+        (3.5, ValueError, "got float"),
+    ):
+        with pytest.raises(error, match=message):
+            load_image(source)
+
+
+def test_one_many_or_none():
+    assert as_image_list(None) == []
+    assert as_image_list("a.png") == ["a.png"]
+    assert as_image_list(("a.png", b"x")) == ["a.png", b"x"]
