@@ -152,10 +152,12 @@ def read_llava_hf(config: dict) -> dict:
 
 
 def read_generation(generation: dict | None, text: c.TextConfig) -> c.GenerationDefaults:
-    generation = generation or {}
-    eos = generation.get("eos_token_id", text.eos_token_id)
+    """transformers takes `generation_config.json` whole, and the config's own token ids only where there is none."""
+    if generation is None:
+        generation = {"eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}
+    eos = generation.get("eos_token_id")
     eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    pad = generation.get("pad_token_id", text.pad_token_id)
+    pad = generation.get("pad_token_id")
     if pad is None:
         pad = eos[0] if eos else 0  # as transformers' generate does
     top_p, top_k = generation.get("top_p"), generation.get("top_k")

@@ -210,6 +210,7 @@ def test_turns_images_and_placeholders_become_the_references_prompt(llava):
     [
         (dict(prompt="<image> or <image>?"), "has 2 <image> but there are 1 images"),
         (dict(prompt=["one", "two"]), "got 2 turns"),
+        (dict(prompt=["one", "two", "<image> <image>"]), "2 <image> in later turns, but there are 1 images"),
         (dict(prompt="word " * 5000), "tokenizer_model_max_length=4096; shorten it"),
         (dict(image="nowhere.jpg"), "nowhere.jpg.*no such file"),
         (dict(image=b"not a picture"), "13 bytes is not a picture"),

@@ -1,4 +1,4 @@
-"""The decoder's arithmetic against PyTorch, transformers and plain float64 formulas."""
+"""Pure functions and the projector against PyTorch, transformers and plain float64 formulas."""
 
 import dataclasses
 
@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from transformers import LlamaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from llava_jax.config import RopeScaling, TextConfig
+from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.models import ops
+from llava_jax.models.projector import build_vision_projector
+from llava_jax.models.vision import bicubic_matrix, normalize_tiles
 
 
 def normal(*shape, seed=0):
@@ -73,6 +78,58 @@ def test_quick_gelu():
     np.testing.assert_allclose(ops.quick_gelu(x), tensor * torch.sigmoid(1.702 * tensor), atol=1e-6)
 
 
+# ---- pixels and the projector
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_normalize_tiles_is_bit_equal(seed):
+    rng = np.random.default_rng(seed)
+    mean, std = (rng.uniform(0.1, 0.9, 3).tolist() for _ in range(2))
+    config = VisionConfig() if seed == 0 else VisionConfig(image_mean=tuple(mean), image_std=tuple(std))
+    levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=-1)
+    processor = CLIPImageProcessorPil(
+        do_resize=False, do_center_crop=False, image_mean=list(config.image_mean), image_std=list(config.image_std)
+    )
+    expected = processor(Image.fromarray(levels), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    ours = jax.jit(normalize_tiles, static_argnums=1)(levels[None], config)
+    assert expected.dtype == ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1008, 336), (1008, 672), (28, 56), (28, 84), (84, 84), (30, 45), (7, 3), (2, 9), (1, 4)], ids=str
+)
+def test_bicubic_matrix(sizes):
+    size_in, size_out = sizes
+    x = np.random.default_rng(0).standard_normal((size_in, 5)).astype(np.float32)
+    expected = F.interpolate(
+        torch.from_numpy(x)[None, None], size=(size_out, 5), mode="bicubic", align_corners=False
+    ).numpy()[0, 0]
+    matrix = bicubic_matrix(size_in, size_out)
+    assert matrix.shape == (size_out, size_in) and matrix.dtype == np.float32
+    np.testing.assert_allclose(matrix @ x, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "identity"])
+def test_projector(kind):
+    wide = 48 if kind != "identity" else 32
+    text = TextConfig(hidden_size=wide, num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+    config = LlavaConfig(VisionConfig(hidden_size=32), text, mm_hidden_size=32, mm_projector_type=kind)
+    depth = {"linear": 1, "identity": 0}.get(kind) if "x_" not in kind else int(kind[3])
+    layers = [torch.nn.Linear(32 if i == 0 else wide, wide) for i in range(depth)]
+    theirs = torch.nn.Sequential(*(m for layer in layers for m in (torch.nn.GELU(), layer)))[1:]
+    params = {
+        f"linear_{i}": {"kernel": layer.weight.detach().numpy().T, "bias": layer.bias.detach().numpy()}
+        for i, layer in enumerate(layers, start=1)
+    }
+    x = 2 * np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
+    projector = build_vision_projector(config)
+    assert jax.tree.map(np.shape, projector.init(jax.random.key(0), x).get("params", {})) == jax.tree.map(
+        np.shape, params
+    )
+    np.testing.assert_allclose(projector.apply({"params": params}, x), theirs(torch.from_numpy(x)).detach(), atol=1e-5)
+
+
 # ---- rotary positions
 
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
@@ -89,7 +146,7 @@ LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     ids=lambda value: value.rope_type if isinstance(value, RopeScaling) else str(value),
 )
 def test_rotary_embedding(theta, head_dim, scaling):
-    """Up to position 4095, where one ulp in a frequency would already show as 2e-4."""
+    """Up to position 4095, where one ulp in a frequency near 1 shows as 2e-4."""
     parameters = {"rope_type": "default", "rope_theta": theta}
     if scaling is not None:
         parameters |= (
@@ -108,21 +165,27 @@ def test_rotary_embedding(theta, head_dim, scaling):
     positions = np.arange(4096)[None]
     expected = theirs(torch.zeros(1), torch.from_numpy(positions))
     config = TextConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
-    ours = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([4096]))
-    # linear divides the positions, as transformers 4.37 does; 5.x divides the frequencies: an ulp, times the position
-    atol = 4e-4 if scaling is not None and scaling.rope_type == "linear" else 1e-6
+    ours = jax.jit(ops.rotary_embedding, static_argnums=1)(positions, config, jnp.int32([4096]))
+    # torch's own float32 pow is an ulp off here and there in the slow frequencies;
+    # linear divides the positions, as transformers 4.37 does, where 5.x divides the frequencies: an ulp everywhere
+    atol = 4e-4 if scaling is not None and scaling.rope_type == "linear" else 1e-5
     for mine, other in zip(ours, expected, strict=True):
         assert mine.shape == (1, 4096, head_dim) and mine.dtype == jnp.float32
         np.testing.assert_allclose(mine, other, atol=atol)
 
 
 def reference_dynamic(positions, seq_len, head_dim, theta, factor, trained):
-    """cos of transformers 4.37's LlamaDynamicNTKScalingRotaryEmbedding: Python floats, then torch float32."""
+    """cos of transformers 4.37's LlamaDynamicNTKScalingRotaryEmbedding.
+
+    The base is a Python float; torch rounds it to float32 when it raises it to a float32 tensor. That rounding, and
+    then the power to the last bit, matter: one ulp in a frequency is worth 1e-3 on the logits of 3,000 positions.
+    """
     base = theta
     if seq_len > trained:
         base = theta * ((factor * seq_len / trained) - (factor - 1)) ** (head_dim / (head_dim - 2))
-    frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    return torch.outer(torch.from_numpy(positions).float(), frequencies).cos().repeat(1, 2)
+    exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
+    frequencies = np.float32(1) / (np.float64(np.float32(base)) ** exponent).astype(np.float32)
+    return np.cos(np.tile(positions[:, None].astype(np.float32) * frequencies, 2))
 
 
 @pytest.mark.parametrize("seq_len", [7, 2048, 2049, 3000, 4096])
@@ -131,7 +194,7 @@ def test_dynamic_rope(seq_len):
     positions = np.arange(seq_len)
     cos, _ = jax.jit(ops.rotary_embedding, static_argnums=1)(positions[None], config, jnp.int32([seq_len]))
     expected = reference_dynamic(positions, seq_len, 128, 1e4, 2.0, 2048)
-    np.testing.assert_allclose(cos[0], expected, atol=1e-4)
+    np.testing.assert_allclose(cos[0], expected, atol=1e-5)
 
 
 def test_dynamic_rope_goes_by_each_rows_length():
@@ -224,7 +287,7 @@ def test_causal_lm_loss():
     logits, labels = 4 * normal(3, 9, 17), np.random.default_rng(1).integers(0, 17, (3, 9)).astype(np.int32)
     labels[0, :4] = labels[1] = labels[2, 5] = -100
     flat = torch.from_numpy(logits[:, :-1].reshape(-1, 17)), torch.from_numpy(labels[:, 1:].reshape(-1)).long()
-    expected = torch.nn.functional.cross_entropy(*flat).item()
+    expected = F.cross_entropy(*flat).item()
     np.testing.assert_allclose(ops.causal_lm_loss(logits, jnp.asarray(labels)), expected, rtol=1e-6)
 
 

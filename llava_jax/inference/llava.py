@@ -12,6 +12,7 @@ import numpy as np
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN
 from llava_jax.inference import generate as device
 from llava_jax.inference.sampling import make_sampling
 from llava_jax.inputs.anyres import num_image_tokens
@@ -133,8 +134,11 @@ class Llava:
         return conversation
 
     def _with_images(self, turns: list[str], num_images: int) -> str:
-        placed = sum(turn.count("<image>") for turn in turns[1:])
-        return user_message(turns[0], num_images - placed, self.config.mm_use_im_start_end)
+        """The first turn with the images that no later turn has placed by hand."""
+        later = sum(turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns[1:])
+        if later > num_images:
+            raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
+        return user_message(turns[0], num_images - later, self.config.mm_use_im_start_end)
 
     def _prompt(self, image, prompt, conv_mode: str | None = None, **options):
         """(ids, (tiles, sizes), the other options) of one prompt."""
@@ -276,13 +280,14 @@ class Llava:
         return process_images(pictures, self.config), [picture.size for picture in pictures]
 
 
-def load(directory, dtype=None, mesh=None) -> tuple[Llava, dict]:
+def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[Llava, dict]:
     """A converted checkpoint, ready to use.
 
     Args:
         directory: what `convert/from_hf.py` wrote.
         dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU.
         mesh: a `jax.sharding.Mesh` to shard the parameters over (see `llava_jax.make_mesh`); None is one device.
+        reading: "llava-hf" for transformers' reading of the same weights (see `LlavaConfig`); None is the original's.
 
     Returns:
         (Llava, params)
@@ -291,6 +296,7 @@ def load(directory, dtype=None, mesh=None) -> tuple[Llava, dict]:
         FileNotFoundError, ValueError: the directory is missing, not ours, half-written or of another version.
     """
     config = load_config(directory)
+    config = config if reading is None else config.replace(reading=reading)
     tokenizer = load_tokenizer(directory, config.name, config.reading)
     params = load_params(directory, config, dtype=dtype, mesh=mesh)
     if config.mm_use_im_start_end:  # in case its tokenizer files lack them, as the original's builder does

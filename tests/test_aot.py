@@ -1,0 +1,69 @@
+"""The jitted `generate` compiled ahead of time for a TPU that is not there (libtpu alone is needed)."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.config import LlavaConfig
+from llava_jax.inference import generate
+from llava_jax.inference.sampling import make_sampling
+from llava_jax.inputs.batch import pack
+from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.sharding import param_shardings
+
+MIB = 2**20
+
+
+def compile_for_tpu(config, slots=128):
+    """`generate` for one 672x672 picture (2,928 tokens) and its question, tensor-parallel over a v5e-8, bf16."""
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+    mesh = Mesh(devices.reshape(1, 8), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = param_shapes(config)
+    params = jax.tree.map(
+        lambda shape, at: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16, sharding=at),
+        shapes,
+        param_shardings(shapes, mesh),
+    )
+    row, size = np.array([1, *[5] * 34, -200, *[5] * 40]), config.tile_size
+    batch = pack([row], [np.zeros_like(row)], [np.zeros((5, size, size, 3), np.uint8)], [(672, 672)], config)
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole),
+        (batch, make_sampling(0, 1, 50, 0), np.int32(slots)),
+    )
+    program = jax.jit(partial(generate.generate, LlavaLlamaForCausalLM(config)), static_argnums=0)
+    return program.lower(slots, params, *arguments).compile(), params
+
+
+def bytes_per_chip(params):
+    held = jax.tree.map(lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize, params)
+    return sum(jax.tree.leaves(held))
+
+
+@pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
+def test_generate_compiles_for_a_tpu_and_copies_nothing_large(monkeypatch, preset):
+    """7B's widths, two decoder layers deep (each layer is the same program again)."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU VM to ask
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes could quarrel over
+    config = LlavaConfig.preset(preset)
+    text = dataclasses.replace(config.text, num_hidden_layers=2)
+    config = config.replace(text=text, vision=dataclasses.replace(config.vision, num_hidden_layers=3))
+    compiled, params = compile_for_tpu(config)
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes == pytest.approx(bytes_per_chip(params), rel=0.02, abs=8 * MIB)
+    # scores of one query chunk, f32: 4 heads a chip x 512 x 3,072 (25 MiB); the tower's: 5 x 2 x 577² (13 MiB)
+    assert memory.temp_size_in_bytes < 200 * MIB
+
+
+if (
+    __name__ == "__main__"
+):  # the whole of 7B, in minutes: TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/test_aot.py
+    report = compile_for_tpu(LlavaConfig.preset("1.6-vicuna-7b"))[0].memory_analysis()
+    print(f"arguments {report.argument_size_in_bytes / 2**30:.2f} GiB a chip, ", end="")
+    print(f"temporaries {report.temp_size_in_bytes / 2**30:.2f} GiB a chip")

@@ -1,0 +1,28 @@
+"""One model over eight simulated devices: the same tokens as on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys
+import llava_jax
+folder, picture = sys.argv[1:]
+mesh = llava_jax.make_mesh(data=4, tensor=2)
+llava, params = llava_jax.load(folder, mesh=mesh)
+kernel = params["language_model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 2
+tokens = llava.generate_tokens(params, [[1, 100, -200, 5], [1, 7, 8]], picture, max_new_tokens=8)
+print(json.dumps(tokens.tolist()))
+"""
+
+
+def test_tensor_parallel_generation_gives_the_same_tokens(model, converted, pictures):
+    llava, params = model("vicuna")
+    picture = pictures["chelsea"]
+    wanted = llava.generate_tokens(params, [[1, 100, -200, 5], [1, 7, 8]], picture, max_new_tokens=8)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SCRIPT, converted("vicuna"), picture]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == wanted.tolist()
