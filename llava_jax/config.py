@@ -276,12 +276,15 @@ class LlavaConfig:
         """The published `config.json`: what was read, key for key, updated where a field has changed since."""
         from llava_jax import config_layouts as layouts
 
+        after = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.source is None:
-            return layouts.write_liuhaotian(self)
+            return layouts.write_new(after)
         nested = "text_config" in self.source
+        before = layouts.read_llava_hf(self.source) if nested else layouts.read_liuhaotian(self.source)
+        if before["mm_hidden_size"] is None and self.mm_hidden_size == self.feature_size:
+            after["mm_hidden_size"] = None  # it was not given, and still follows from the tower
         write = layouts.write_llava_hf if nested else layouts.write_liuhaotian
-        vision = None if nested else dataclasses.asdict(self.vision)
-        return layouts.overlay(self.source, write(LlavaConfig.from_hf(self.source, vision)), write(self))
+        return layouts.overlay(self.source, write(before, self.source), write(after, self.source))
 
     @classmethod
     def preset(cls, name: str) -> LlavaConfig:

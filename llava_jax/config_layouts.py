@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import json
 import os
@@ -11,10 +12,10 @@ from llava_jax import config as c
 
 
 def overlay(source: dict, before: dict, after: dict) -> dict:
-    """`source` with the keys that differ between `before` and `after` set to their value in `after`."""
-    out = dict(source)
+    """A copy of `source` with the keys that differ between `before` and `after` set to their value in `after`."""
+    out = copy.deepcopy(source)
     for key, value in after.items():
-        if isinstance(value, dict) and isinstance(before.get(key), dict):
+        if key in ("text_config", "vision_config"):
             out[key] = overlay(source.get(key) or {}, before[key], value)
         elif before.get(key) != value:
             out[key] = value
@@ -58,7 +59,10 @@ def _read_text(config: dict, mistral: bool) -> c.TextConfig:
             raise ValueError(f"config: sliding_window={config['sliding_window']!r} is not supported; supported: null")
     heads = values.get("num_attention_heads", c.TextConfig.num_attention_heads)
     values.setdefault("num_key_value_heads", heads)
-    values.setdefault("head_dim", values.get("hidden_size", c.TextConfig.hidden_size) // heads)
+    if "head_dim" not in values:
+        hidden_size = values.get("hidden_size", c.TextConfig.hidden_size)
+        c.divides("hidden_size", hidden_size, "num_attention_heads", heads)
+        values["head_dim"] = hidden_size // heads
     rope = config.get("rope_parameters") or {}
     values["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", c.TextConfig.rope_theta)))
     values["rope_scaling"] = _read_rope(config.get("rope_scaling") or rope)
@@ -171,36 +175,51 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _write_text(text: c.TextConfig) -> dict:
+def _write_text(text: c.TextConfig, like: dict) -> dict:
+    """The decoder's keys, its rotary settings under the names that `like` uses."""
     out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(c.TextConfig)}
-    if text.rope_scaling is not None:
-        scaling = dataclasses.asdict(text.rope_scaling)
-        if text.rope_scaling.rope_type != "llama3":
-            scaling = {"type": text.rope_scaling.rope_type, "factor": text.rope_scaling.factor}
-        out["rope_scaling"] = scaling
+    scaling = text.rope_scaling and dataclasses.asdict(text.rope_scaling)
+    if scaling and scaling["rope_type"] != "llama3":
+        scaling = {"type": scaling["rope_type"], "factor": scaling["factor"]}
+    out["rope_scaling"] = scaling
+    if like.get("rope_parameters"):  # transformers 5
+        del out["rope_scaling"]
+        kind = {"rope_type": "default"} if scaling is None else {"rope_type": scaling.pop("type", "llama3"), **scaling}
+        out["rope_parameters"] = {"rope_theta": out.pop("rope_theta"), **kind}
     return out
 
 
-def write_liuhaotian(config: c.LlavaConfig) -> dict:
-    mistral = "mistral" in config.name
+def write_liuhaotian(fields: dict, like: dict) -> dict:
+    """`LlavaConfig`'s fields as the original's flat keys."""
     skip = {"vision", "text", "reading", "generation", "name", "source"}
-    own = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(c.LlavaConfig) if f.name not in skip}
-    own["s2_scales"] = ",".join(map(str, config.s2_scales))
-    if not config.s2:
-        del own["s2"], own["s2_scales"]
-    architecture = "LlavaMistralForCausalLM" if mistral else "LlavaLlamaForCausalLM"
-    kind = "llava_mistral" if mistral else "llava"
-    out = {"architectures": [architecture], "model_type": kind, **own, **_write_text(config.text), "use_mm_proj": True}
-    return {**out, "sliding_window": None} if mistral else out
+    own = {name: _plain(value) for name, value in fields.items() if name not in skip}
+    own["s2_scales"] = ",".join(map(str, fields["s2_scales"]))
+    return {**own, **_write_text(fields["text"], like)}
 
 
-def write_llava_hf(config: c.LlavaConfig) -> dict:
-    vision = {f.name: _plain(getattr(config.vision, f.name)) for f in dataclasses.fields(c.VisionConfig)}
+def write_new(fields: dict) -> dict:
+    """A whole `config.json` in the original's layout, for a config that was not read from one."""
+    out = {"use_mm_proj": True, **write_liuhaotian(fields, {})}
+    if not out["s2"]:
+        del out["s2"], out["s2_scales"]
+    if "mistral" in fields["name"]:
+        return {
+            "architectures": ["LlavaMistralForCausalLM"],
+            "model_type": "llava_mistral",
+            **out,
+            "sliding_window": None,
+        }
+    return {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **out}
+
+
+def write_llava_hf(fields: dict, like: dict) -> dict:
+    """`LlavaConfig`'s fields as llava-hf's keys."""
+    vision = {f.name: _plain(getattr(fields["vision"], f.name)) for f in dataclasses.fields(c.VisionConfig)}
     del vision["image_mean"], vision["image_std"]  # they stand in preprocessor_config.json
     return {
-        "text_config": _write_text(config.text),
+        "text_config": _write_text(fields["text"], like["text_config"]),
         "vision_config": vision,
-        "vision_feature_layer": config.mm_vision_select_layer,
-        "vision_feature_select_strategy": "default" if config.mm_vision_select_feature == "patch" else "full",
-        "image_grid_pinpoints": _plain(config.image_grid_pinpoints),
+        "vision_feature_layer": fields["mm_vision_select_layer"],
+        "vision_feature_select_strategy": "default" if fields["mm_vision_select_feature"] == "patch" else "full",
+        "image_grid_pinpoints": _plain(fields["image_grid_pinpoints"]),
     }

@@ -165,7 +165,7 @@ def test_rotary_embedding(theta, head_dim, scaling):
     positions = np.arange(4096)[None]
     expected = theirs(torch.zeros(1), torch.from_numpy(positions))
     config = TextConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
-    ours = jax.jit(ops.rotary_embedding, static_argnums=1)(positions, config, jnp.int32([4096]))
+    ours = jax.jit(ops.rotary_embedding, static_argnums=(1, 3))(positions, config, jnp.int32([4096]), 4096)
     # torch's own float32 pow is an ulp off here and there in the slow frequencies;
     # linear divides the positions, as transformers 4.37 does, where 5.x divides the frequencies: an ulp everywhere
     atol = 4e-4 if scaling is not None and scaling.rope_type == "linear" else 1e-5
@@ -192,7 +192,9 @@ def reference_dynamic(positions, seq_len, head_dim, theta, factor, trained):
 def test_dynamic_rope(seq_len):
     config = TextConfig(head_dim=128, max_position_embeddings=2048, rope_scaling=RopeScaling("dynamic", 2.0))
     positions = np.arange(seq_len)
-    cos, _ = jax.jit(ops.rotary_embedding, static_argnums=1)(positions[None], config, jnp.int32([seq_len]))
+    cos, _ = jax.jit(ops.rotary_embedding, static_argnums=(1, 3))(
+        positions[None], config, jnp.int32([seq_len]), seq_len
+    )
     expected = reference_dynamic(positions, seq_len, 128, 1e4, 2.0, 2048)
     np.testing.assert_allclose(cos[0], expected, atol=1e-5)
 
@@ -200,7 +202,7 @@ def test_dynamic_rope(seq_len):
 def test_dynamic_rope_goes_by_each_rows_length():
     config = TextConfig(head_dim=16, max_position_embeddings=8, rope_scaling=RopeScaling("dynamic", 3.0))
     positions = np.stack([np.arange(20)] * 3)
-    cos, _ = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([5, 12, 20]))
+    cos, _ = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([5, 12, 20]), 20)
     for row, seq_len in enumerate([5, 12, 20]):
         np.testing.assert_allclose(cos[row], reference_dynamic(positions[row], seq_len, 16, 1e4, 3.0, 8), atol=1e-5)
 
@@ -208,8 +210,8 @@ def test_dynamic_rope_goes_by_each_rows_length():
 # ---- attention
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("length", [1, 8, 9, 17])
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_causal_attention_in_chunks(monkeypatch, kv_heads, length, padding):
     monkeypatch.setattr(ops, "QUERY_CHUNK", 8)
@@ -219,7 +221,7 @@ def test_causal_attention_in_chunks(monkeypatch, kv_heads, length, padding):
         valid[1, length - some :] = False
     if padding == "left":
         valid[1, :some] = False
-    out = np.asarray(ops.causal_attention(q, k, v, jnp.asarray(valid)))
+    out = np.asarray(jax.jit(ops.causal_attention)(q, k, v, valid))
     assert out.shape == q.shape and np.isfinite(out).all()
     for row in range(2):
         seen = np.tril(np.ones((length, length), bool)) & valid[row]
@@ -231,7 +233,7 @@ def test_causal_attention_in_chunks(monkeypatch, kv_heads, length, padding):
 def test_causal_attention_around_the_real_chunk():
     length = ops.QUERY_CHUNK + 1
     q, k, v = normal(1, length, 2, 4), normal(1, length, 1, 4, seed=1), normal(1, length, 1, 4, seed=2)
-    out = ops.causal_attention(q, k, v, jnp.ones((1, length), bool))
+    out = jax.jit(ops.causal_attention)(q, k, v, np.ones((1, length), bool))
     expected = plain_attention(q[0], k[0], v[0], np.tril(np.ones((length, length), bool)))
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
 
@@ -262,7 +264,7 @@ def test_two_part_attention_is_attention_over_both(kv_heads, new):
     end = np.array([[3, 4, 6], [5, 3, 4]])[..., None, None]  # of each row's suffix, the new positions being its last
     suffix_valid = np.arange(suffix_room) < end - new + 1 + np.arange(new)[:, None]
     parts = (q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid)
-    out = np.asarray(ops.two_part_attention(*map(jnp.asarray, parts)))
+    out = np.asarray(jax.jit(ops.two_part_attention)(*parts))
     assert out.shape == q.shape
     for g in range(groups):
         for r in range(rows):
@@ -274,10 +276,10 @@ def test_two_part_attention_is_attention_over_both(kv_heads, new):
 def test_two_part_attention_continues_causal_attention():
     """Positions 5.. of a causal sequence, its first 5 as the prefix."""
     q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
-    whole = ops.causal_attention(q, k, v, jnp.ones((1, 9), bool))
-    seen = jnp.tril(jnp.ones((4, 4), bool))[None, None]
-    split = q[:, None, 5:], k[:, :5], v[:, :5], jnp.ones((1, 5), bool), k[:, None, 5:], v[:, None, 5:], seen
-    np.testing.assert_allclose(ops.two_part_attention(*split)[:, 0], whole[:, 5:], atol=1e-6)
+    whole = jax.jit(ops.causal_attention)(q, k, v, np.ones((1, 9), bool))
+    seen = np.tril(np.ones((4, 4), bool))[None, None]
+    split = q[:, None, 5:], k[:, :5], v[:, :5], np.ones((1, 5), bool), k[:, None, 5:], v[:, None, 5:], seen
+    np.testing.assert_allclose(jax.jit(ops.two_part_attention)(*split)[:, 0], whole[:, 5:], atol=1e-6)
 
 
 # ---- loss

@@ -83,20 +83,22 @@ class LlamaModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, seq_len: jax.Array, attends: Sequence[Attend]):
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, seq_len: jax.Array, max_seq_len: int, attends: Sequence[Attend]
+    ):
         """Run the layers.
 
         Args:
             x: embeddings [..., L, E].
             positions: int32 [..., L].
-            seq_len: int32 [...], each row's length so far (`dynamic` rope scaling looks at it).
+            seq_len, max_seq_len: int32 [...], each row's length so far, and its bound (for `dynamic` rope scaling).
             attends: one for each layer.
 
         Returns:
             (the normed last hidden state [..., L, E], what each layer's `attend` handed back,
             the hidden states as transformers lists them: embeddings, each layer's, the last one normed)
         """
-        cos, sin = rotary_embedding(positions, self.config, seq_len)
+        cos, sin = rotary_embedding(positions, self.config, seq_len, max_seq_len)
         hidden_states, states = [x], []
         for layer, attend in zip(self.layers, attends, strict=True):
             x, state = layer(x, cos, sin, attend)

@@ -66,9 +66,13 @@ class LlavaLlamaForCausalLM(nn.Module):
             return weighted_values(weights, v), weights.reshape(len(q), -1, *weights.shape[-2:])
 
         embeds = self.embed_multimodal(batch)
-        attends = [attend] * self.config.text.num_hidden_layers
-        hidden, attentions, hidden_states = self.language_model(embeds, batch.position_ids, batch.lengths, attends)
+        hidden, attentions, hidden_states = self._decode_whole(embeds, batch, attend)
         return self.language_model.logits(hidden), hidden_states, attentions
+
+    def _decode_whole(self, embeds: jax.Array, batch: Batch, attend):
+        """The decoder over whole sequences [B, L, E], the same `attend` in every layer."""
+        attends = [attend] * self.config.text.num_hidden_layers
+        return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
 
     def prefill(self, batch: Batch):
         """Prompts (right-padded) to the logits after their last token, [B, V], and every layer's keys and values.
@@ -81,8 +85,7 @@ class LlavaLlamaForCausalLM(nn.Module):
             return causal_attention(q, k, v, batch.attention_mask), (k, v)
 
         embeds = self.embed_multimodal(batch)
-        attends = [attend] * self.config.text.num_hidden_layers
-        hidden, keys_values, _ = self.language_model(embeds, batch.position_ids, batch.lengths, attends)
+        hidden, keys_values, _ = self._decode_whole(embeds, batch, attend)
         last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.language_model.logits(last), keys_values
 
@@ -110,7 +113,8 @@ class LlavaLlamaForCausalLM(nn.Module):
 
         attends = [attend_with(*kv) for kv in zip(prefix.keys_values, suffix.keys_values, strict=True)]
         embeds = self.language_model.embed_tokens(token_ids)
-        hidden, keys_values, _ = self.language_model(embeds, positions, positions[..., -1] + 1, attends)
+        max_seq_len = prefix.valid.shape[-1] + suffix.valid.shape[-1]
+        hidden, keys_values, _ = self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends)
         return self.language_model.logits(hidden), keys_values
 
 

@@ -39,18 +39,19 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _inverse_frequencies(config: TextConfig, base) -> jax.Array:
-    """float32 [..., D/2], computed as the reference does: 1 / base^(2i/D)."""
+def _inverse_frequencies(config: TextConfig, base) -> np.ndarray:
+    """float32 [..., D/2] for float64 `base` [...]: 1 / base^(2i/D), rounded where torch rounds.
+
+    The last bit matters: it is worth 1e-3 on the logits of a few thousand positions.
+    """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    if isinstance(base, float):  # float64 and one rounding: what torch's float32 pow gives
-        return jnp.asarray(np.float32(1) / (base ** exponent.astype(np.float64)).astype(np.float32))
-    return 1.0 / base[..., None] ** exponent
+    power = np.float64(np.float32(base))[..., None] ** exponent.astype(np.float64)
+    return np.float32(1) / power.astype(np.float32)
 
 
-def _llama3_frequencies(config: TextConfig) -> jax.Array:
+def _llama3_frequencies(config: TextConfig) -> np.ndarray:
     """Llama 3.1: low frequencies slowed by `factor`, a smooth ramp between (transformers' llama3 rope_scaling)."""
-    scaling = config.rope_scaling
-    plain = np.asarray(_inverse_frequencies(config, config.rope_theta))
+    scaling, plain = config.rope_scaling, _inverse_frequencies(config, config.rope_theta)
     wavelength = 2 * np.pi / plain
     low = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high = scaling.original_max_position_embeddings / scaling.high_freq_factor
@@ -58,32 +59,41 @@ def _llama3_frequencies(config: TextConfig) -> jax.Array:
     ramp = ramp / (scaling.high_freq_factor - scaling.low_freq_factor)
     between = (1 - ramp) * plain / scaling.factor + ramp * plain
     slowed = np.where(wavelength > low, plain / scaling.factor, plain)
-    return jnp.asarray(np.where((wavelength <= low) & (wavelength >= high), between, slowed), jnp.float32)
+    return np.where((wavelength <= low) & (wavelength >= high), between, slowed).astype(np.float32)
 
 
-def rotary_embedding(positions: jax.Array, config: TextConfig, seq_len: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _dynamic_frequencies(config: TextConfig, max_seq_len: int) -> np.ndarray:
+    """Dynamic NTK: one row for each length from the trained one to `max_seq_len`; the base grows with the length."""
+    trained, factor = config.max_position_embeddings, config.rope_scaling.factor
+    lengths = np.arange(trained, max(trained, max_seq_len) + 1, dtype=np.float64)
+    stretch = factor * lengths / trained - (factor - 1)
+    return _inverse_frequencies(config, config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2)))
+
+
+def rotary_embedding(
+    positions: jax.Array, config: TextConfig, seq_len: jax.Array, max_seq_len: int
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, in float32.
 
     Args:
         positions: int32 [..., L].
         seq_len: int32 [...]: how long each row's sequence is so far; only `dynamic` scaling looks at it.
+        max_seq_len: what `seq_len` can be at most, known when compiling.
 
     Returns:
         cos, sin: float32 [..., L, D], the half-split layout (each angle stands at i and at i + D/2).
     """
-    scaling, angles = config.rope_scaling, positions.astype(jnp.float32)[..., None]
-    if scaling is None:
-        frequencies = _inverse_frequencies(config, float(config.rope_theta))
-    elif scaling.rope_type == "linear":
-        frequencies = _inverse_frequencies(config, float(config.rope_theta))
-        angles = angles / scaling.factor
-    elif scaling.rope_type == "llama3":
+    kind = config.rope_scaling and config.rope_scaling.rope_type
+    angles = positions.astype(jnp.float32)[..., None]
+    if kind == "dynamic":
+        table = jnp.asarray(_dynamic_frequencies(config, max_seq_len))
+        beyond = jnp.clip(seq_len - config.max_position_embeddings, 0, len(table) - 1)
+        frequencies = table[beyond][..., None, :]
+    elif kind == "llama3":
         frequencies = _llama3_frequencies(config)
-    else:  # dynamic NTK: the base grows with the sequence once it is past the trained length
-        longest = jnp.maximum(seq_len, config.max_position_embeddings).astype(jnp.float32)
-        stretch = scaling.factor * longest / config.max_position_embeddings - (scaling.factor - 1)
-        base = config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
-        frequencies = _inverse_frequencies(config, base)[..., None, :]
+    else:
+        frequencies = _inverse_frequencies(config, config.rope_theta)
+        angles = angles / config.rope_scaling.factor if kind == "linear" else angles
     angles = angles * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
