@@ -49,6 +49,7 @@ _MISTRAL_DEFAULTS = dict(intermediate_size=14336, num_key_value_heads=8, max_pos
 
 
 def _read_text(config: dict, mistral: bool) -> c.TextConfig:
+    c.one_of("mlp_bias", config.get("mlp_bias", False), (False,))
     values = {f.name: config[f.name] for f in dataclasses.fields(c.TextConfig) if config.get(f.name) is not None}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in config:
@@ -126,6 +127,7 @@ def read_liuhaotian(config: dict) -> dict:
 def read_llava_hf(config: dict) -> dict:
     c.one_of("model_type", config.get("model_type"), ("llava", "llava_next"))
     c.one_of("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
+    c.one_of("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,))
     strategy = config.get("vision_feature_select_strategy", "default")
     c.one_of("vision_feature_select_strategy", strategy, ("default", "full"))
     anyres = config["model_type"] == "llava_next"

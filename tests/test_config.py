@@ -194,7 +194,6 @@ def test_generation_config():
 
 # ---- changes
 
-
 LINEAR, DYNAMIC = RopeScaling("linear", 3.0), RopeScaling("dynamic", 4.0)
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 4096)
 MM_CHANGES = [
@@ -398,3 +397,5 @@ def test_unsupported_in_the_llava_hf_layout():
     refused({**HF_OLD, "text_config": {"model_type": "qwen2"}}, "text_config.model_type='qwen2'", "llama, mistral")
     vision = {**HF_OLD["vision_config"], "model_type": "siglip_vision_model"}
     refused({**HF_OLD, "vision_config": vision}, "vision_config.model_type='siglip_vision_model'", "clip_vision_model")
+    refused({**HF_OLD, "multimodal_projector_bias": False}, "multimodal_projector_bias=False", "True")
+    refused({**VICUNA, "mlp_bias": True}, "mlp_bias=True", "False")
