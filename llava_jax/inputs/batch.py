@@ -9,7 +9,7 @@ import numpy as np
 from llava_jax.batch import Batch
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.anyres import NEWLINE, image_index, num_tiles
+from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
 
 
 class _Table(NamedTuple):
@@ -20,9 +20,12 @@ class _Table(NamedTuple):
     zeros: int
 
 
-def bucket_length(n: int) -> int:
-    """Sequence lengths to a few: 64, 128, 256, then multiples of 512."""
-    return next((size for size in (64, 128, 256) if n <= size), -(-n // 512) * 512)
+def bucket_length(n: int, config: LlavaConfig) -> int:
+    """Sequence lengths to a few: 64, 128, 256, then multiples of 512, or of more where images are longer than the
+    published ones: one image of any size and a question are at most six lengths."""
+    largest = num_image_tokens(*np.transpose(pinpoints(config) or [(1, 1)]), config).max()
+    step = 512 * -(-(largest + 128) // (6 * 512))  # 128: room for a question
+    return int(next((size for size in (64, 128, 256) if n <= size), -(-n // step) * step))
 
 
 def bucket_count(n: int) -> int:
@@ -160,13 +163,15 @@ def pack(
     spliced = [(index[:max_length], target[:max_length]) for index, target in spliced]
     text_ids = np.zeros(text_rows, np.int32)
     text_ids[: text_starts[-1]] = np.concatenate(text)
-    return _lay_out(spliced, packed, text_ids, table.zeros, padding_side, attend_to_padding)
-
-
-def _lay_out(spliced, packed, text_ids, zeros: int, padding_side: str, attend_to_padding: bool) -> Batch:
-    """Rows of (index, labels) into [B, L] arrays."""
     lengths = np.array([len(index) for index, _ in spliced], np.int32)
-    longest, shape = lengths.max(), (len(spliced), bucket_length(lengths.max()))
+    shape = len(rows), bucket_length(lengths.max(), config)
+    arrays = _lay_out(spliced, lengths, shape, table.zeros, padding_side, attend_to_padding)
+    return Batch(packed, text_ids, *arrays, lengths)
+
+
+def _lay_out(spliced, lengths, shape, zeros: int, padding_side: str, attend_to_padding: bool):
+    """Rows of (index, labels) as index, position_ids, attention_mask and labels, each [B, L]."""
+    longest = lengths.max()
     index, targets = np.full(shape, zeros, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
     position_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for b, (row_index, row_targets) in enumerate(spliced):
@@ -176,7 +181,7 @@ def _lay_out(spliced, packed, text_ids, zeros: int, padding_side: str, attend_to
         position_ids[b, here], mask[b, here] = np.arange(lengths[b]), True
     if attend_to_padding:
         mask[:, :longest], position_ids[:, :longest] = True, np.arange(longest)
-    return Batch(packed, text_ids, index, position_ids, mask, targets, lengths)
+    return index, position_ids, mask, targets
 
 
 def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
