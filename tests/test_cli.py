@@ -15,6 +15,7 @@ def test_ask_prints_what_generate_returns(converted, pictures, capsys):
     llava, params = llava_jax.load(folder)
     wanted = llava.generate(params, image, "What is it?", max_new_tokens=12)
     command = ["ask", "--model-path", folder, "--image-file", image, "--query", "What is it?", "--max_new_tokens", "12"]
+    capsys.readouterr()  # the fixtures' own
     assert main(command) == 0
     assert capsys.readouterr().out == wanted + "\n"
     assert main([*command, "--temperature", "1", "--top_p", "0.9", "--seed", "3", "--conv-mode", "llava_v0"]) == 0

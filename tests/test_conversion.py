@@ -746,7 +746,8 @@ def test_disk_space(tiny, tmp_path, monkeypatch):
 
 # Converts, saying "half" when half the tensors are written, and then waits to be killed (or for its input to end).
 STOP_HALFWAY = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 from llava_jax import checkpoint
 from llava_jax.conversion import from_hf
 checkpoint.BATCH_BYTES = 2000

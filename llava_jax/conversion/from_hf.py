@@ -351,3 +351,5 @@ def main(argv: list[str] | None = None) -> None:
         run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing is left behind")
