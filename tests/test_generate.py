@@ -118,6 +118,16 @@ def test_stream_gives_what_generate_gives(llava, options):
     assert len(pieces) > 2  # and not all at the end
 
 
+def test_text_comes_before_the_work_is_done(llava, monkeypatch):
+    model, params = llava
+    steps, run = [], model._run
+    monkeypatch.setattr(model, "_run", lambda *args: steps.append(int(args[-1])) or run(*args))
+    stream = model.stream(params, None, QUESTION, max_new_tokens=40, temperature=1.5, seed=5)
+    assert next(stream) and max(steps, default=0) < 20
+    list(stream)
+    assert max(steps) == 40
+
+
 def test_stop_strings_cut_the_answer_and_end_the_work(llava):
     model, params = llava
     options = dict(max_new_tokens=64, temperature=1.5, seed=5)
