@@ -11,6 +11,7 @@ import pytest
 from golden import checkpoints, images
 
 jax.config.update("jax_default_matmul_precision", "highest")
+pytest.register_assert_rewrite("published")  # its asserts show their values, as those of the tests do
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "data")
 
@@ -70,3 +71,11 @@ def model(converted):
         return llava_jax.load(converted(variant))
 
     return load
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A synthetic liuhaotian checkpoint, this test's own, to change and to damage."""
+    from published import Checkpoint
+
+    return Checkpoint(tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from make_7b import ROOT
-from test_conversion import Checkpoint, config_dict, read_params
+from published import Checkpoint, config_dict, read_params
 
 from llava_jax import checkpoint
 from llava_jax.checkpoint import load_config, load_params, save_params
