@@ -20,3 +20,11 @@ class Batch(NamedTuple):
     attention_mask: np.ndarray  # bool [B, L]
     labels: np.ndarray  # int32 [B, L], -100 where there is none
     lengths: np.ndarray  # int32 [B]
+
+
+class Questions(NamedTuple):
+    """What the R rows of each of G prefixes go on with; a pytree of arrays. Q may be 0."""
+
+    ids: np.ndarray  # int32 [G, R, Q], right-padded
+    lengths: np.ndarray  # int32 [G, R]
+    active: np.ndarray  # bool [G, R], False where a row only fills the shape

@@ -12,8 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate
-from llava_jax.inference.sampling import make_sampling
+from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.batch import pack
+from llava_jax.inputs.groups import no_questions
 from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
 from llava_jax.sharding import param_shardings
 
@@ -35,7 +36,7 @@ def compile_for_tpu(config, slots=128):
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole),
-        (batch, make_sampling(0, 1, 50, 0), np.int32(slots)),
+        (batch, no_questions(1), Greedy(), np.int32(slots)),
     )
     program = jax.jit(partial(generate.generate, LlavaLlamaForCausalLM(config)), static_argnums=0)
     return program.lower(slots, params, *arguments).compile(), params

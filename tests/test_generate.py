@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_jax import demo
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.sampling import make_sampling, warp
+from llava_jax.inference.sampling import Sample, checked
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava import init_params
 
@@ -148,15 +148,30 @@ def test_a_seed_gives_one_answer_alone_and_in_a_batch(llava):
     assert alone.tolist() != model.generate_tokens(params, [row], **{**options, "seed": 12})[0].tolist()
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(0.7, 50, 0.6), (1.3, 0, 0.9), (0.2, 5, 1.0), (1.0, 1, 0.1)])
-def test_warp_is_transformers_warpers(temperature, top_k, top_p):
-    scores = torch.tensor(np.random.default_rng(top_k).normal(size=(3, 400)).astype(np.float32)) * 3
-    wanted = transformers.TemperatureLogitsWarper(temperature)(None, scores)
-    if top_k:
-        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted)
-    if top_p < 1:
-        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted)
-    got = np.asarray(warp(scores.numpy(), make_sampling(temperature, top_p, top_k, 0)))
+@pytest.mark.parametrize(
+    "method",
+    [
+        Sample(0.7, 50, 0.6),
+        Sample(1.3, 0, 0.9),
+        Sample(0.2, 5, 1.0),
+        Sample(1.0, 1, 0.1),
+        Sample(0.8, 0, 1.0, min_p=0.1),
+        Sample(0.9, 20, 0.8, 0.05, 1.7),
+    ],
+)
+def test_warp_is_transformers_warpers(method):
+    rng = np.random.default_rng(method.top_k)
+    scores = torch.tensor(rng.normal(size=(3, 400)).astype(np.float32)) * 3
+    said = torch.tensor(rng.integers(0, 400, (3, 9)))
+    wanted = transformers.RepetitionPenaltyLogitsProcessor(method.repetition_penalty)(said[:, :6], scores)
+    wanted = transformers.TemperatureLogitsWarper(method.temperature)(None, wanted)
+    if method.top_k:
+        wanted = transformers.TopKLogitsWarper(method.top_k)(None, wanted)
+    if method.top_p < 1:
+        wanted = transformers.TopPLogitsWarper(method.top_p)(None, wanted)
+    if method.min_p:
+        wanted = transformers.MinPLogitsWarper(method.min_p)(None, wanted)
+    got = np.asarray(checked(method).warp(scores.numpy(), said.numpy(), 6))
     assert (np.isinf(got) == np.isinf(wanted.numpy())).all()
     kept = ~np.isinf(got)
     assert np.allclose(got[kept], wanted.numpy()[kept], atol=1e-5)
@@ -229,6 +244,9 @@ def test_turns_images_and_placeholders_become_the_references_prompt(llava):
         (dict(temperature=-1.0), "temperature=-1.0"),
         (dict(temperature=1.0, top_p=1.5), "top_p=1.5"),
         (dict(temperature=1.0, top_k=-2), "top_k=-2"),
+        (dict(sampling=Sample(min_p=2.0)), "min_p=2.0"),
+        (dict(sampling=Sample(repetition_penalty=0)), "repetition_penalty=0"),
+        (dict(sampling=Sample(), temperature=0.5), "two ways to say it"),
         (dict(conv_mode="vicuna"), "conv_mode='vicuna' is not known; use one of"),
     ],
 )

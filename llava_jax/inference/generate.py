@@ -1,4 +1,8 @@
-"""Prompts to tokens on the device: `start` prefills, `run` decodes, `generate` is both in one program."""
+"""Prompts to tokens on the device: `start` prefills, `run` decodes, `generate` is both in one program.
+
+Everything works on G prefixes with R rows each. One prompt is G = R = 1; a batch of prompts is R = 1; many questions
+on one image share a prefix, and a row's question is what comes after it.
+"""
 
 from __future__ import annotations
 
@@ -6,78 +10,127 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from llava_jax.batch import Batch
+from llava_jax.batch import Batch, Questions
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
-from llava_jax.inference.sampling import Sampling, next_token
+from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.models.llava import LlavaLlamaForCausalLM
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """What the decode loop carries. G prefixes, R rows each, S slots."""
+    """What the decode loop carries. The suffix has Q slots for the question and then S for new tokens."""
 
     suffix: Suffix
+    lengths: jax.Array  # int32 [G, R], of the questions
     tokens: jax.Array  # int32 [G, R, S], pad after a row's end
     done: jax.Array  # bool [G, R]
     step: jax.Array  # int32, tokens so far
 
 
-def _take(state: DecodeState, logits: jax.Array, sampling: Sampling, config) -> DecodeState:
+def _take(state: DecodeState, logits: jax.Array, sampling: Greedy | Sample, config) -> DecodeState:
     """Choose each row's next token from logits [G, R, V]; a finished row gets padding."""
-    token = jnp.where(state.done, config.pad_token_id, next_token(logits, sampling, state.step))
+    token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, state.tokens, state.step))
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.step, axis=2)
     ended = jnp.isin(token, jnp.asarray(config.eos_token_ids, jnp.int32))
     return state.replace(tokens=tokens, done=state.done | ended, step=state.step + 1)
 
 
-def start(model: LlavaLlamaForCausalLM, slots: int, params, batch: Batch, sampling: Sampling):
-    """Encode, merge and prefill a batch of right-padded prompts, and choose each one's first token.
+def prefill(model: LlavaLlamaForCausalLM, params, batch: Batch) -> tuple[Prefix, jax.Array]:
+    """Encode, merge and prefill right-padded prompts: the Prefix (G = B) and the last hidden states [G, E]."""
+    last, keys_values = model.apply({"params": params}, batch, method="prefill")
+    return Prefix(keys_values, batch.attention_mask, batch.lengths), last
+
+
+def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questions: Questions):
+    """Prefill each row's question after its prefix.
 
     Args:
         slots: room for new tokens.
 
     Returns:
-        (Prefix with G = B, DecodeState with R = 1)
+        (the suffix with Q + slots slots, hidden states [G, R, Q, E])
     """
-    logits, keys_values = model.apply({"params": params}, batch, method="prefill")
-    prefix = Prefix(keys_values, batch.attention_mask, batch.lengths)
-    rows, dtype = len(batch.index), keys_values[0][0].dtype
+    groups, rows, length = questions.ids.shape
+    dtype = prefix.keys_values[0][0].dtype
+    suffix = empty_suffix(model.config.text, groups, rows, length + slots, dtype)
+    valid = jnp.arange(length + slots) < questions.lengths[..., None]
+    suffix = suffix.replace(valid=valid)
+    positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
+    arguments = questions.ids, positions, prefix, suffix, jnp.int32(0)
+    hidden, keys_values = model.apply({"params": params}, *arguments, method="extend")
+    return suffix.replace(keys_values=keys_values), hidden
+
+
+def first(model, slots: int, params, prefix: Prefix, last: jax.Array, questions: Questions, sampling: Greedy | Sample):
+    """The state after each row's first token; a question of no tokens (Q = 0) goes on from the prefix's own end."""
+    if questions.ids.shape[-1]:
+        suffix, hidden = ask(model, slots, params, prefix, questions)
+        last = jnp.take_along_axis(hidden, jnp.maximum(questions.lengths - 1, 0)[..., None, None], axis=2)[:, :, 0]
+    else:
+        groups, rows, _ = questions.ids.shape
+        suffix = empty_suffix(model.config.text, groups, rows, slots, prefix.keys_values[0][0].dtype)
+        last = jnp.broadcast_to(last[:, None], (groups, rows, last.shape[-1]))
     state = DecodeState(
-        suffix=empty_suffix(model.config.text, rows, 1, slots, dtype),
-        tokens=jnp.full((rows, 1, slots), model.config.generation.pad_token_id, jnp.int32),
-        done=jnp.zeros((rows, 1), bool),
+        suffix=suffix,
+        lengths=questions.lengths,
+        tokens=jnp.full((*questions.lengths.shape, slots), model.config.generation.pad_token_id, jnp.int32),
+        done=~questions.active,
         step=jnp.int32(0),
     )
-    return prefix, _take(state, logits[:, None], sampling, model.config.generation)
+    logits = model.apply({"params": params}, last, method="logits")
+    return _take(state, logits, sampling, model.config.generation)
 
 
-def run(
-    model: LlavaLlamaForCausalLM, params, prefix: Prefix, state: DecodeState, sampling: Sampling, limit
-) -> DecodeState:
+def start(model, slots: int, params, batch: Batch, questions: Questions, sampling: Greedy | Sample):
+    """(Prefix, DecodeState after each row's first token)."""
+    prefix, last = prefill(model, params, batch)
+    return prefix, first(model, slots, params, prefix, last, questions, sampling)
+
+
+def run(model: LlavaLlamaForCausalLM, params, prefix: Prefix, state: DecodeState, sampling: Greedy | Sample, limit):
     """Decode until every row is done or has `limit` tokens (int32, traced)."""
+    question_slots = state.suffix.valid.shape[-1] - state.tokens.shape[-1]
 
     def unfinished(state: DecodeState):
         return (state.step < limit) & ~jnp.all(state.done)
 
     def body(state: DecodeState) -> DecodeState:
-        slot = state.step - 1  # the newest token is not in the cache yet
-        last = jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=2)
+        newest = state.step - 1  # it is not in the cache yet
+        slot = question_slots + newest
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, newest, 1, axis=2)
         here = jnp.ones_like(last, dtype=bool)
         suffix = state.suffix.replace(valid=jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, here, slot, axis=2))
-        positions = jnp.broadcast_to(prefix.lengths[:, None, None] + slot, last.shape)
-        logits, keys_values = model.apply({"params": params}, last, positions, prefix, suffix, slot, method="extend")
+        positions = (prefix.lengths[:, None] + state.lengths + newest)[..., None]
+        hidden, keys_values = model.apply({"params": params}, last, positions, prefix, suffix, slot, method="extend")
         state = state.replace(suffix=suffix.replace(keys_values=keys_values))
-        return _take(state, logits[:, :, -1], sampling, model.config.generation)
+        logits = model.apply({"params": params}, hidden[:, :, -1], method="logits")
+        return _take(state, logits, sampling, model.config.generation)
 
     return jax.lax.while_loop(unfinished, body, state)
 
 
-def generate(model: LlavaLlamaForCausalLM, slots: int, params, batch: Batch, sampling: Sampling, limit):
+def generate(
+    model: LlavaLlamaForCausalLM, slots: int, params, batch: Batch, questions, sampling: Greedy | Sample, limit
+):
     """Tiles to tokens in one program.
 
     Returns:
-        (tokens int32 [B, slots], how many steps were taken: the tokens beyond are padding)
+        (tokens int32 [G, R, slots], how many steps were taken: the tokens beyond are padding)
     """
-    prefix, state = start(model, slots, params, batch, sampling)
+    prefix, state = start(model, slots, params, batch, questions, sampling)
     state = run(model, params, prefix, state, sampling, limit)
-    return state.tokens[:, 0], state.step
+    return state.tokens, state.step
+
+
+def answer(model, slots: int, params, prefix: Prefix, last, questions: Questions, sampling: Greedy | Sample, limit):
+    """Questions to tokens after prefixes that are already there: int32 [G, R, slots]."""
+    state = first(model, slots, params, prefix, last, questions, sampling)
+    return run(model, params, prefix, state, sampling, limit).tokens
+
+
+def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
+    """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
+    _, hidden = ask(model, 0, params, prefix, questions)
+    logits = model.apply({"params": params}, hidden[:, :, :-1], method="logits")
+    picked = jnp.take_along_axis(logits, questions.ids[:, :, 1:, None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)

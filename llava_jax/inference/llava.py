@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,12 +13,16 @@ import numpy as np
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
-from llava_jax.constants import DEFAULT_IMAGE_TOKEN
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inference import generate as device
-from llava_jax.inference.sampling import make_sampling
+from llava_jax.inference.batching import make_groups, run_waves
+from llava_jax.inference.chat import Chat, fold
+from llava_jax.inference.generate import DecodeState
+from llava_jax.inference.sampling import Greedy, Sample, checked
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, pack, pack_text
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
+from llava_jax.inputs.groups import common_length, group_prompts, no_questions
 from llava_jax.inputs.image import as_image_list, load_image, process_images
 from llava_jax.inputs.stream import TextStream
 from llava_jax.inputs.tokenizer import load_tokenizer, tokenizer_image_token
@@ -61,6 +66,11 @@ class Llava:
         self._generate = jax.jit(partial(device.generate, model), static_argnums=0)
         self._start = jax.jit(partial(device.start, model), static_argnums=0)
         self._run = jax.jit(partial(device.run, model), donate_argnames="state")
+        self._prefill = jax.jit(partial(device.prefill, model))
+        self._answer = jax.jit(partial(device.answer, model), static_argnums=0)
+        self._first = jax.jit(partial(device.first, model), static_argnums=0)
+        self._fold = jax.jit(fold, static_argnums=(0, 1))
+        self._score = jax.jit(partial(device.score, model))
         self._forward = jax.jit(partial(_forward, model), static_argnums=(0, 1, 2))
         self._encode = jax.jit(partial(_call, model, "encode_images"))
         self._embed = jax.jit(partial(_call, model, "embed_multimodal"))
@@ -77,7 +87,8 @@ class Llava:
                 Conversation, used as it stands. `<image>` may be placed by hand; otherwise it goes in front.
             stop: strings that end the answer, which is cut before them; the end-of-sequence token always does.
             options: `max_new_tokens` (512), `temperature` (0: greedy), `top_p` and `top_k` (where the checkpoint's
-                generation_config says nothing: 1 and 50), `seed` (0), `conv_mode` (picked from the checkpoint).
+                generation_config says nothing: 1 and 50), `seed` (0), or instead `sampling`, a Greedy or Sample;
+                `conv_mode` (picked from the checkpoint).
 
         Returns:
             the answer, without special tokens and outer white space.
@@ -87,8 +98,8 @@ class Llava:
         """
         if stop:
             return "".join(self.stream(params, image, prompt, stop=stop, **options))
-        ids, images, options = self._prompt(image, prompt, **options)
-        tokens = self._tokens(params, self._pack_prompts([ids], *images), **options)
+        batch, options = self._one_prompt(image, prompt, **options)
+        tokens = self._tokens(params, batch, **options)
         return self.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True).strip()
 
     def stream(self, params, image=None, prompt="", *, stop: Sequence[str] = (), **options) -> Iterator[str]:
@@ -96,27 +107,33 @@ class Llava:
 
         The pieces joined are exactly what `generate` returns.
         """
-        ids, images, options = self._prompt(image, prompt, **options)
-        batch = self._pack_prompts([ids], *images)
-        slots, limit, sampling = self._plan_decode(**options)
+        batch, options = self._one_prompt(image, prompt, **options)
+        slots, limit, sampling = self.plan_decode(**options)
         return self._stream(params, batch, slots, limit, sampling, stop)
 
     def _stream(self, params, batch, slots, limit, sampling, stop) -> Iterator[str]:
+        prefix, state = self._start(slots, params, batch, no_questions(len(batch.index)), sampling)
+        yield from (piece for piece, _ in self.decode(params, prefix, state, limit, sampling, stop) if piece)
+
+    def decode(self, params, prefix, state, limit, sampling, stop=()) -> Iterator[tuple[str, DecodeState]]:
+        """One row's text as it comes, each piece (some are empty) with the state of the loop after it."""
         text = TextStream(self.tokenizer, stop)
-        prefix, state = self._start(slots, params, batch, sampling)
         seen, chunk = 0, STOP_CHUNK if stop else 1
         while True:
             tokens, step = np.asarray(state.tokens)[0, 0], int(state.step)
             finished = step >= limit or bool(np.all(state.done))
             for token in tokens[seen:step].tolist():
-                if piece := text.push(token):
-                    yield piece
+                yield text.push(token), state
             if finished or text.stopped:
                 break
             seen = step
             state = self._run(params, prefix, state, sampling, np.int32(min(limit, step + chunk)))
-        if piece := text.flush():
-            yield piece
+        yield text.flush(), state
+
+    def _one_prompt(self, image, prompt, conv_mode: str | None = None, **options) -> tuple[Batch, dict]:
+        """One prompt and its pictures, packed, and the other options."""
+        tiles, sizes = self.load_images(image)
+        return self._pack_prompts([self.prompt_ids(prompt, sizes, conv_mode)], tiles, sizes), options
 
     def conversation(self, prompt, num_images: int = 0, conv_mode: str | None = None) -> Conversation:
         """A question, or alternating turns, in the template that the checkpoint picks (`conv_mode` overrides)."""
@@ -140,19 +157,87 @@ class Llava:
             raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
         return user_message(turns[0], num_images - later, self.config.mm_use_im_start_end)
 
-    def _prompt(self, image, prompt, conv_mode: str | None = None, **options):
-        """(ids, (tiles, sizes), the other options) of one prompt."""
-        images = self._load(image)
-        text = self.conversation(prompt, len(images[0]), conv_mode).get_prompt()
-        ids = tokenizer_image_token(text, self.tokenizer)
-        limit = self.config.tokenizer_model_max_length
-        length = sum(i >= 0 for i in ids) + sum(int(num_image_tokens(*size, self.config)) for size in images[1])
+    def prompt_ids(self, prompt, sizes, conv_mode: str | None = None) -> list[int]:
+        """Token ids of one prompt, -200 where its images, of these (width, height), go.
+
+        Raises:
+            ValueError: the images do not fit the prompt, or the prompt is too long for the model.
+        """
+        ids = tokenizer_image_token(self.conversation(prompt, len(sizes), conv_mode).get_prompt(), self.tokenizer)
+        placed, limit = ids.count(IMAGE_TOKEN_INDEX), self.config.tokenizer_model_max_length
+        if placed != len(sizes):
+            raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
+        of_images = sum(int(num_image_tokens(*size, self.config)) for size in sizes)
+        length = len(ids) - placed + of_images
         if limit is not None and length > limit:
             raise ValueError(
-                f"prompt: {length} positions ({length - sum(i >= 0 for i in ids)} of them images) are more than this "
-                f"model's tokenizer_model_max_length={limit}; shorten it or give fewer images"
+                f"prompt: {length} positions ({of_images} of them images) are more than this model's "
+                f"tokenizer_model_max_length={limit}; shorten it or give fewer images"
             )
-        return ids, images, options
+        return ids
+
+    # ---- many questions
+
+    def generate_batch(self, params, requests, *, memory_budget: int | None = None, conv_mode=None, **options) -> list:
+        """Answer many questions; each image is encoded and prefilled once for all of its own.
+
+        Args:
+            requests: (image, questions) pairs: a picture in any form, a list of them or None, and its prompts.
+            memory_budget: bytes for the cache and the activations at any time; None is most of what the device has
+                free (4 GiB on a CPU).
+            options: as `generate` has them, without `stop`.
+
+        Returns:
+            the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked.
+        """
+        groups, pictures, answers = make_groups(self, requests, conv_mode)
+        slots, limit, sampling = self.plan_decode(**options)
+
+        def answer(prefix, last, questions):
+            return np.asarray(self._answer(slots, params, prefix, last, questions, sampling, limit))
+
+        for place, tokens in run_waves(self, params, groups, pictures, slots, memory_budget, answer):
+            answers[place] = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+        return answers
+
+    def chat(self, params, image=None, conv_mode: str | None = None, **options) -> Chat:
+        """A conversation about a picture: `chat.send("…")`, again and again; each turn prefills only what is new."""
+        return Chat(self, params, image, conv_mode, **options)
+
+    def score(self, params, image, question, candidates, *, memory_budget=None, conv_mode=None) -> np.ndarray:
+        """The log-likelihood of each candidate as the answer to a question: the sum over its tokens, its end excluded.
+
+        Args:
+            image, question: as `generate` takes them.
+            candidates: answers, texts.
+
+        Returns:
+            float32 [candidates]. The image and the question are prefilled once.
+        """
+        tiles, sizes = self.load_images(image)
+        asked = np.asarray(self.prompt_ids(question, sizes, conv_mode))
+        rows = [np.asarray(self._answered_ids(question, text, len(sizes), conv_mode)) for text in candidates]
+        answer_starts = [common_length([asked, row]) for row in rows]
+        groups = group_prompts([asked, *rows], range(-1, len(rows)), 0)
+        scores = np.zeros(len(rows), np.float32)
+
+        def answer(prefix, last, questions):
+            return np.asarray(self._score(params, prefix, questions))
+
+        for group in groups:
+            shared = len(group.prefix)
+            group = replace(group, questions=group.questions[1:], places=group.places[1:])
+            for place, logprobs in run_waves(self, params, [group], [(tiles, sizes)], 0, memory_budget, answer):
+                start, stop = answer_starts[place] - shared - 1, len(rows[place]) - shared - 1
+                scores[place] = logprobs[start:stop].sum()
+        return scores
+
+    def _answered_ids(self, question, answer: str, num_images: int, conv_mode) -> list[int]:
+        """Ids of the prompt with the answer written in, up to the answer's end."""
+        conversation = self.conversation(question, num_images, conv_mode)
+        role = conversation.messages[-1][0]
+        answered = conversation.replace_last(role, answer).get_prompt()
+        return tokenizer_image_token(answered[: answered.rindex(answer) + len(answer)], self.tokenizer)
 
     # ---- tokens
 
@@ -170,22 +255,37 @@ class Llava:
             gives alone. As in the reference, a prompt over tokenizer_model_max_length is cut off on the right.
         """
         rows, _ = as_rows(input_ids, attention_mask)
-        return self._tokens(params, self._pack_prompts(rows, *self._load(images), cut=images is not None), **options)
+        return self._tokens(
+            params, self._pack_prompts(rows, *self.load_images(images), cut=images is not None), **options
+        )
 
     def _tokens(self, params, batch: Batch, **options) -> np.ndarray:
-        slots, limit, sampling = self._plan_decode(**options)
-        tokens, steps = self._generate(slots, params, batch, sampling, limit)
-        return np.asarray(tokens)[:, : int(steps)]
+        slots, limit, sampling = self.plan_decode(**options)
+        tokens, steps = self._generate(slots, params, batch, no_questions(len(batch.index)), sampling, limit)
+        return np.asarray(tokens)[:, 0, : int(steps)]
 
-    def _plan_decode(self, max_new_tokens: int = 512, temperature=0.0, top_p=None, top_k=None, seed: int = 0):
-        """(slots, bucketed; limit; sampling) for so many new tokens."""
+    def plan_decode(self, max_new_tokens: int = 512, sampling=None, **numbers):
+        """(slots, bucketed; limit; sampling, checked) for so many new tokens.
+
+        `sampling` is a Greedy or Sample; or else `temperature` (0: greedy), `top_p`, `top_k` and `seed` make one.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1")
+        if sampling is not None and numbers:
+            raise ValueError(f"sampling={sampling!r} and {', '.join(numbers)} are two ways to say it; give one")
+        sampling = self._sampling(**numbers) if sampling is None else sampling
+        return 1 << max(5, (max_new_tokens - 1).bit_length()), np.int32(max_new_tokens), checked(sampling)
+
+    def _sampling(self, temperature: float = 0.0, top_p=None, top_k=None, seed: int = 0) -> Greedy | Sample:
+        """As the original's command line has it; what is None is the checkpoint's generation_config.json's."""
         defaults = self.config.generation
         top_p = defaults.top_p if top_p is None else top_p
         top_k = defaults.top_k if top_k is None else top_k
-        slots = 1 << max(5, (max_new_tokens - 1).bit_length())
-        return slots, np.int32(max_new_tokens), make_sampling(temperature, top_p, top_k, seed)
+        sample = Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        if temperature:
+            return sample
+        checked(replace(sample, temperature=1.0))  # a wrong number is wrong, used or not
+        return Greedy()
 
     def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:
         rows = [np.asarray(row, np.int64) for row in rows]
@@ -253,7 +353,7 @@ class Llava:
         if images is None:
             return pack_text(input_ids, attention_mask, labels, self.config)
         rows, targets = as_rows(input_ids, attention_mask, labels)
-        tiles, sizes = self._load(images)
+        tiles, sizes = self.load_images(images)
         if image_sizes is not None:
             if len(image_sizes) != len(sizes):
                 raise ValueError(f"image_sizes: got {len(image_sizes)} for {len(sizes)} images")
@@ -271,10 +371,10 @@ class Llava:
 
     def encode_images(self, params, images) -> list[np.ndarray]:
         """Each image's projected features, [tiles, tokens_per_tile, E], before merging."""
-        tiles, _ = self._load(images)
+        tiles, _ = self.load_images(images)
         return [np.asarray(self._encode(params, tile)) for tile in tiles]
 
-    def _load(self, images) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    def load_images(self, images) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         """(tiles, sizes) of pictures in any form."""
         pictures = [load_image(image) for image in as_image_list(images)]
         return process_images(pictures, self.config), [picture.size for picture in pictures]

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or sampled as transformers' warpers do it."""
+"""How the next token is chosen: `Greedy()`, or `Sample(…)` as transformers' logits warpers do it."""
 
 from __future__ import annotations
 
@@ -9,52 +9,81 @@ import numpy as np
 
 
 @flax.struct.dataclass
-class Sampling:
-    """How a token is drawn. All but `do_sample` is traced, so another temperature compiles nothing.
+class Greedy:
+    """The most likely token."""
 
-    temperature, then top_k (0: off), then top_p (1: off), in transformers' order.
+    def choose(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
+        """logits float32 [..., V] → int32 [...]."""
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class Sample:
+    """A token drawn from the distribution after the warpers, in transformers' order.
+
+    Every field is traced, so other values compile nothing. 0 turns top_k and min_p off, 1 turns top_p and
+    repetition_penalty off; the penalty looks at the answer's own tokens, as transformers' does given embeddings.
     """
 
-    temperature: np.float32
-    top_p: np.float32
-    top_k: np.int32
-    seed: np.uint32
-    do_sample: bool = flax.struct.field(pytree_node=False)
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def choose(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
+        """logits float32 [..., V], tokens int32 [..., S] of which `step` are there → int32 [...].
+
+        The draw depends on the seed and the step alone: a row gives the same alone and at any place in a batch.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        noise = jax.random.gumbel(key, logits.shape[-1:])
+        return jnp.argmax(self.warp(logits, tokens, step) + noise, axis=-1).astype(jnp.int32)
+
+    def warp(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
+        """The warped logits, -inf where a token is out."""
+        penalized = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+        logits = jnp.where(_said(tokens, step, logits.shape[-1]), penalized, logits) / self.temperature
+        ordered = -jnp.sort(-logits, axis=-1)
+        rank = jnp.arange(logits.shape[-1])
+        kept = (self.top_k == 0) | (rank < self.top_k) | (rank == 0)
+        probs = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        not_above = jnp.cumsum(probs[..., ::-1], axis=-1)[..., ::-1]  # this token and all less likely ones
+        kept &= (self.top_p >= 1) | (not_above > 1 - self.top_p) | (rank == 0)
+        probs = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        kept &= probs >= self.min_p * probs[..., :1]
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def make_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> Sampling:
-    """Check the numbers and pack them; temperature 0 is greedy, as in the original's command line.
+def _said(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
+    """bool [..., V]: which words are among the first `step` of tokens [..., S]."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    words = jnp.where(jnp.arange(rows.shape[-1]) < step, rows, vocab_size)  # past the end: dropped
+    said = jnp.zeros((len(rows), vocab_size), bool).at[jnp.arange(len(rows))[:, None], words].set(True, mode="drop")
+    return said.reshape(*tokens.shape[:-1], vocab_size)
+
+
+def checked(sampling: Greedy | Sample) -> Greedy | Sample:
+    """The same with its numbers checked and as arrays of fixed types, so that 1 and 1.0 are one program.
 
     Raises:
         ValueError: a number is out of its range.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p!r} must be in (0, 1]; 1 turns it off")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k!r} must be 0 (off) or more")
-    numbers = np.float32(temperature), np.float32(top_p), np.int32(top_k), np.uint32(seed % 2**32)
-    return Sampling(*numbers, do_sample=temperature > 0)
-
-
-def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """logits [..., V] divided by the temperature, -inf outside top_k and top_p (transformers' logits warpers)."""
-    logits = logits / sampling.temperature
-    ordered = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    in_k = (sampling.top_k == 0) | (rank < sampling.top_k) | (rank == 0)
-    probs = jax.nn.softmax(jnp.where(in_k, ordered, -jnp.inf), axis=-1)
-    not_above = jnp.cumsum(probs[..., ::-1], axis=-1)[..., ::-1]  # this token and all less likely ones
-    in_p = (sampling.top_p >= 1) | (not_above > 1 - sampling.top_p) | (rank == 0)
-    least = jnp.min(jnp.where(in_k & in_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def next_token(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """logits float32 [..., V] → int32 [...]. The draw depends on the seed and the step alone, not on a row's place."""
-    if not sampling.do_sample:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-    noise = jax.random.gumbel(key, logits.shape[-1:])  # one draw for every row: alone or in a batch, the same
-    return jnp.argmax(warp(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+    if isinstance(sampling, Greedy):
+        return sampling
+    if not sampling.temperature > 0:
+        raise ValueError(f"temperature={sampling.temperature!r} must be more than 0; 0 is greedy, Greedy()")
+    for name in ("top_p", "repetition_penalty"):
+        value = getattr(sampling, name)
+        if not 0 < value <= (1 if name == "top_p" else float("inf")):
+            raise ValueError(
+                f"{name}={value!r} must be {'in (0, 1]' if name == 'top_p' else 'more than 0'}; 1 turns it off"
+            )
+    if sampling.top_k < 0:
+        raise ValueError(f"top_k={sampling.top_k!r} must be 0 (off) or more")
+    if not 0 <= sampling.min_p <= 1:
+        raise ValueError(f"min_p={sampling.min_p!r} must be in [0, 1]; 0 turns it off")
+    floats = {n: np.float32(getattr(sampling, n)) for n in ("temperature", "top_p", "min_p", "repetition_penalty")}
+    return Sample(**floats, top_k=np.int32(sampling.top_k), seed=np.uint32(sampling.seed % 2**32))

@@ -47,6 +47,10 @@ class Conversation:
         """A new conversation with one turn more; `message=None` is the turn that the model is to write."""
         return replace(self, messages=(*self.messages, (role, message)))
 
+    def replace_last(self, role: str, message: Message) -> Conversation:
+        """A new conversation with the last turn replaced, say the one that the model is to write."""
+        return replace(self, messages=(*self.messages[:-1], (role, message)))
+
     def get_prompt(self) -> str:
         """The text of the conversation, as the reference's `Conversation.get_prompt`.
 

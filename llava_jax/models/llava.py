@@ -75,19 +75,18 @@ class LlavaLlamaForCausalLM(nn.Module):
         return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
 
     def prefill(self, batch: Batch):
-        """Prompts (right-padded) to the logits after their last token, [B, V], and every layer's keys and values.
+        """Prompts (right-padded) to their last hidden state, [B, E], and every layer's keys and values.
 
         Returns:
-            (logits float32 [B, V], one (k, v) of [B, L, K, D] for each layer)
+            (normed hidden state at each row's last position [B, E], one (k, v) of [B, L, K, D] for each layer)
         """
 
         def attend(q, k, v):
             return causal_attention(q, k, v, batch.attention_mask), (k, v)
 
-        embeds = self.embed_multimodal(batch)
-        hidden, keys_values, _ = self._decode_whole(embeds, batch, attend)
-        last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.language_model.logits(last), keys_values
+        hidden, keys_values, _ = self._decode_whole(self.embed_multimodal(batch), batch, attend)
+        last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
+        return jnp.take_along_axis(hidden, last, axis=1)[:, 0], keys_values
 
     def extend(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
         """New tokens after a shared prefix: written into the suffix at `slot`, attending to both parts of the cache.
@@ -98,7 +97,7 @@ class LlavaLlamaForCausalLM(nn.Module):
             slot: int32 scalar, where in the suffix the L new positions stand.
 
         Returns:
-            (logits float32 [G, R, L, V], the suffix's new (k, v) for each layer)
+            (normed hidden states [G, R, L, E], the suffix's new (k, v) for each layer)
         """
         slots = slot + jnp.arange(token_ids.shape[-1])
         seen = suffix.valid[:, :, None] & (jnp.arange(suffix.valid.shape[-1]) <= slots[:, None])
@@ -115,7 +114,11 @@ class LlavaLlamaForCausalLM(nn.Module):
         embeds = self.language_model.embed_tokens(token_ids)
         max_seq_len = prefix.valid.shape[-1] + suffix.valid.shape[-1]
         hidden, keys_values, _ = self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends)
-        return self.language_model.logits(hidden), keys_values
+        return hidden, keys_values
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Normed hidden states [..., E] → float32 [..., V]."""
+        return self.language_model.logits(hidden)
 
 
 def init_params(config: LlavaConfig, key: jax.Array) -> dict:

@@ -1,0 +1,87 @@
+"""Many questions: each image is encoded and prefilled once, its questions share that prefix, and scores do the same."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import numpy as np
+
+from llava_jax.inputs.batch import bucket_count, pack
+from llava_jax.inputs.groups import Group, Wave, group_prompts, pack_questions, plan_waves
+
+CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
+SHARE = 0.8  # of what an accelerator has free
+
+
+def memory_budget(params) -> int:
+    """Bytes for one wave: most of what the device of `params` has free."""
+    device = min(jax.tree.leaves(params)[0].devices(), key=lambda d: d.id)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return CPU_BUDGET
+    return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+
+
+def make_groups(llava, requests, conv_mode=None):
+    """Requests (image, questions) as groups of ids.
+
+    Returns:
+        (groups, for each request its (tiles, sizes), for each question None or the ValueError that it raises)
+    """
+    groups, pictures, errors = [], [], []
+    for n, (image, questions) in enumerate(requests):
+        pictures.append(llava.load_images(image))
+        rows, places = [], []
+        for question in questions:
+            try:
+                rows.append(np.asarray(llava.prompt_ids(question, pictures[n][1], conv_mode)))
+                places.append(len(errors))
+                errors.append(None)
+            except ValueError as error:
+                errors.append(ValueError(f"question {len(errors)} (image {n}, {question!r:.60}): {error}"))
+        if rows:
+            groups += group_prompts(rows, places, n)
+    return groups, pictures, errors
+
+
+def run_waves(llava, params, groups: list[Group], pictures, slots: int, budget: int | None, answer):
+    """Prefill each wave's prefixes once, and hand them and their questions, a few rows at a time, to `answer`.
+
+    Args:
+        answer: (Prefix, last hidden states [G, E], Questions [G, R, Q]) → results, indexed [G, R].
+
+    Yields:
+        (place, result) of each question, in the order of the work.
+    """
+    config = llava.config
+    lengths = [group.prefix_length(pictures[group.images][1], config) for group in groups]
+    budget = memory_budget(params) if budget is None else budget
+    waves = plan_waves(groups, lengths, config, slots, jax.tree.leaves(params)[0].dtype.itemsize, budget)
+    if waves:
+        _announce(waves, groups, budget)
+    for wave in waves:
+        prefix, last = llava._prefill(params, _pack_prefixes(wave, pictures, config))
+        for start in range(0, max(len(group.questions) for group in wave.groups), wave.rows):
+            here = slice(start, start + wave.rows)
+            questions = [group.questions[here] for group in wave.groups]
+            rows = bucket_count(max(map(len, questions)))
+            results = answer(prefix, last, pack_questions(questions, len(wave.groups), rows))
+            for g, group in enumerate(wave.groups):
+                yield from zip(group.places[here], results[g], strict=False)
+
+
+def _pack_prefixes(wave: Wave, pictures, config):
+    rows = [group.prefix for group in wave.groups]
+    tiles = [tile for group in wave.groups for tile in pictures[group.images][0]]
+    sizes = [size for group in wave.groups for size in pictures[group.images][1]]
+    return pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, config)
+
+
+def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:
+    rows, most = sum(len(group.questions) for group in groups), max(waves, key=lambda wave: wave.bytes)
+    print(
+        f"{rows} questions on {len(groups)} prefixes in {len(waves)} waves; the largest takes {len(most.groups)} "
+        f"prefixes, {most.rows} rows each, {most.bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB",
+        file=sys.stderr,
+    )

@@ -1,0 +1,127 @@
+"""Prompts that share a beginning, and how many of them the device takes at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava_jax.batch import Questions
+from llava_jax.config import LlavaConfig
+from llava_jax.constants import IMAGE_TOKEN_INDEX
+from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.batch import bucket_count, bucket_length
+
+MAX_GROUPS = 8  # prefixes at a time: more gain nothing once the weights are read for all of them
+PREFILL_CHUNK = 512  # query rows whose attention scores are alive at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts on the same images, cut into what they share and what each goes on with."""
+
+    prefix: np.ndarray  # ids, -200 where an image goes
+    questions: tuple[np.ndarray, ...]  # for each row, at least one id
+    places: tuple[int, ...]  # where each row's answer goes
+    images: int  # which entry of the caller's pictures
+
+    def prefix_length(self, sizes, config: LlavaConfig) -> int:
+        """Positions that the prefix takes with images of these (width, height)."""
+        text = int(np.sum(self.prefix != IMAGE_TOKEN_INDEX))
+        return text + sum(int(num_image_tokens(*size, config)) for size in sizes)
+
+
+def common_length(rows) -> int:
+    """How many ids all rows begin with alike."""
+    shortest = min(map(len, rows))
+    alike = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if alike.all() else int(np.argmin(alike))
+
+
+def group_prompts(rows, places, images: int) -> list[Group]:
+    """One group of rows (int arrays of ids) if their shared prefix holds all their images, else a group for each row.
+
+    At least one id stays in each question, so that there is something to predict from.
+    """
+    shared = min(common_length(rows), min(map(len, rows)) - 1)
+    if len(rows) > 1 and any(np.any(row[shared:] == IMAGE_TOKEN_INDEX) for row in rows):
+        return [
+            group for row, place in zip(rows, places, strict=True) for group in group_prompts([row], [place], images)
+        ]
+    return [Group(rows[0][:shared], tuple(row[shared:] for row in rows), tuple(places), images)]
+
+
+def pack_questions(questions, groups: int, rows: int) -> Questions:
+    """`questions[g][r]`, ids, into bucketed arrays [groups, rows, Q]; what is not there is inactive."""
+    longest = bucket_count(max(len(ids) for group in questions for ids in group))
+    ids = np.zeros((groups, rows, longest), np.int32)
+    lengths, active = np.ones((groups, rows), np.int32), np.zeros((groups, rows), bool)
+    for g, group in enumerate(questions):
+        for r, row in enumerate(group):
+            ids[g, r, : len(row)], lengths[g, r], active[g, r] = row, len(row), True
+    return Questions(ids, lengths, active)
+
+
+def no_questions(groups: int) -> Questions:
+    """One row for each prefix, which holds the whole prompt already (Q = 0)."""
+    return Questions(np.zeros((groups, 1, 0), np.int32), np.zeros((groups, 1), np.int32), np.ones((groups, 1), bool))
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Groups that the device takes together: G prefixes of up to P positions, up to R rows of each at a time."""
+
+    groups: tuple[Group, ...]
+    rows: int
+    bytes: int
+
+
+def plan_waves(groups, lengths, config: LlavaConfig, slots: int, itemsize: int, budget: int) -> list[Wave]:
+    """Groups of like length together, as many, and as many of their rows at a time, as the budget holds.
+
+    Args:
+        groups: what is to be answered; lengths: each one's prefix in positions.
+        slots: room for new tokens in each row; itemsize: bytes of a cached value.
+        budget: bytes for the cache and the activations of one wave.
+
+    Returns:
+        waves; together they hold every group once. One group is always taken, however small the budget.
+    """
+    order = sorted(range(len(groups)), key=lambda i: (bucket_length(lengths[i], config), len(groups[i].questions)))
+    waves, start = [], 0
+    while start < len(order):
+        padded = bucket_length(lengths[order[start]], config)
+        same = [i for i in order[start : start + MAX_GROUPS] if bucket_length(lengths[i], config) == padded]
+        count = max([n for n in range(1, len(same) + 1) if bucket_count(n) == n], default=1)
+        question = max(len(ids) for i in same for ids in groups[i].questions)
+        cost = Cost(config, padded, bucket_count(question), slots, itemsize)
+        while count > 1 and cost.bytes(count, 1) > budget:
+            count = max(n for n in range(1, count) if bucket_count(n) == n)
+        taken = [groups[i] for i in same[:count]]
+        rows = bucket_count(max(len(group.questions) for group in taken))
+        while rows > 1 and cost.bytes(count, rows) > budget:
+            rows = max(n for n in range(1, rows) if bucket_count(n) == n)
+        waves.append(Wave(tuple(taken), rows, cost.bytes(count, rows)))
+        start += count
+    return waves
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one wave, from the config: prefix, suffix, and the larger of the two prefills' activations."""
+
+    config: LlavaConfig
+    prefix: int
+    question: int
+    slots: int
+    itemsize: int
+
+    def bytes(self, groups: int, rows: int) -> int:
+        text = self.config.text
+        position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.itemsize
+        cache = groups * (self.prefix + rows * (self.question + self.slots)) * position
+        wide = (4 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
+        heads = 4 * text.num_attention_heads  # float32 scores
+        prefill = groups * (self.prefix * wide + heads * PREFILL_CHUNK * self.prefix)
+        asking = groups * rows * self.question * (wide + heads * (self.prefix + self.question + self.slots))
+        return cache + max(prefill, asking) + 8 * groups * rows * text.vocab_size

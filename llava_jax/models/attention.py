@@ -1,0 +1,208 @@
+"""Attention as pure functions: over whole sequences, one kernel for each platform, and over a two-part cache."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
+
+
+# ---- whole sequences
+
+
+@jax.jit  # traced once for all the layers of a model
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """Causal self-attention: splash on TPU, cudnn's flash attention on GPU, chunks of queries elsewhere.
+
+    The platform is the one that the program is lowered for. On a mesh, call it under `jax.set_mesh(mesh)`: rows are
+    then divided over its `data` axis and heads over `tensor`, where those divide them (a TPU kernel knows of no
+    mesh by itself). Differentiable; no path holds the whole [L, L] scores, the backward pass included.
+
+    Args:
+        q: [B, L, H, D]; k, v: [B, L, K, D], H a multiple of K (grouped queries).
+        valid: bool [B, L], False at padding, which stands before or after a row's tokens. None where it stands
+            only after them: causality hides it then, and nothing is spent on a mask.
+
+    Returns:
+        [B, L, H, D]; finite but meaningless at padding.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _on_one_device(q, k, v, valid)
+    rows = _dividing_axis(mesh, "data", len(q))
+    heads = PartitionSpec(rows, None, _dividing_axis(mesh, "tensor", k.shape[2]))
+    specs = heads, heads, heads, PartitionSpec(rows)
+    return jax.shard_map(_on_one_device, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, valid)
+
+
+def _dividing_axis(mesh, name: str, size: int) -> str | None:
+    """The mesh axis, or None where the mesh lacks it or it does not divide `size`."""
+    return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+
+
+def _on_one_device(q, k, v, valid):
+    platforms = {"cpu": head_by_head_attention}
+    if _splash_takes(q):
+        platforms["tpu"] = splash_attention
+    if _cudnn_takes(q):
+        platforms["cuda"] = cudnn_attention
+    return jax.lax.platform_dependent(q, k, v, valid, default=chunked_attention, **platforms)
+
+
+def causal_mask(valid: jax.Array, start: int, stop: int) -> jax.Array:
+    """bool [B, stop - start, stop]: which of the first `stop` keys the queries start..stop may see; valid [B, L]."""
+    return valid[:, None, :stop] & (jnp.arange(stop) <= jnp.arange(start, stop)[:, None])
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`causal_attention`, a chunk of queries at a time, each over the keys up to its own end."""
+    out = []
+    for start in range(0, q.shape[1], QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, q.shape[1])
+        chunk = jax.checkpoint(partial(_attend_chunk, start=start))  # the backward pass has its scores anew
+        out.append(chunk(q[:, start:stop], k[:, :stop], v[:, :stop], None if valid is None else valid[:, :stop]))
+    return jnp.concatenate(out, axis=1)
+
+
+def _attend_chunk(q, k, v, valid, start: int):
+    """The queries at start.. [B, C, H, D] over k, v [B, start + C, K, D]; softmax in float32, divided last."""
+    length, kv_heads = k.shape[1:3]
+    grouped = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1])
+    scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    seen = jnp.arange(length) <= jnp.arange(start, length)[:, None]
+    seen = seen if valid is None else causal_mask(valid, start, length)[:, None, None]
+    scores = jnp.where(seen, scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
+    out = jnp.einsum("bkhls,bskd->blkhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / total).astype(q.dtype).reshape(q.shape)
+
+
+def head_by_head_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`chunked_attention` of one row's one head after another: a CPU's cache holds their scores, and few more."""
+    batch, length, kv_heads, width = k.shape
+    valid = None if valid is None else jnp.repeat(valid, kv_heads, axis=0)
+
+    def of_group(group):  # q [H/K, L, D], k and v [L, D], valid [L]
+        q, k, v, valid = jax.tree.map(lambda x: x[None], group)
+        return jax.lax.map(lambda head: of_head(head[None, :, None], k[:, :, None], v[:, :, None], valid), q[0])
+
+    @jax.checkpoint
+    def of_head(q, k, v, valid):
+        return chunked_attention(q, k, v, valid)[0, :, 0]
+
+    grouped = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    groups = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (grouped, k.swapaxes(1, 2), v.swapaxes(1, 2))]
+    out = jax.lax.map(of_group, (*groups, valid)).reshape(grouped.shape)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _splash_takes(q: jax.Array) -> bool:
+    """Its blocks are 128 positions at least, its lanes 128 wide."""
+    return q.shape[1] % 128 == 0 and q.shape[-1] % 128 == 0
+
+
+def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
+    """`causal_attention` by the Pallas TPU kernel (jax.experimental.pallas.ops.tpu.splash_attention).
+
+    L and D must be multiples of 128. Padding is a segment of its own, which sees itself and nothing else.
+
+    Args:
+        interpret: run it in Pallas' interpreter, on any platform.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, only where it is needed
+
+    length, heads = q.shape[1:3]
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    forward = dict(block_q=block, block_kv=block, block_kv_compute=block)
+    backward = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**forward, **backward, block_kv_dq=block),
+        interpret=interpret,
+    )
+    segments = None if valid is None else splash.SegmentIds(valid.astype(jnp.int32), valid.astype(jnp.int32))
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not
+    out = jax.vmap(kernel)(scaled.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), segments)
+    return out.swapaxes(1, 2)
+
+
+def _cudnn_takes(q: jax.Array) -> bool:
+    """It has no float32, wants an Ampere or later, and can be traced only where such a GPU is."""
+    try:
+        capability = float(jax.devices("cuda")[0].compute_capability)
+    except RuntimeError:  # no such backend in this process
+        return False
+    widest = 256 if capability >= 9 else 128
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and capability >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`causal_attention` by cudnn (`jax.nn.dot_product_attention`), bfloat16 or float16.
+
+    A mask would have to be [B, 1, L, L], so rows that begin with padding are turned until it stands at their end,
+    where causality hides it.
+    """
+    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    if valid is None:
+        return attend(q, k, v)
+    first, places = jnp.argmax(valid, axis=1)[:, None], jnp.arange(q.shape[1])
+
+    def turn(x, by):
+        return jnp.take_along_axis(x, ((places + by) % len(places))[..., None, None], axis=1)
+
+    return turn(attend(turn(q, first), turn(k, first), turn(v, first)), -first)
+
+
+# ---- a whole matrix, and a two-part cache
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √D) in float32, as one whole matrix.
+
+    Args:
+        q: [B, L, H, D]; k: [B, S, K, D], H a multiple of K (grouped queries).
+        mask: bool [B, L, S], True where a query may look.
+
+    Returns:
+        [B, K, H/K, L, S] in q's dtype.
+    """
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+
+
+def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [B, K, H/K, L, S] times v [B, S, K, D]: [B, L, H, D]."""
+    out = jnp.einsum("bkhls,bskd->blkhd", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid) -> jax.Array:
+    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099).
+
+    Args:
+        q: [G, R, L, H, D], the new positions.
+        prefix_k, prefix_v: [G, P, K, D]; prefix_valid: bool [G, P].
+        suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
+
+    Returns:
+        [G, R, L, H, D]; exact: the scores against both parts are normalised together.
+    """
+    kv_heads, scale = prefix_k.shape[2], q.shape[-1] ** -0.5
+    grouped = q.reshape(*q.shape[:3], kv_heads, -1, q.shape[-1])
+    over_prefix = jnp.einsum("grlkhd,gpkd->grkhlp", grouped, prefix_k, preferred_element_type=jnp.float32) * scale
+    over_suffix = jnp.einsum("grlkhd,grskd->grkhls", grouped, suffix_k, preferred_element_type=jnp.float32) * scale
+    over_prefix = jnp.where(prefix_valid[:, None, None, None, None], over_prefix, MASKED)
+    over_suffix = jnp.where(suffix_valid[:, :, None, None], over_suffix, MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([over_prefix, over_suffix], axis=-1), axis=-1).astype(q.dtype)
+    on_prefix, on_suffix = jnp.split(weights, [prefix_k.shape[1]], axis=-1)
+    out = jnp.einsum("grkhlp,gpkd->grlkhd", on_prefix, prefix_v)
+    out = out + jnp.einsum("grkhls,grskd->grlkhd", on_suffix, suffix_v)
+    return out.reshape(q.shape)

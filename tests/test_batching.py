@@ -1,0 +1,133 @@
+"""Many questions on one image, conversations and scores: what one prompt at a time gives, for less work."""
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax.config import LlavaConfig
+from llava_jax.inputs.groups import Cost, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.tokenizer import tokenizer_image_token
+
+OPTIONS = {"max_new_tokens": 8}
+
+
+@pytest.fixture
+def requests(pictures):
+    return [
+        (pictures["chelsea"], ["Is there a cat?", "Is there a dog?", "What colour is it? Be brief."]),
+        (pictures["wide_1200x400"], ["Hi?"]),
+        (None, ["Who are you?", "What can you do?"]),
+        ([pictures["chelsea"], pictures["tiny_20x13"]], ["<image> or <image>?", "Is it <image> or <image>?"]),
+        (pictures["astronaut"], ["Is there a cat?", ["Is there a cat?", "No.", "Why?"]]),
+    ]
+
+
+def one_by_one(llava, params, requests, **options):
+    return [llava.generate(params, image, question, **options) for image, asked in requests for question in asked]
+
+
+@pytest.mark.parametrize("variant", ["vicuna", "mistral"])
+def test_a_batch_gives_the_answers_of_one_by_one(model, requests, variant):
+    llava, params = model(variant)
+    if variant == "mistral":
+        requests = requests[:1]
+    assert llava.generate_batch(params, requests, **OPTIONS) == one_by_one(llava, params, requests, **OPTIONS)
+
+
+def test_a_seed_gives_the_same_in_a_batch(model, requests):
+    llava, params = model("vicuna")
+    options = {**OPTIONS, "temperature": 1.0, "seed": 3}
+    assert llava.generate_batch(params, requests[:1], **options) == one_by_one(llava, params, requests[:1], **options)
+
+
+def test_each_image_is_prefilled_once_however_small_the_budget(model, requests, monkeypatch):
+    llava, params = model("vicuna")
+    prefills, answers = [], []
+    prefill, answer = llava._prefill, llava._answer
+    monkeypatch.setattr(llava, "_prefill", lambda *args: prefills.append(len(args[1].index)) or prefill(*args))
+    monkeypatch.setattr(llava, "_answer", lambda *args: answers.append(args[4].ids.shape) or answer(*args))
+    wanted = llava.generate_batch(params, requests[:3], **OPTIONS)
+    assert sum(prefills) == 3 and sum(g * r for g, r, _ in answers) == 6
+    prefills.clear(), answers.clear()
+    assert llava.generate_batch(params, requests[:3], memory_budget=1, **OPTIONS) == wanted
+    assert prefills == [1, 1, 1] and [g * r for g, r, _ in answers] == [1] * 6
+
+
+def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_row(model, pictures):
+    llava, params = model("vicuna")
+    asked = ["Is there a cat?", "word " * 5000, "<image> <image>?"]
+    answers = llava.generate_batch(params, [(pictures["chelsea"], asked), (None, ["Hi"])], **OPTIONS)
+    assert answers[0] == llava.generate(params, pictures["chelsea"], asked[0], **OPTIONS)
+    assert answers[3] == llava.generate(params, None, "Hi", **OPTIONS)
+    assert isinstance(answers[1], ValueError) and "question 1 (image 0, 'word word" in str(answers[1])
+    assert "tokenizer_model_max_length=4096" in str(answers[1])
+    assert isinstance(answers[2], ValueError) and "question 2" in str(answers[2])
+    assert all(isinstance(x, ValueError) for x in llava.generate_batch(params, [(None, asked[1:])], **OPTIONS))
+
+
+def test_a_chat_is_the_conversation_asked_at_once(model, pictures, monkeypatch):
+    llava, params = model("vicuna")
+    prefills, questions = [], []
+    prefill, first = llava._prefill, llava._first
+    monkeypatch.setattr(llava, "_prefill", lambda *args: prefills.append(1) or prefill(*args))
+    monkeypatch.setattr(llava, "_first", lambda *args: questions.append(int(args[4].lengths[0, 0])) or first(*args))
+    chat = llava.chat(params, pictures["chelsea"], **OPTIONS)
+    for question in ("Is there a cat?", "Where is it, and what does it do there?", "Why? " * 9):
+        before = list(chat.turns)
+        wanted = llava.generate(params, pictures["chelsea"], [*before, question], **OPTIONS)
+        assert chat.send(question) == wanted
+        assert chat.turns == [*before, question, wanted]
+    assert prefills == [1] and questions[0] == 1 and max(questions) < 60
+
+
+def test_a_chat_goes_on_after_an_answer_that_was_not_read_to_its_end(model):
+    llava, params = model("vicuna")
+    chat = llava.chat(params, max_new_tokens=30)
+    stream = chat.stream("Who are you?")
+    cut = next(stream)
+    stream.close()
+    assert chat.turns == ["Who are you?", cut.strip()]
+    assert chat.send("And now?", **OPTIONS) == llava.generate(params, None, [*chat.turns[:2], "And now?"], **OPTIONS)
+
+
+def test_scores_are_the_log_likelihoods_of_the_forward_pass(model, pictures):
+    llava, params = model("vicuna")
+    candidates = ["Yes", "No", "Perhaps, but I doubt it"]
+    scores = llava.score(params, pictures["chelsea"], "Is there a cat?", candidates)
+    prompt = llava.conversation("Is there a cat?", 1).get_prompt()
+    start = len(tokenizer_image_token(prompt, llava.tokenizer))
+    for score, candidate in zip(scores, candidates, strict=True):
+        ids = tokenizer_image_token(f"{prompt} {candidate}", llava.tokenizer)
+        logprobs = jax.nn.log_softmax(llava.forward(params, [ids], pictures["chelsea"]).logits[0], axis=-1)
+        answer = ids[start:]
+        wanted = sum(logprobs[-1 - len(answer) + i, token] for i, token in enumerate(answer))
+        assert score == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_groups_share_what_the_ids_share():
+    rows = [np.array(row) for row in ([1, -200, 5, 6, 7], [1, -200, 5, 9], [1, -200, 5])]
+    assert common_length(rows) == 3
+    (group,) = group_prompts(rows, [4, 5, 6], 2)
+    assert group.prefix.tolist() == [1, -200] and group.places == (4, 5, 6)
+    assert [q.tolist() for q in group.questions] == [[5, 6, 7], [5, 9], [5]]
+    apart = group_prompts([np.array([1, 7, -200, 5]), np.array([1, 8, -200, 5])], [0, 1], 0)
+    assert [g.prefix.tolist() for g in apart] == [[1, 7, -200], [1, 8, -200]]
+    packed = pack_questions([[np.array([5, 6, 7])], []], 2, 3)
+    assert packed.ids.shape == (2, 3, 3) and packed.active.tolist() == [[True, False, False], [False] * 3]
+
+
+def test_waves_hold_every_group_once_within_the_budget():
+    config, rng = LlavaConfig.preset("1.6-vicuna-7b"), np.random.default_rng(0)
+    groups, lengths = [], rng.integers(600, 2990, 40)
+    for n in range(40):
+        rows = [np.arange(rng.integers(2, 30)) for _ in range(rng.integers(1, 40))]
+        groups += group_prompts([np.concatenate([[1, 2, 50 + n], row]) for row in rows], range(len(rows)), n)
+    for budget in (1, 4 << 30, 40 << 30):
+        waves = plan_waves(groups, lengths, config, 32, 2, budget)
+        assert sorted(g.images for wave in waves for g in wave.groups) == list(range(40))
+        assert all(wave.bytes <= budget or (len(wave.groups), wave.rows) == (1, 1) for wave in waves)
+    assert max(len(wave.groups) for wave in waves) > 1
+    small, large = Cost(config, 1024, 16, 32, 2), Cost(config, 3072, 16, 32, 2)
+    assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 8) < large.bytes(2, 8)
+    # 7B in bf16: 0.5 MiB a position
+    assert large.bytes(1, 1) > 3072 * 2**19
