@@ -4,6 +4,7 @@ import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["LLAVA_JAX_CACHE_DIR"] = ""  # what a test compiles is counted, and does not come from an earlier run
 
 import jax
 import numpy as np

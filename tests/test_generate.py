@@ -1,6 +1,10 @@
 """Prompts to text: what compiles, what stops, what a seed means, and that a batch gives what its rows give alone."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -55,12 +59,36 @@ def compilations():
 
 def test_a_hundred_image_sizes_compile_at_most_six_programs(llava, compilations):
     model, params = llava
+    model.warmup(params, QUESTION, max_new_tokens=2)
+    assert 1 <= len(compilations) <= 6
+    compilations.clear()
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (4000, 20), (20, 4000), (336, 336), (672, 672), (1008, 336), (640, 480), (480, 640)]
     sizes += [tuple(rng.integers(1, 1500, 2)) for _ in range(100 - len(sizes))]
     answers = {model.generate(params, picture(*size), QUESTION, max_new_tokens=2) for size in sizes}
     assert len(answers) > 1  # it does look at the pictures
-    assert 1 <= len(compilations) <= 6
+    assert not compilations
+
+
+def test_compiling_is_announced_once(llava, capsys):
+    model, params = llava
+    for _ in range(2):
+        model.generate_tokens(params, [[1, 2, 3, 4, 5]] * 5, max_new_tokens=3)
+    lines = re.findall(r"compiling .*", capsys.readouterr().err)
+    assert len(lines) == 1
+    assert re.fullmatch(r"compiling generate for 0 tiles, 5 x 64 positions … \d+\.\d s", lines[0])
+
+
+def test_compiled_programs_are_kept_on_disk(converted, tmp_path):
+    script = "import sys, llava_jax; llava, params = llava_jax.load(sys.argv[1]); "
+    script += "print(llava.generate(params, None, 'Hi', max_new_tokens=2))"
+    for place, kept in (
+        ({"LLAVA_JAX_CACHE_DIR": str(tmp_path / "a")}, "a"),
+        ({"XDG_CACHE_HOME": str(tmp_path)}, "llava_jax"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k != "LLAVA_JAX_CACHE_DIR"} | place
+        subprocess.run([sys.executable, "-c", script, converted("vicuna")], env=env, check=True, capture_output=True)
+        assert [path for path in (tmp_path / kept).rglob("*") if path.is_file()]
 
 
 def test_options_that_are_traced_compile_nothing(llava, compilations):

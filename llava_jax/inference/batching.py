@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 
 from llava_jax.inputs.batch import bucket_count, pack
-from llava_jax.inputs.groups import Group, Wave, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.groups import Group, Wave, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.tokenizer import tokenizer_image_token
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
@@ -85,3 +87,29 @@ def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:
         f"prefixes, {most.rows} rows each, {most.bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB",
         file=sys.stderr,
     )
+
+
+def score_candidates(llava, params, image, question, candidates, memory_budget, conv_mode) -> np.ndarray:
+    """`Llava.score`: the prompt is the prefix, the candidates are its rows."""
+    tiles, sizes = llava.load_images(image)
+    asked = np.asarray(llava.prompt_ids(question, sizes, conv_mode))
+    rows = [np.asarray(_answered_ids(llava, question, text, len(sizes), conv_mode)) for text in candidates]
+    answer_starts = [common_length([asked, row]) for row in rows]
+    (group,) = group_prompts([asked, *rows], range(-1, len(rows)), 0)  # the prompt itself bounds the prefix
+    group = replace(group, questions=group.questions[1:], places=group.places[1:])
+    scores = np.zeros(len(rows), np.float32)
+
+    def answer(prefix, last, questions):
+        return np.asarray(llava._score(params, prefix, questions))
+
+    for place, logprobs in run_waves(llava, params, [group], [(tiles, sizes)], 0, memory_budget, answer):
+        first = len(group.prefix) + 1  # the id that the first of the log-probabilities is of
+        scores[place] = logprobs[answer_starts[place] - first : len(rows[place]) - first].sum()
+    return scores
+
+
+def _answered_ids(llava, question, answer: str, num_images: int, conv_mode) -> list[int]:
+    """Ids of the prompt with the answer written in, up to the answer's end."""
+    conversation = llava.conversation(question, num_images, conv_mode)
+    answered = conversation.replace_last(conversation.messages[-1][0], answer).get_prompt()
+    return tokenizer_image_token(answered[: answered.rindex(answer) + len(answer)], llava.tokenizer)

@@ -9,20 +9,22 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inference import generate as device
-from llava_jax.inference.batching import make_groups, run_waves
+from llava_jax.inference.batching import make_groups, run_waves, score_candidates
 from llava_jax.inference.chat import Chat, fold
+from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inference.generate import DecodeState
 from llava_jax.inference.sampling import Greedy, Sample, checked
 from llava_jax.inputs.anyres import num_image_tokens
-from llava_jax.inputs.batch import as_rows, pack, pack_text
+from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
-from llava_jax.inputs.groups import common_length, group_prompts, no_questions
+from llava_jax.inputs.groups import no_questions
 from llava_jax.inputs.image import as_image_list, load_image, process_images
 from llava_jax.inputs.stream import TextStream
 from llava_jax.inputs.tokenizer import load_tokenizer, tokenizer_image_token
@@ -48,7 +50,7 @@ def _forward(model, output_hidden_states, output_attentions, with_loss, params, 
     return logits, loss, hidden if output_hidden_states else None, attentions if output_attentions else None
 
 
-def _call(model, method, params, *args):
+def _call(method, model, params, *args):
     return model.apply({"params": params}, *args, method=method)
 
 
@@ -63,17 +65,21 @@ class Llava:
         self.config = config
         self.tokenizer = tokenizer
         self.model = model = LlavaLlamaForCausalLM(config)
-        self._generate = jax.jit(partial(device.generate, model), static_argnums=0)
-        self._start = jax.jit(partial(device.start, model), static_argnums=0)
-        self._run = jax.jit(partial(device.run, model), donate_argnames="state")
-        self._prefill = jax.jit(partial(device.prefill, model))
-        self._answer = jax.jit(partial(device.answer, model), static_argnums=0)
-        self._first = jax.jit(partial(device.first, model), static_argnums=0)
-        self._fold = jax.jit(fold, static_argnums=(0, 1))
-        self._score = jax.jit(partial(device.score, model))
-        self._forward = jax.jit(partial(_forward, model), static_argnums=(0, 1, 2))
-        self._encode = jax.jit(partial(_call, model, "encode_images"))
-        self._embed = jax.jit(partial(_call, model, "embed_multimodal"))
+
+        def jitted(name: str, function, **options) -> Announced:
+            return Announced(name, jax.jit(partial(function, model), **options))
+
+        self._generate = jitted("generate", device.generate, static_argnums=0)
+        self._start = jitted("start", device.start, static_argnums=0)
+        self._run = jitted("decode", device.run, donate_argnums=2)
+        self._prefill = jitted("prefill", device.prefill)
+        self._first = jitted("first token", device.first, static_argnums=0)
+        self._answer = jitted("answer", device.answer, static_argnums=0)
+        self._score = jitted("score", device.score)
+        self._forward = jitted("forward", _forward, static_argnums=(0, 1, 2))
+        self._encode = jitted("encode_images", partial(_call, "encode_images"))
+        self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
+        self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)))
 
     # ---- text
 
@@ -176,6 +182,20 @@ class Llava:
             )
         return ids
 
+    def warmup(self, params, question: str = "What is in this picture?", max_new_tokens: int = 512, **options) -> None:
+        """Compile what `generate` needs for one picture of any size and a question about this long, before it is asked.
+
+        With the cache on disk (on by default) this costs seconds from the second time on.
+        """
+        slots, _, sampling = self.plan_decode(max_new_tokens, **options)
+        sides = np.geomspace(8, 4000, 40).astype(int)
+        text, sizes = len(self.prompt_ids(question, [(1, 1)])) - 1, {}
+        for size in zip(*map(np.ravel, np.meshgrid(sides, sides)), strict=True):
+            sizes.setdefault(bucket_length(text + int(num_image_tokens(*size, self.config)), self.config), size)
+        for width, height in sizes.values():
+            batch, _ = self._one_prompt(Image.new("RGB", (int(width), int(height))), question)
+            self._generate(slots, params, batch, no_questions(1), sampling, np.int32(1))
+
     # ---- many questions
 
     def generate_batch(self, params, requests, *, memory_budget: int | None = None, conv_mode=None, **options) -> list:
@@ -214,30 +234,7 @@ class Llava:
         Returns:
             float32 [candidates]. The image and the question are prefilled once.
         """
-        tiles, sizes = self.load_images(image)
-        asked = np.asarray(self.prompt_ids(question, sizes, conv_mode))
-        rows = [np.asarray(self._answered_ids(question, text, len(sizes), conv_mode)) for text in candidates]
-        answer_starts = [common_length([asked, row]) for row in rows]
-        groups = group_prompts([asked, *rows], range(-1, len(rows)), 0)
-        scores = np.zeros(len(rows), np.float32)
-
-        def answer(prefix, last, questions):
-            return np.asarray(self._score(params, prefix, questions))
-
-        for group in groups:
-            shared = len(group.prefix)
-            group = replace(group, questions=group.questions[1:], places=group.places[1:])
-            for place, logprobs in run_waves(self, params, [group], [(tiles, sizes)], 0, memory_budget, answer):
-                start, stop = answer_starts[place] - shared - 1, len(rows[place]) - shared - 1
-                scores[place] = logprobs[start:stop].sum()
-        return scores
-
-    def _answered_ids(self, question, answer: str, num_images: int, conv_mode) -> list[int]:
-        """Ids of the prompt with the answer written in, up to the answer's end."""
-        conversation = self.conversation(question, num_images, conv_mode)
-        role = conversation.messages[-1][0]
-        answered = conversation.replace_last(role, answer).get_prompt()
-        return tokenizer_image_token(answered[: answered.rindex(answer) + len(answer)], self.tokenizer)
+        return score_candidates(self, params, image, question, candidates, memory_budget, conv_mode)
 
     # ---- tokens
 
@@ -395,6 +392,7 @@ def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[
     Raises:
         FileNotFoundError, ValueError: the directory is missing, not ours, half-written or of another version.
     """
+    enable_compilation_cache()
     config = load_config(directory)
     config = config if reading is None else config.replace(reading=reading)
     tokenizer = load_tokenizer(directory, config.name, config.reading)

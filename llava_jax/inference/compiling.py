@@ -1,0 +1,57 @@
+"""Compilation as a visible cost: a line when it happens, and a cache on disk so that it happens once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
+
+
+class Announced:
+    """A jitted function that says on stderr when it meets shapes for the first time, and how long that took.
+
+    The time is that of compiling (or of reading the cache) and of the first run.
+    """
+
+    def __init__(self, name: str, jitted):
+        self.name, self.jitted = name, jitted
+        self._met: set = set()
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args)
+        shapes = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
+        if (shapes, structure) in self._met:
+            return self.jitted(*args)
+        print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        out = jax.block_until_ready(self.jitted(*args))
+        print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        self._met.add((shapes, structure))
+        return out
+
+
+def _describe(args) -> str:
+    """The shapes that differ between programs: of the planned batch, or of the questions."""
+    for arg in args:
+        if hasattr(arg, "tiles"):
+            return f"for {len(arg.tiles)} tiles, {len(arg.index)} x {arg.index.shape[1]} positions "
+    for arg in args:
+        if hasattr(arg, "active"):
+            return "for {} prefixes x {} questions of up to {} tokens ".format(*arg.ids.shape)
+    return ""
+
+
+def enable_compilation_cache() -> None:
+    """Let JAX keep compiled programs in LLAVA_JAX_CACHE_DIR, or in the user's cache directory; an empty value: nowhere.
+
+    What JAX has been told already, by its own flag or JAX_COMPILATION_CACHE_DIR, is left as it is.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = os.environ.get(CACHE_VARIABLE, str(home / "llava_jax" / "compiled"))
+    if directory and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", directory)
