@@ -23,17 +23,6 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def plain_attention(q, k, v, seen):
-    """float64: q [L, H, D], k and v [S, K, D], seen bool [L, S] → [L, H, D]; query head h reads kv head h // (H/K)."""
-    out = np.zeros(q.shape)
-    for head in range(q.shape[1]):
-        kv = head // (q.shape[1] // k.shape[1])
-        scores = q[:, head].astype(np.float64) @ k[:, kv].T / np.sqrt(q.shape[-1])
-        weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-        out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv]
-    return out
-
-
 # ---- norm, division, activation
 
 
@@ -205,81 +194,6 @@ def test_dynamic_rope_goes_by_each_rows_length():
     cos, _ = ops.rotary_embedding(jnp.asarray(positions), config, jnp.int32([5, 12, 20]), 20)
     for row, seq_len in enumerate([5, 12, 20]):
         np.testing.assert_allclose(cos[row], reference_dynamic(positions[row], seq_len, 16, 1e4, 3.0, 8), atol=1e-5)
-
-
-# ---- attention
-
-
-@pytest.mark.parametrize("kv_heads", [1, 3])
-@pytest.mark.parametrize("length", [1, 8, 9, 17])
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_causal_attention_in_chunks(monkeypatch, kv_heads, length, padding):
-    monkeypatch.setattr(ops, "QUERY_CHUNK", 8)
-    q, k, v = normal(2, length, 6, 4), normal(2, length, kv_heads, 4, seed=1), normal(2, length, kv_heads, 4, seed=2)
-    valid, some = np.ones((2, length), bool), length // 3
-    if padding == "right":
-        valid[1, length - some :] = False
-    if padding == "left":
-        valid[1, :some] = False
-    out = np.asarray(jax.jit(ops.causal_attention)(q, k, v, valid))
-    assert out.shape == q.shape and np.isfinite(out).all()
-    for row in range(2):
-        seen = np.tril(np.ones((length, length), bool)) & valid[row]
-        queries = valid[row]
-        expected = plain_attention(q[row][queries], k[row], v[row], seen[queries])
-        np.testing.assert_allclose(out[row][queries], expected, atol=2e-6)
-
-
-def test_causal_attention_around_the_real_chunk():
-    length = ops.QUERY_CHUNK + 1
-    q, k, v = normal(1, length, 2, 4), normal(1, length, 1, 4, seed=1), normal(1, length, 1, 4, seed=2)
-    out = jax.jit(ops.causal_attention)(q, k, v, np.ones((1, length), bool))
-    expected = plain_attention(q[0], k[0], v[0], np.tril(np.ones((length, length), bool)))
-    np.testing.assert_allclose(out[0], expected, atol=2e-6)
-
-
-def test_attention_weights_are_the_whole_matrix():
-    q, k, v = normal(2, 5, 6, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
-    valid = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
-    mask = ops.causal_mask(valid, 0, 5)
-    weights = ops.attention_weights(q, k, mask)
-    assert weights.shape == (2, 2, 3, 5, 5)
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
-    assert np.all(np.asarray(weights)[~np.broadcast_to(mask[:, None, None], weights.shape)] == 0)
-    np.testing.assert_allclose(ops.weighted_values(weights, v), ops.causal_attention(q, k, v, valid), atol=1e-6)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("new", [1, 3])
-def test_two_part_attention_is_attention_over_both(kv_heads, new):
-    """G prefixes and R suffixes of different lengths, in arrays with room to spare."""
-    groups, rows, prefix_room, suffix_room = 2, 3, 7, 6
-    shapes = (prefix_room, kv_heads, 4), (rows, suffix_room, kv_heads, 4)
-    q = normal(groups, rows, new, 4, 4)
-    (prefix_k, prefix_v), (suffix_k, suffix_v) = (
-        [3 * normal(groups, *shape, seed=seed + i) for i in range(2)]
-        for seed, shape in zip((10, 20), shapes, strict=True)
-    )
-    prefix_valid = np.arange(prefix_room) < np.array([[7], [4]])
-    end = np.array([[3, 4, 6], [5, 3, 4]])[..., None, None]  # of each row's suffix, the new positions being its last
-    suffix_valid = np.arange(suffix_room) < end - new + 1 + np.arange(new)[:, None]
-    parts = (q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid)
-    out = np.asarray(jax.jit(ops.two_part_attention)(*parts))
-    assert out.shape == q.shape
-    for g in range(groups):
-        for r in range(rows):
-            k, v = (np.concatenate([a[g], b[g, r]]) for a, b in ((prefix_k, suffix_k), (prefix_v, suffix_v)))
-            seen = np.concatenate([np.tile(prefix_valid[g], (new, 1)), suffix_valid[g, r]], axis=-1)
-            np.testing.assert_allclose(out[g, r], plain_attention(q[g, r], k, v, seen), atol=2e-6)
-
-
-def test_two_part_attention_continues_causal_attention():
-    """Positions 5.. of a causal sequence, its first 5 as the prefix."""
-    q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
-    whole = jax.jit(ops.causal_attention)(q, k, v, np.ones((1, 9), bool))
-    seen = np.tril(np.ones((4, 4), bool))[None, None]
-    split = q[:, None, 5:], k[:, :5], v[:, :5], np.ones((1, 5), bool), k[:, None, 5:], v[:, None, 5:], seen
-    np.testing.assert_allclose(jax.jit(ops.two_part_attention)(*split)[:, 0], whole[:, 5:], atol=1e-6)
 
 
 # ---- loss

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
 
@@ -15,14 +17,19 @@ CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
 class Announced:
     """A jitted function that says on stderr when it meets shapes for the first time, and how long that took.
 
-    The time is that of compiling (or of reading the cache) and of the first run.
+    The time is that of compiling (or of reading the cache) and of the first run. It runs under the mesh, if there is
+    one, for the kernels that must be told of it.
     """
 
-    def __init__(self, name: str, jitted):
-        self.name, self.jitted = name, jitted
+    def __init__(self, name: str, jitted, mesh: Mesh | None = None):
+        self.name, self.jitted, self.mesh = name, jitted, mesh
         self._met: set = set()
 
     def __call__(self, *args):
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return self._call(*args)
+
+    def _call(self, *args):
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
         if (shapes, structure) in self._met:

@@ -61,13 +61,13 @@ class Llava:
     Images are given as a path, URL, bytes, PIL image, uint8 array, a list of those, or None.
     """
 
-    def __init__(self, config: LlavaConfig, tokenizer):
+    def __init__(self, config: LlavaConfig, tokenizer, mesh=None):
         self.config = config
         self.tokenizer = tokenizer
         self.model = model = LlavaLlamaForCausalLM(config)
 
         def jitted(name: str, function, **options) -> Announced:
-            return Announced(name, jax.jit(partial(function, model), **options))
+            return Announced(name, jax.jit(partial(function, model), **options), mesh)
 
         self._generate = jitted("generate", device.generate, static_argnums=0)
         self._start = jitted("start", device.start, static_argnums=0)
@@ -79,7 +79,7 @@ class Llava:
         self._forward = jitted("forward", _forward, static_argnums=(0, 1, 2))
         self._encode = jitted("encode_images", partial(_call, "encode_images"))
         self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
-        self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)))
+        self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
 
     # ---- text
 
@@ -399,4 +399,4 @@ def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[
     params = load_params(directory, config, dtype=dtype, mesh=mesh)
     if config.mm_use_im_start_end:  # in case its tokenizer files lack them, as the original's builder does
         params, config, tokenizer = initialize_vision_tokenizer(params, config, tokenizer)
-    return Llava(config, tokenizer), params
+    return Llava(config, tokenizer, mesh), params

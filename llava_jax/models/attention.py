@@ -61,56 +61,70 @@ def causal_mask(valid: jax.Array, start: int, stop: int) -> jax.Array:
 
 def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
     """`causal_attention`, a chunk of queries at a time, each over the keys up to its own end."""
+    return _heads_last(_over_chunks(*_heads_first(q, k, v), valid))
+
+
+def head_by_head_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`chunked_attention` of one head after another, whose scores a CPU's cache holds, or nearly."""
+
+    def of_row(row):  # q [K, H/K, L, D], k and v [K, L, D], valid [L]
+        *heads, valid = row
+        valid = None if valid is None else valid[None]
+        return jax.lax.map(lambda group: of_group(*group, valid), heads)
+
+    def of_group(q, k, v, valid):  # [H/K, L, D] and twice [L, D]
+        one = jax.checkpoint(lambda q: _over_chunks(q[None, None, None], k[None, None], v[None, None], valid)[0, 0, 0])
+        return jax.lax.map(one, q)
+
+    return _heads_last(jax.lax.map(of_row, (*_heads_first(q, k, v), valid)))
+
+
+def _heads_first(q, k, v):
+    """q [B, L, H, D] and k, v [B, L, K, D] → [B, K, H/K, L, D] and [B, K, L, D]."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    return grouped.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _heads_last(out):
+    """[B, K, H/K, L, D] → [B, L, H, D]."""
+    batch, kv_heads, group, length, width = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
+
+
+def _over_chunks(q, k, v, valid):
+    """Heads first, in and out. The backward pass has each chunk's scores anew."""
     out = []
-    for start in range(0, q.shape[1], QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, q.shape[1])
-        chunk = jax.checkpoint(partial(_attend_chunk, start=start))  # the backward pass has its scores anew
-        out.append(chunk(q[:, start:stop], k[:, :stop], v[:, :stop], None if valid is None else valid[:, :stop]))
-    return jnp.concatenate(out, axis=1)
+    for start in range(0, q.shape[-2], QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, q.shape[-2])
+        chunk = jax.checkpoint(partial(_attend_chunk, start=start))
+        keys = None if valid is None else valid[:, :stop]
+        out.append(chunk(q[..., start:stop, :], k[:, :, :stop], v[:, :, :stop], keys))
+    return jnp.concatenate(out, axis=-2)
 
 
 def _attend_chunk(q, k, v, valid, start: int):
-    """The queries at start.. [B, C, H, D] over k, v [B, start + C, K, D]; softmax in float32, divided last."""
-    length, kv_heads = k.shape[1:3]
-    grouped = q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1])
-    scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """The queries from `start` on, [B, K, H/K, C, D], over k, v [B, K, start + C, D]; softmax in float32."""
+    length = k.shape[2]
+    scores = jnp.einsum("bkhld,bksd->bkhls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     seen = jnp.arange(length) <= jnp.arange(start, length)[:, None]
     seen = seen if valid is None else causal_mask(valid, start, length)[:, None, None]
     scores = jnp.where(seen, scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
-    out = jnp.einsum("bkhls,bskd->blkhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / total).astype(q.dtype).reshape(q.shape)
-
-
-def head_by_head_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """`chunked_attention` of one row's one head after another: a CPU's cache holds their scores, and few more."""
-    batch, length, kv_heads, width = k.shape
-    valid = None if valid is None else jnp.repeat(valid, kv_heads, axis=0)
-
-    def of_group(group):  # q [H/K, L, D], k and v [L, D], valid [L]
-        q, k, v, valid = jax.tree.map(lambda x: x[None], group)
-        return jax.lax.map(lambda head: of_head(head[None, :, None], k[:, :, None], v[:, :, None], valid), q[0])
-
-    @jax.checkpoint
-    def of_head(q, k, v, valid):
-        return chunked_attention(q, k, v, valid)[0, :, 0]
-
-    grouped = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    groups = [x.reshape(batch * kv_heads, *x.shape[2:]) for x in (grouped, k.swapaxes(1, 2), v.swapaxes(1, 2))]
-    out = jax.lax.map(of_group, (*groups, valid)).reshape(grouped.shape)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    out = jnp.einsum("bkhls,bksd->bkhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)  # [L, D] divisions instead of [L, L]
 
 
 def _splash_takes(q: jax.Array) -> bool:
-    """Its blocks are 128 positions at least, its lanes 128 wide."""
-    return q.shape[1] % 128 == 0 and q.shape[-1] % 128 == 0
+    """Its blocks are 128 positions at least; heads of less than half a 128-wide lane would waste it."""
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    half = q.dtype != jnp.float32  # its products of half precision cannot be asked to be more exact than they are
+    return q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and not (half and exact)
 
 
 def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     """`causal_attention` by the Pallas TPU kernel (jax.experimental.pallas.ops.tpu.splash_attention).
 
-    L and D must be multiples of 128. Padding is a segment of its own, which sees itself and nothing else.
+    L must be a multiple of 128, D of 64. Padding is a segment of its own, which sees itself and nothing else.
 
     Args:
         interpret: run it in Pallas' interpreter, on any platform.

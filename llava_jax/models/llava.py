@@ -8,8 +8,14 @@ import jax.numpy as jnp
 
 from llava_jax.batch import Batch
 from llava_jax.config import LlavaConfig
+from llava_jax.models.attention import (
+    attention_weights,
+    causal_attention,
+    causal_mask,
+    two_part_attention,
+    weighted_values,
+)
 from llava_jax.models.llama import LlamaModel
-from llava_jax.models.ops import attention_weights, causal_attention, causal_mask, two_part_attention, weighted_values
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.vision import build_vision_tower
 

@@ -1,4 +1,4 @@
-"""The decoder's arithmetic as pure functions: norm, rotary positions, attention, loss."""
+"""The decoder's arithmetic as pure functions: norm, rotary positions, loss (`attention.py` has the attention)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import numpy as np
 
 from llava_jax.config import TextConfig
 from llava_jax.constants import IGNORE_INDEX
-
-QUERY_CHUNK = 512  # rows of scores alive at once in prefill: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
-MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -104,74 +101,6 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
-
-
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √D) in float32, as one whole matrix.
-
-    Args:
-        q: [B, L, H, D]; k: [B, S, K, D], H a multiple of K (grouped queries).
-        mask: bool [B, L, S], True where a query may look.
-
-    Returns:
-        [B, K, H/K, L, S] in q's dtype.
-    """
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
-
-
-def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """weights [B, K, H/K, L, S] times v [B, S, K, D]: [B, L, H, D]."""
-    out = jnp.einsum("bkhls,bskd->blkhd", weights, v)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
-
-
-def causal_mask(valid: jax.Array, start: int, stop: int) -> jax.Array:
-    """bool [B, stop - start, stop]: which of the first `stop` keys the queries start..stop may see; valid [B, L]."""
-    return valid[:, None, :stop] & (jnp.arange(stop) <= jnp.arange(start, stop)[:, None])
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
-    """Causal self-attention, a chunk of queries at a time, each over the keys up to its own end.
-
-    Args:
-        q: [B, L, H, D]; k, v: [B, L, K, D].
-        valid: bool [B, L], False at padding.
-
-    Returns:
-        [B, L, H, D].
-    """
-    out = []
-    for start in range(0, q.shape[1], QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, q.shape[1])
-        weights = attention_weights(q[:, start:stop], k[:, :stop], causal_mask(valid, start, stop))
-        out.append(weighted_values(weights, v[:, :stop]))
-    return jnp.concatenate(out, axis=1)
-
-
-def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid) -> jax.Array:
-    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099).
-
-    Args:
-        q: [G, R, L, H, D], the new positions.
-        prefix_k, prefix_v: [G, P, K, D]; prefix_valid: bool [G, P].
-        suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
-
-    Returns:
-        [G, R, L, H, D]; exact: the scores against both parts are normalised together.
-    """
-    kv_heads, scale = prefix_k.shape[2], q.shape[-1] ** -0.5
-    grouped = q.reshape(*q.shape[:3], kv_heads, -1, q.shape[-1])
-    over_prefix = jnp.einsum("grlkhd,gpkd->grkhlp", grouped, prefix_k, preferred_element_type=jnp.float32) * scale
-    over_suffix = jnp.einsum("grlkhd,grskd->grkhls", grouped, suffix_k, preferred_element_type=jnp.float32) * scale
-    over_prefix = jnp.where(prefix_valid[:, None, None, None, None], over_prefix, MASKED)
-    over_suffix = jnp.where(suffix_valid[:, :, None, None], over_suffix, MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([over_prefix, over_suffix], axis=-1), axis=-1).astype(q.dtype)
-    on_prefix, on_suffix = jnp.split(weights, [prefix_k.shape[1]], axis=-1)
-    out = jnp.einsum("grkhlp,gpkd->grlkhd", on_prefix, prefix_v)
-    out = out + jnp.einsum("grkhls,grskd->grlkhd", on_suffix, suffix_v)
-    return out.reshape(q.shape)
 
 
 def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
