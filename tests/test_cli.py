@@ -37,7 +37,7 @@ def test_several_images_and_none(converted, pictures, capsys):
         ({"--model-path": "/nowhere"}, "/nowhere: no such directory"),
         ({"--image-file": "/nowhere.jpg"}, "'/nowhere.jpg': no such file"),
         ({"--image-file": __file__}, "is not a picture that Pillow can read"),
-        ({"--temperature": "-1"}, "temperature=-1.0 must be 0"),
+        ({"--temperature": "-1"}, "temperature=-1.0 must be more than 0; 0 is greedy"),
     ],
 )
 def test_errors_are_one_line(converted, pictures, capsys, change, message):
