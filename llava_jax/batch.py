@@ -10,7 +10,8 @@ import numpy as np
 class Batch(NamedTuple):
     """Planned rows, padded to bucketed shapes; a pytree of arrays.
 
-    `index` points into the table [embed(text_ids) | projected tiles, row by row | image_newline | zeros].
+    `index` points into the table [embed(text_ids) | projected tiles, row by row | image_newline | zeros]. Rows
+    divided into S shards have text_ids [S, X], and each shard's rows point into the table of its own text and tiles.
     """
 
     tiles: np.ndarray  # uint8 [T, S, S, 3]
@@ -20,6 +21,13 @@ class Batch(NamedTuple):
     attention_mask: np.ndarray  # bool [B, L]
     labels: np.ndarray  # int32 [B, L], -100 where there is none
     lengths: np.ndarray  # int32 [B]
+
+
+class Targets(NamedTuple):
+    """The positions that have something to predict, M for each row; a pytree of arrays."""
+
+    positions: np.ndarray  # int32 [B, M], of the position before the label
+    labels: np.ndarray  # int32 [B, M], -100 where there is none
 
 
 class Questions(NamedTuple):

@@ -8,7 +8,7 @@ import re
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Parameter path (regex, of the whole path) → one logical axis for each dimension. The first match wins; a parameter
+# Parameter path (regex, of the path's end) → one logical axis for each dimension. The first match wins; a parameter
 # that no line names is held whole on every device.
 LOGICAL_AXES = (
     (r"language_model/embed_tokens/embedding", ("vocab", "embed")),
@@ -19,10 +19,18 @@ LOGICAL_AXES = (
     (r".*/(gate_proj|up_proj|fc1)/kernel", ("embed", "mlp")),
     (r".*/fc1/bias", ("mlp",)),
     (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
+    (r"mm_projector/linear_\d/kernel", (None, "embed")),
+    (r".*/(q_proj|k_proj|v_proj)/b", (None, "heads")),  # a LoRA adapter is a [in, rank] and b [rank, out]
+    (r".*/(gate_proj|up_proj)/b", (None, "mlp")),
+    (r".*/o_proj/a", ("heads", None)),
+    (r".*/down_proj/a", ("mlp", None)),
+    (r".*_proj/a", ("embed", None)),
+    (r".*_proj/b", (None, "embed")),
 )
 
-# Logical axis → mesh axis. `embed` is what layers add into, so it stays whole.
-MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": None}
+# Logical axis → mesh axis. `embed` is what layers add into: it is divided in storage only, on a mesh with `fsdp`.
+MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", None: None}
+BATCH_AXES = ("data", "fsdp")  # what divides the rows of a batch
 
 
 def make_mesh(**axes: int) -> Mesh:
@@ -46,16 +54,20 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     An axis that the mesh lacks, or that does not divide the dimension, leaves that dimension whole: the same
     table then serves every mesh and every vocabulary (32,001 rows, say), at the price of memory, never of the result.
     """
-    logical = next((axes for pattern, axes in LOGICAL_AXES if re.fullmatch(pattern, path)), ())
+    logical = next((axes for pattern, axes in LOGICAL_AXES if re.fullmatch(f"(.*/)?{pattern}", path)), ())
     names = [MESH_AXES[axis] for axis in logical]
     fits = [n in mesh.shape and size % mesh.shape[n] == 0 for n, size in zip(names, shape, strict=False)]
     return PartitionSpec(*(n if fit else None for n, fit in zip(names, fits, strict=True)))
 
 
-def param_shardings(shapes: dict, mesh: Mesh) -> dict:
-    """The tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`s (see `partition_spec`)."""
+def param_shardings(shapes, mesh: Mesh):
+    """The tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`s (see `partition_spec`).
+
+    The tree may be one that holds trees of parameters, as an optimizer's state does.
+    """
 
     def one(keys, leaf):
-        return NamedSharding(mesh, partition_spec("/".join(key.key for key in keys), leaf.shape, mesh))
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(path, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, shapes)

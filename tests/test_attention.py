@@ -320,7 +320,8 @@ def test_two_part_attention_is_attention_over_both(kv_heads, new):
     prefix_valid = np.arange(prefix_room) < np.array([[7], [4]])
     end = np.array([[3, 4, 6], [5, 3, 4]])[..., None, None]  # of each row's suffix, the new positions being its last
     suffix_valid = np.arange(suffix_room) < end - new + 1 + np.arange(new)[:, None]
-    parts = (q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid)
+    heads_first = prefix_k.swapaxes(1, 2), prefix_v.swapaxes(1, 2)
+    parts = (q, *heads_first, prefix_valid, suffix_k, suffix_v, suffix_valid)
     out = np.asarray(jax.jit(attention.two_part_attention)(*parts))
     assert out.shape == q.shape
     for g in range(groups):
@@ -335,5 +336,6 @@ def test_two_part_attention_continues_causal_attention():
     q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
     whole = jax.jit(attention.causal_attention)(q, k, v, np.ones((1, 9), bool))
     seen = np.tril(np.ones((4, 4), bool))[None, None]
-    split = q[:, None, 5:], k[:, :5], v[:, :5], np.ones((1, 5), bool), k[:, None, 5:], v[:, None, 5:], seen
+    prefix = k[:, :5].swapaxes(1, 2), v[:, :5].swapaxes(1, 2), np.ones((1, 5), bool)
+    split = q[:, None, 5:], *prefix, k[:, None, 5:], v[:, None, 5:], seen
     np.testing.assert_allclose(jax.jit(attention.two_part_attention)(*split)[:, 0], whole[:, 5:], atol=1e-6)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from llava_jax.inputs.batch import bucket_count, pack
-from llava_jax.inputs.groups import Group, Wave, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.batch import pack
+from llava_jax.inputs.groups import Group, Wave, bucket_rows, common_length, group_prompts, pack_questions, plan_waves
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
@@ -63,21 +63,27 @@ def run_waves(llava, params, groups: list[Group], pictures, slots: int, budget: 
     if waves:
         _announce(waves, groups, budget)
     for wave in waves:
-        prefix, last = llava._prefill(params, _pack_prefixes(wave, pictures, config))
+        prefix, last = prefill_wave(llava, params, wave, pictures)
         for start in range(0, max(len(group.questions) for group in wave.groups), wave.rows):
             here = slice(start, start + wave.rows)
             questions = [group.questions[here] for group in wave.groups]
-            rows = bucket_count(max(map(len, questions)))
+            rows = bucket_rows(max(map(len, questions)))
             results = answer(prefix, last, pack_questions(questions, len(wave.groups), rows))
             for g, group in enumerate(wave.groups):
                 yield from zip(group.places[here], results[g], strict=False)
 
 
-def _pack_prefixes(wave: Wave, pictures, config):
-    rows = [group.prefix for group in wave.groups]
-    tiles = [tile for group in wave.groups for tile in pictures[group.images][0]]
-    sizes = [size for group in wave.groups for size in pictures[group.images][1]]
-    return pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, config)
+def prefill_wave(llava, params, wave: Wave, pictures):
+    """(Prefix, last hidden states [G, E]) of a wave, `at_once` prefixes after another."""
+    parts = []
+    for start in range(0, len(wave.groups), wave.at_once):
+        groups = wave.groups[start : start + wave.at_once]
+        rows = [group.prefix for group in groups]
+        tiles = [tile for group in groups for tile in pictures[group.images][0]]
+        sizes = [size for group in groups for size in pictures[group.images][1]]
+        batch = pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, llava.config)
+        parts.append(llava._prefill(params, batch))
+    return parts[0] if len(parts) == 1 else llava._join(parts)
 
 
 def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:

@@ -90,10 +90,11 @@ def fold(capacity: int, question_slots: int, prefix: Prefix, suffix: Suffix, que
     start = prefix.lengths[0]
 
     def join(whole, part):
-        whole = jnp.pad(whole, ((0, 0), (0, capacity - whole.shape[1]), (0, 0), (0, 0)))
-        question, new = part[:, 0, :question_slots], part[:, 0, question_slots:]
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, question, start, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(whole, new, start + question_length, axis=1)
+        whole = jnp.pad(whole, ((0, 0), (0, 0), (0, capacity - whole.shape[2]), (0, 0)))
+        part = part[:, 0].swapaxes(1, 2)
+        question, new = part[:, :, :question_slots], part[:, :, question_slots:]
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, question, start, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(whole, new, start + question_length, axis=2)
 
     pairs = zip(prefix.keys_values, suffix.keys_values, strict=True)
     keys_values = [tuple(join(a, b) for a, b in zip(old, new, strict=True)) for old, new in pairs]

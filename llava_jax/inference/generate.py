@@ -41,6 +41,11 @@ def prefill(model: LlavaLlamaForCausalLM, params, batch: Batch) -> tuple[Prefix,
     return Prefix(keys_values, batch.attention_mask, batch.lengths), last
 
 
+def join(parts):
+    """Several (Prefix, last hidden states) as one, their groups one after another."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
 def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questions: Questions):
     """Prefill each row's question after its prefix.
 

@@ -80,6 +80,7 @@ class Llava:
         self._encode = jitted("encode_images", partial(_call, "encode_images"))
         self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
         self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
+        self._join = Announced("join", jax.jit(device.join), mesh)
 
     # ---- text
 

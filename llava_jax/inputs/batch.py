@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.batch import Batch
+from llava_jax.batch import Batch, Targets
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
@@ -28,12 +28,10 @@ def bucket_length(n: int, config: LlavaConfig) -> int:
     return int(next((size for size in (64, 128, 256) if n <= size), -(-n // step) * step))
 
 
-def bucket_count(n: int) -> int:
-    """Counts to a few: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
-    power = 1
-    while n > 2 * power:
-        power *= 2
-    return next(size for size in (0, power, power * 3 // 2, 2 * power) if n <= size)
+def bucket_count(n: int, per_doubling: int = 2) -> int:
+    """Counts to a few, so many to each doubling: 0, 1, 2, 3, 4, 6, 8, 12, … for two."""
+    step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * per_doubling))
+    return -(-n // step) * step
 
 
 def as_rows(input_ids, attention_mask=None, labels=None) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -202,3 +200,49 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
     if attention_mask is not None:
         batch.attention_mask[:, : len(rows[0])] = np.asarray(attention_mask).astype(bool)
     return batch
+
+
+# ---- training
+
+
+def next_tokens(labels: np.ndarray) -> Targets:
+    """Where labels [B, L] have something to predict, and what: at most a bucketed M in each row."""
+    wanted = [np.flatnonzero(row[1:] != IGNORE_INDEX) for row in labels]
+    shape = len(labels), bucket_count(max(64, *map(len, wanted)))
+    positions, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
+    for b, where in enumerate(wanted):
+        positions[b, : len(where)], targets[b, : len(where)] = where, labels[b, where + 1]
+    return Targets(positions, targets)
+
+
+def stack_shards(batches: list[Batch], config: LlavaConfig) -> Batch:
+    """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another."""
+    text_rows = max(len(batch.text_ids) for batch in batches)
+    tiles = max(len(batch.tiles) for batch in batches)
+    length = max(batch.index.shape[1] for batch in batches)
+    grown = [_grow(batch, text_rows, tiles, length, config.tokens_per_tile) for batch in batches]
+    text_ids = np.stack([batch.text_ids for batch in grown])
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*grown, strict=True)))._replace(text_ids=text_ids)
+
+
+def _grow(batch: Batch, text_rows: int, tiles: int, length: int, tokens_per_tile: int) -> Batch:
+    """The same rows with room for more text, tiles and positions."""
+    more_text, more_tiles = text_rows - len(batch.text_ids), tiles - len(batch.tiles)
+    image_start = len(batch.text_ids)
+    newline = image_start + len(batch.tiles) * tokens_per_tile
+    index = batch.index + np.where(batch.index >= image_start, more_text, 0)
+    index += np.where(batch.index >= newline, more_tiles * tokens_per_tile, 0)
+    zeros = newline + 1 + more_text + more_tiles * tokens_per_tile
+
+    def widen(array, value=0):
+        return np.pad(array, ((0, 0), (0, length - array.shape[1])), constant_values=value)
+
+    return Batch(
+        tiles=np.pad(batch.tiles, ((0, more_tiles), (0, 0), (0, 0), (0, 0))),
+        text_ids=np.pad(batch.text_ids, (0, more_text)),
+        index=widen(index.astype(np.int32), zeros),
+        position_ids=widen(batch.position_ids),
+        attention_mask=widen(batch.attention_mask),
+        labels=widen(batch.labels, IGNORE_INDEX),
+        lengths=batch.lengths,
+    )

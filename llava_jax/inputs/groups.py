@@ -13,6 +13,7 @@ from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_count, bucket_length
 
 MAX_GROUPS = 8  # prefixes at a time: more gain nothing once the weights are read for all of them
+PREFILL_POSITIONS = 4096  # positions at a time in prefill: more only crowd the caches and the memory
 PREFILL_CHUNK = 512  # query rows whose attention scores are alive at once
 
 
@@ -51,6 +52,11 @@ def group_prompts(rows, places, images: int) -> list[Group]:
     return [Group(rows[0][:shared], tuple(row[shared:] for row in rows), tuple(places), images)]
 
 
+def bucket_rows(n: int) -> int:
+    """Counts of questions to a few, but not as few as other counts: each row that only fills the shape costs work."""
+    return bucket_count(n, per_doubling=4)
+
+
 def pack_questions(questions, groups: int, rows: int) -> Questions:
     """`questions[g][r]`, ids, into bucketed arrays [groups, rows, Q]; what is not there is inactive."""
     longest = bucket_count(max(len(ids) for group in questions for ids in group))
@@ -72,6 +78,7 @@ class Wave:
     """Groups that the device takes together: G prefixes of up to P positions, up to R rows of each at a time."""
 
     groups: tuple[Group, ...]
+    at_once: int  # how many of them are prefilled together; divides their number
     rows: int
     bytes: int
 
@@ -98,10 +105,10 @@ def plan_waves(groups, lengths, config: LlavaConfig, slots: int, itemsize: int, 
         while count > 1 and cost.bytes(count, 1) > budget:
             count = max(n for n in range(1, count) if bucket_count(n) == n)
         taken = [groups[i] for i in same[:count]]
-        rows = bucket_count(max(len(group.questions) for group in taken))
+        rows = bucket_rows(max(len(group.questions) for group in taken))
         while rows > 1 and cost.bytes(count, rows) > budget:
-            rows = max(n for n in range(1, rows) if bucket_count(n) == n)
-        waves.append(Wave(tuple(taken), rows, cost.bytes(count, rows)))
+            rows = max(n for n in range(1, rows) if bucket_rows(n) == n)
+        waves.append(Wave(tuple(taken), cost.at_once(count), rows, cost.bytes(count, rows)))
         start += count
     return waves
 
@@ -116,12 +123,18 @@ class Cost:
     slots: int
     itemsize: int
 
+    def at_once(self, groups: int) -> int:
+        """How many prefixes are prefilled together: the largest divisor of `groups` within PREFILL_POSITIONS."""
+        most = max(1, PREFILL_POSITIONS // self.prefix)
+        return max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
+
     def bytes(self, groups: int, rows: int) -> int:
         text = self.config.text
         position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.itemsize
         cache = groups * (self.prefix + rows * (self.question + self.slots)) * position
         wide = (4 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
         heads = 4 * text.num_attention_heads  # float32 scores
-        prefill = groups * (self.prefix * wide + heads * PREFILL_CHUNK * self.prefix)
+        prefill = self.at_once(groups) * (self.prefix * wide + heads * PREFILL_CHUNK * self.prefix)
+        prefill = max(prefill, groups * self.prefix * position)  # prefixes before and after they are joined
         asking = groups * rows * self.question * (wide + heads * (self.prefix + self.question + self.slots))
         return cache + max(prefill, asking) + 8 * groups * rows * text.vocab_size

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from llava_jax.sharding import BATCH_AXES
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
@@ -20,8 +23,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array 
     """Causal self-attention: splash on TPU, cudnn's flash attention on GPU, chunks of queries elsewhere.
 
     The platform is the one that the program is lowered for. On a mesh, call it under `jax.set_mesh(mesh)`: rows are
-    then divided over its `data` axis and heads over `tensor`, where those divide them (a TPU kernel knows of no
-    mesh by itself). Differentiable; no path holds the whole [L, L] scores, the backward pass included.
+    then divided over its `data` and `fsdp` axes and heads over `tensor`, where those divide them (a TPU kernel knows
+    of no mesh by itself). Differentiable; no path holds the whole [L, L] scores, the backward pass included.
 
     Args:
         q: [B, L, H, D]; k, v: [B, L, K, D], H a multiple of K (grouped queries).
@@ -34,15 +37,16 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _on_one_device(q, k, v, valid)
-    rows = _dividing_axis(mesh, "data", len(q))
-    heads = PartitionSpec(rows, None, _dividing_axis(mesh, "tensor", k.shape[2]))
+    rows = _dividing_axes(mesh, BATCH_AXES, len(q))
+    heads = PartitionSpec(rows, None, _dividing_axes(mesh, ("tensor",), k.shape[2]))
     specs = heads, heads, heads, PartitionSpec(rows)
     return jax.shard_map(_on_one_device, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, valid)
 
 
-def _dividing_axis(mesh, name: str, size: int) -> str | None:
-    """The mesh axis, or None where the mesh lacks it or it does not divide `size`."""
-    return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+def _dividing_axes(mesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh has, or None where they do not divide `size`."""
+    names = tuple(name for name in names if name in mesh.shape)
+    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def _on_one_device(q, k, v, valid):
@@ -203,20 +207,46 @@ def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, 
 
     Args:
         q: [G, R, L, H, D], the new positions.
-        prefix_k, prefix_v: [G, P, K, D]; prefix_valid: bool [G, P].
+        prefix_k, prefix_v: [G, K, P, D]; prefix_valid: bool [G, P].
         suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
 
     Returns:
-        [G, R, L, H, D]; exact: the scores against both parts are normalised together.
+        [G, R, L, H, D]; exact: the weights on both parts are normalised together.
     """
-    kv_heads, scale = prefix_k.shape[2], q.shape[-1] ** -0.5
-    grouped = q.reshape(*q.shape[:3], kv_heads, -1, q.shape[-1])
-    over_prefix = jnp.einsum("grlkhd,gpkd->grkhlp", grouped, prefix_k, preferred_element_type=jnp.float32) * scale
-    over_suffix = jnp.einsum("grlkhd,grskd->grkhls", grouped, suffix_k, preferred_element_type=jnp.float32) * scale
-    over_prefix = jnp.where(prefix_valid[:, None, None, None, None], over_prefix, MASKED)
-    over_suffix = jnp.where(suffix_valid[:, :, None, None], over_suffix, MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([over_prefix, over_suffix], axis=-1), axis=-1).astype(q.dtype)
-    on_prefix, on_suffix = jnp.split(weights, [prefix_k.shape[1]], axis=-1)
-    out = jnp.einsum("grkhlp,gpkd->grlkhd", on_prefix, prefix_v)
-    out = out + jnp.einsum("grkhls,grskd->grlkhd", on_suffix, suffix_v)
-    return out.reshape(q.shape)
+    heads = q.reshape(*q.shape[:3], prefix_k.shape[1], -1, q.shape[-1])
+    heads = heads.transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
+    suffix = suffix_k.transpose(0, 3, 1, 2, 4), suffix_v.transpose(0, 3, 1, 2, 4)  # [G, K, R, S, D]
+    arguments = heads, prefix_k, prefix_v, prefix_valid, *suffix, suffix_valid
+    one_head_at_a_time = {"cpu": _two_parts_mapped} if q.shape[2] > 1 else {}  # its scores stay in the cache
+    out = jax.lax.platform_dependent(*arguments, default=jax.vmap(_two_parts_of_group), **one_head_at_a_time)
+    return out.transpose(0, 2, 3, 1, 4, 5).reshape(q.shape)
+
+
+def _two_parts_of_group(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid):
+    def of_head(q, *keys_values):
+        return _two_parts(q, *keys_values, prefix_valid, suffix_valid)
+
+    return jax.vmap(of_head)(q, prefix_k, prefix_v, suffix_k, suffix_v)
+
+
+def _two_parts_mapped(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid):
+    def of_group(group):
+        *heads, prefix_valid, suffix_valid = group
+        return jax.lax.map(lambda head: _two_parts(*head, prefix_valid, suffix_valid), heads)
+
+    return jax.lax.map(of_group, (q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid))
+
+
+def _two_parts(q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid):
+    """One kv head of one group: q [R, L, h, D], prefix [P, D], suffix [R, S, D], valid [P] and [R, L, S]."""
+    wide = dict(preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide) * scale
+    over_suffix = jnp.einsum("rlhd,rsd->rlhs", q, suffix_k, **wide) * scale
+    over_prefix = jnp.where(prefix_valid, over_prefix, MASKED)
+    over_suffix = jnp.where(suffix_valid[:, :, None], over_suffix, MASKED)
+    largest = jnp.maximum(over_prefix.max(-1, keepdims=True), over_suffix.max(-1, keepdims=True))
+    on_prefix, on_suffix = jnp.exp(over_prefix - largest), jnp.exp(over_suffix - largest)
+    out = jnp.einsum("rlhp,pd->rlhd", on_prefix.astype(prefix_v.dtype), prefix_v, **wide)
+    out += jnp.einsum("rlhs,rsd->rlhd", on_suffix.astype(suffix_v.dtype), suffix_v, **wide)
+    return (out / (on_prefix.sum(-1, keepdims=True) + on_suffix.sum(-1, keepdims=True))).astype(q.dtype)

@@ -74,11 +74,13 @@ class LlamaModel(nn.Module):
     """Embeddings, decoder layers, final norm and language-model head."""
 
     config: TextConfig
+    remat: bool = False  # compute each layer again in the backward pass, instead of keeping what it computed
 
     def setup(self):
         config = self.config
+        layer = nn.remat(LlamaDecoderLayer, static_argnums=(4,)) if self.remat else LlamaDecoderLayer
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
-        self.layers = [LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = LlamaRMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False)

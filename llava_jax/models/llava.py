@@ -24,11 +24,12 @@ class LlavaLlamaForCausalLM(nn.Module):
     """The whole model as a Flax module; its parameters are the nested dict that a converted checkpoint holds."""
 
     config: LlavaConfig
+    remat: bool = False  # of the decoder's layers, for training
 
     def setup(self):
         self.vision_tower = build_vision_tower(self.config)
         self.mm_projector = build_vision_projector(self.config)
-        self.language_model = LlamaModel(self.config.text)
+        self.language_model = LlamaModel(self.config.text, self.remat)
         if self.config.has_image_newline:
             width = self.config.text.hidden_size
             self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))
@@ -45,16 +46,19 @@ class LlavaLlamaForCausalLM(nn.Module):
         """The merged sequence [B, L, E] of a planned batch: one gather from one table.
 
         The table is [embedded text | projected tiles | image_newline | zeros]; `batch.index` says which row stands
-        where (the device half of the original's prepare_inputs_labels_for_multimodal).
+        where (the device half of the original's prepare_inputs_labels_for_multimodal). A batch of shards (text_ids
+        [S, X]) has a table for each, over its own tiles, so that no device needs another's.
         """
-        text = self.language_model.embed_tokens(batch.text_ids)
-        width = text.shape[-1]
+        text = self.language_model.embed_tokens(jnp.atleast_2d(batch.text_ids))  # [S, X, E]
+        shards, _, width = text.shape
         newline = self.image_newline if self.config.has_image_newline else jnp.zeros(width, text.dtype)
         parts = [text]
         if len(batch.tiles):
-            parts.append(self.encode_images(batch.tiles).reshape(-1, width).astype(text.dtype))
-        table = jnp.concatenate([*parts, newline[None], jnp.zeros((1, width), text.dtype)])
-        return jnp.take(table, batch.index, axis=0)
+            parts.append(self.encode_images(batch.tiles).reshape(shards, -1, width).astype(text.dtype))
+        last = jnp.stack([newline, jnp.zeros(width, text.dtype)])
+        table = jnp.concatenate([*parts, jnp.broadcast_to(last, (shards, 2, width))], axis=1)
+        index = batch.index.reshape(shards, -1, batch.index.shape[-1])
+        return jax.vmap(lambda table, index: table[index])(table, index).reshape(*batch.index.shape, width)
 
     def __call__(self, batch: Batch, output_attentions: bool = False):
         """A whole batch at once.
@@ -80,15 +84,24 @@ class LlavaLlamaForCausalLM(nn.Module):
         attends = [attend] * self.config.text.num_hidden_layers
         return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
 
+    def hidden(self, batch: Batch) -> jax.Array:
+        """Right-padded rows to their normed last hidden states, [B, L, E]: what training needs."""
+
+        def attend(q, k, v):
+            return causal_attention(q, k, v), None
+
+        return self._decode_whole(self.embed_multimodal(batch), batch, attend)[0]
+
     def prefill(self, batch: Batch):
         """Prompts (right-padded) to their last hidden state, [B, E], and every layer's keys and values.
 
         Returns:
-            (normed hidden state at each row's last position [B, E], one (k, v) of [B, L, K, D] for each layer)
+            (normed hidden state at each row's last position [B, E], one (k, v) of [B, K, L, D] for each layer)
         """
 
         def attend(q, k, v):
-            return causal_attention(q, k, v, batch.attention_mask), (k, v)
+            # padding is on the right, where causality hides it
+            return causal_attention(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
         hidden, keys_values, _ = self._decode_whole(self.embed_multimodal(batch), batch, attend)
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
