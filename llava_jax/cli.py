@@ -7,7 +7,7 @@ import os
 import sys
 
 from llava_jax.constants import DTYPES
-from llava_jax.conversion.arguments import add_arguments
+from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
 
@@ -68,6 +68,46 @@ def _convert(args) -> None:
     run(args)
 
 
+def _add_export(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a converted or trained checkpoint in a published layout",
+        description="Write a converted or trained checkpoint as safetensors in a published layout.",
+        epilog="example: llava-jax export llava-v1.6-vicuna-7b --output exported --layout llava-hf --dtype bfloat16",
+    )
+    add_export_arguments(export)
+    export.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+    from llava_jax.conversion.to_hf import run
+
+    run(args)
+
+
+def _add_train(commands) -> None:
+    from llava_jax.training.arguments import add_train_arguments
+
+    train = commands.add_parser(
+        "train",
+        help="LLaVA's training stages",
+        description="Train a converted checkpoint on LLaVA's own data files. A killed run, started again with the same "
+        "flags, goes on where it was saved.",
+        epilog="example: llava-jax train --stage finetune --model-path llava-v1.6-vicuna-7b "
+        "--data-path llava_v1_5_mix665k.json --image-folder data --output-dir tuned --bf16 --mesh fsdp=8",
+    )
+    add_train_arguments(train)
+    train.set_defaults(run=_train)
+
+
+def _train(args) -> None:
+    from llava_jax.training.arguments import options_from
+    from llava_jax.training.train import train
+
+    options = options_from(args)
+    print(f"wrote {train(options)}")
+
+
 def _add_demo(commands) -> None:
     demo = commands.add_parser(
         "demo",
@@ -89,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; an error of the user's is one line on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_convert, _add_demo):
+    for add in (_add_ask, _add_convert, _add_export, _add_train, _add_demo):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -97,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"llava-jax: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        print(interruption, file=sys.stderr)
         return 130
     return 0

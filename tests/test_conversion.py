@@ -51,6 +51,7 @@ def test_liuhaotian_values_and_files(tiny, tmp_path):
         "layout": "liuhaotian",
         "source": str(tiny.path),
         "dtype": "bfloat16",
+        "published": {"dtype": "bfloat16", "vision_tower": "inside"},
     }
     files = {"config.json", "generation_config.json", "tokenizer.model", "vision_config.json", "llava_jax.json"}
     assert {p.name for p in output.iterdir()} == files | {"preprocessor_config.json", "params"}

@@ -1,10 +1,12 @@
-"""The flags of the way in, apart from the code, so that `--help` need not import JAX."""
+"""The flags of the way in and out, apart from the code, so that `--help` need not import JAX."""
 
 from __future__ import annotations
 
 import argparse
 
 from llava_jax.constants import DTYPES
+
+LAYOUTS = ("liuhaotian", "llava-hf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,3 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as published")
     parser.add_argument("--vision-tower", help="a CLIP directory or hub id, instead of the config's mm_vision_tower")
     parser.add_argument("--model-base", help="the language model under a stage-1 mm_projector.bin")
+    parser.add_argument(
+        "--new-projector",
+        metavar="mlp2x_gelu",
+        help="make a LLaVA to be trained, of a plain Llama (the source), --vision-tower and a random projector",
+    )
+    parser.add_argument("--anyres", action="store_true", help="with --new-projector: see pictures as 1.6, not as 1.5")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `convert/to_hf.py` and of `llava-jax export`."""
+    parser.add_argument("directory", help="what convert/from_hf.py or a training run wrote")
+    parser.add_argument("--output", required=True, help="the directory to write")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: the one that the checkpoint came in")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--vision-tower", help="what config.json is to name as mm_vision_tower (liuhaotian)")
+    parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained, unmerged (a PEFT directory)")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +18,13 @@ from tqdm import tqdm
 
 from llava_jax import checkpoint
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
-from llava_jax.constants import DTYPES
 from llava_jax.conversion import key_table, sources
 from llava_jax.conversion.arguments import add_arguments
-from llava_jax.conversion.key_table import Placement, Rule
-from llava_jax.conversion.sources import Location, Tensor
+from llava_jax.conversion.directories import check_output, new_directory
+from llava_jax.conversion.key_table import Rule
+from llava_jax.conversion.new_projector import llava_config, new_tensors
+from llava_jax.conversion.safetensors_files import DTYPE_NAMES, write_safetensors
+from llava_jax.conversion.sources import Location, Tensor, write_json
 from llava_jax.models.llava import param_shapes
 
 TOKENIZER_FILES = (
@@ -35,6 +34,12 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.json",
 )
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)  # of llava-hf, for the way back
+BUFFERS = "buffers.safetensors"  # what the published checkpoint holds beside its parameters, for the way back
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,18 @@ class Published:
     vision_config: dict
     preprocessor_config: dict
     config: LlavaConfig
+    new_projector: bool  # the projector is none that was published
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every parameter's tensor and transform, and the dtype that it is stored in."""
+    """Every parameter's tensor and transform, the dtype that it is stored in, and what only the way back needs."""
 
     tensors: dict[str, Tensor]
     transforms: dict[str, str]
     dtypes: dict[str, np.dtype]
+    buffers: dict[str, Tensor]
+    record: dict  # the manifest's "published"; to_hf.py reads it
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +81,8 @@ def convert(
     dtype: str | None = None,
     vision_tower: str | None = None,
     model_base: str | None = None,
+    new_projector: str | None = None,
+    anyres: bool = False,
     progress: bool = True,
 ) -> Path:
     """Convert a published checkpoint, of either layout, into a directory that `llava_jax.load` takes.
@@ -87,6 +97,8 @@ def convert(
         dtype: float32, bfloat16 or float16; None stores each tensor as it is published.
         vision_tower: a CLIP directory or hub id instead of the config's `mm_vision_tower`.
         model_base: the language model under a stage-1 `mm_projector.bin`, as in the original's loader.
+        new_projector: `mm_projector_type` of a LLaVA yet to be trained, of a plain Llama (`source`) and `vision_tower`.
+        anyres: that one is to see pictures as 1.6 does; otherwise as 1.5.
         progress: print what is done, with a bar over bytes.
 
     Returns:
@@ -96,18 +108,21 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError, OSError: one clear reason; nothing is left behind.
     """
     source = os.fspath(source)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+    key_table.check_dtype(dtype)
     name = checkpoint_name(source)
     output = Path(output if output is not None else name).expanduser().absolute()
-    _check_output(output)
+    check_output(output)
     say = print if progress else lambda *_: None
-    published = read_published(source, name, revision, vision_tower, model_base)
+    if new_projector is None and anyres:
+        raise ValueError("--anyres is for --new-projector; a published checkpoint says itself how it sees pictures")
+    if new_projector is not None and (vision_tower is None or model_base is not None):
+        raise ValueError("--new-projector needs --vision-tower (a CLIP directory or hub id), and takes no --model-base")
+    published = read_published(source, name, revision, vision_tower, model_base, new_projector, anyres)
     say(f"{source}: {published.layout} layout, {published.config.text.num_hidden_layers} decoder layers")
     plan = make_plan(published, dtype)
     if published.tower_error:
         say(f"the vision tower is in the checkpoint; {published.config.mm_vision_tower} gives its known settings only")
-    with _new_directory(output, plan.nbytes) as temporary:
+    with new_directory(output, plan.nbytes) as temporary:
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not progress) as bar:
             checkpoint.stream_params(temporary / checkpoint.PARAMS, _leaves(plan, bar))
         _write_small_files(temporary, published, plan)
@@ -126,7 +141,13 @@ def checkpoint_name(source: str) -> str:
 
 
 def read_published(
-    source: str, name: str, revision: str | None, vision_tower: str | None, model_base: str | None
+    source: str,
+    name: str,
+    revision: str | None,
+    vision_tower: str | None,
+    model_base: str | None,
+    new_projector: str | None,
+    anyres: bool,
 ) -> Published:
     """Read and check everything but the tensors."""
     location = sources.locate(source, revision)
@@ -138,6 +159,9 @@ def read_published(
     elif vision_tower is not None or model_base is not None:
         raise ValueError(f"{source}: --vision-tower and --model-base are for the liuhaotian layout; this is {layout}")
     vision_config, preprocessor = settings
+    if new_projector is not None:
+        named = vision_tower if tower is None or tower.commit else str(tower.path)
+        config = llava_config(config, new_projector, named, vision_config, anyres)
     base = sources.locate(model_base) if model_base is not None else None
     generation = (base or location).read_json("generation_config.json")
     parsed = LlavaConfig.from_hf(config, vision_config, preprocessor, generation, name)
@@ -145,7 +169,8 @@ def read_published(
         raise FileNotFoundError(f"{(base or location).given}: no tokenizer (tokenizer.model or tokenizer.json)")
     vision_config = vision_config or _vision_dict(parsed.vision)
     preprocessor = preprocessor or _preprocessor_dict(parsed.vision)
-    return Published(source, name, layout, location, base, tower, tower_error, vision_config, preprocessor, parsed)
+    settings = vision_config, preprocessor, parsed
+    return Published(source, name, layout, location, base, tower, tower_error, *settings, new_projector is not None)
 
 
 def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None, str, tuple[dict | None, dict | None]]:
@@ -199,17 +224,37 @@ def make_plan(published: Published, dtype: str | None) -> Plan:
     parts: list[tuple[dict[str, Tensor], tuple[Rule, ...]]] = []
     if published.base is not None:
         parts.append((_open_projector(published.location), key_table.projector_file_rules(config)))
-    parts.append((sources.open_checkpoint(published.base or published.location), rules))
+    if published.new_projector:
+        parts.append((new_tensors(config), rules))
+    main, own = len(parts), sources.open_checkpoint(published.base or published.location)
+    parts.append((own, rules))
     if published.layout == "liuhaotian":
-        parts += _tower_part(published, parts[-1][0])
+        parts += _tower_part(published, own)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     placed = key_table.match(shapes, parts, published.source)
-    tensors = {path: _tensor(parts, at) for path, at in placed.items()}
+    tensors = {path: parts[at.part][0][at.name] for path, at in placed.items()}
+    names = {path: at.name for path, at in placed.items() if at.part == main}
+    record = {
+        "dtype": _common_dtype(tensors[path].dtype for path in names),
+        "vision_tower": "inside" if len(parts) == main + 1 else "beside",
+    }
+    if templates := key_table.used_templates(names, rules):
+        record["names"] = templates
+    others = key_table.not_needed(own, rules)
+    if heads := [name for name in others if name.endswith("lm_head.weight")]:  # the embedding once more
+        record["tied_head"] = heads[0]
     return Plan(
         tensors,
         {path: at.transform for path, at in placed.items()},
         {path: np.dtype(dtype or tensor.dtype) for path, tensor in tensors.items()},
+        {name: own[name] for name in others if name not in heads and own[name].dtype in DTYPE_NAMES},
+        record,
     )
+
+
+def _common_dtype(dtypes: Iterable[str]) -> str:
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def _tower_part(published: Published, tensors: dict[str, Tensor]) -> list[tuple[dict[str, Tensor], tuple[Rule, ...]]]:
@@ -222,10 +267,6 @@ def _tower_part(published: Published, tensors: dict[str, Tensor]) -> list[tuple[
     for name in inside:
         del tensors[name]
     return [(sources.open_checkpoint(published.tower), key_table.clip_rules())]
-
-
-def _tensor(parts, at: Placement) -> Tensor:
-    return parts[at.part][0][at.name]
 
 
 def _open_projector(location: Location) -> dict[str, Tensor]:
@@ -244,10 +285,7 @@ def _open_projector(location: Location) -> dict[str, Tensor]:
 def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
     """(path, parameter), file after file."""
     for path in sorted(plan.tensors, key=lambda p: str(plan.tensors[p].file)):
-        published = plan.tensors[path].read()
-        array = published.astype(plan.dtypes[path], copy=False)
-        if plan.dtypes[path] == np.float16 and not np.isfinite(array).all() and np.isfinite(published).all():
-            raise ValueError(f"--dtype float16: {path} has values beyond float16's range; use bfloat16 or float32")
+        array = key_table.cast(plan.tensors[path].read(), plan.dtypes[path], path)
         array = key_table.apply_transform(plan.transforms[path], array)
         yield path, array
         bar.update(array.nbytes)
@@ -256,80 +294,33 @@ def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
 def _write_small_files(directory: Path, published: Published, plan: Plan) -> None:
     text = published.base or published.location  # whose tokenizer and generation defaults they are
     for location, names in (
-        (published.location, ("config.json",)),
+        (published.location, ("config.json", *PROCESSOR_FILES)),
         (text, ("generation_config.json", *TOKENIZER_FILES)),
     ):
         for name in names:
             if (location.path / name).is_file():
                 shutil.copyfile(location.path / name, directory / name)
-    dtypes = sorted({d.name for d in plan.dtypes.values()})
+    if published.new_projector:
+        write_json(directory / "config.json", published.config.source)
+    if plan.buffers:
+        write_safetensors(
+            directory / BUFFERS, plan.buffers, lambda names: (plan.buffers[name].read() for name in names)
+        )
     manifest = {
         "version": checkpoint.VERSION,
         "name": published.name,
         "reading": published.config.reading,
         "layout": published.layout,
         "source": published.source,
-        "dtype": dtypes[0] if len(dtypes) == 1 else "mixed",
+        "dtype": _common_dtype(dtype.name for dtype in plan.dtypes.values()),
+        "published": plan.record,
     }
     for name, content in (
         ("vision_config.json", published.vision_config),
         ("preprocessor_config.json", published.preprocessor_config),
         (checkpoint.MANIFEST, manifest),
     ):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if (output / checkpoint.MANIFEST).is_file():
-        raise FileExistsError(f"{output}: converted already; delete it, or give another directory with --output")
-    if output.exists():
-        raise FileExistsError(f"{output}: exists and is not empty; give another directory with --output")
-
-
-@contextlib.contextmanager
-def _new_directory(output: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary sibling that becomes `output` if the block succeeds, and is removed if it fails.
-
-    It is locked, so that a second conversion into one place fails, and what a killed one left is known to be stale.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.converting"
-    temporary.mkdir(exist_ok=True)
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = temporary.is_dir() and os.path.samestat(os.fstat(handle), temporary.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise FileExistsError(
-                f"{output}: another conversion is writing it; wait for that, or give another --output"
-            )
-        try:
-            for stale in temporary.iterdir():
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            _check_output(output)
-            _check_space(output, nbytes)
-            yield temporary
-            _check_output(output)
-            temporary.rename(output)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    finally:
-        os.close(handle)
-
-
-def _check_space(output: Path, nbytes: int) -> None:
-    needed, free = nbytes + nbytes // 100 + (64 << 20), shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise OSError(
-            f"{output}: not enough disk space: {needed} bytes ({needed / 2**30:.1f} GiB) are needed, "
-            f"{free} ({free / 2**30:.1f} GiB) are free; free some, or give another place with --output"
-        )
+        write_json(directory / name, content)
 
 
 # ---- the command
@@ -338,7 +329,8 @@ def _check_space(output: Path, nbytes: int) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert as the flags say."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
-    convert(args.source, args.output, args.revision, args.dtype, args.vision_tower, args.model_base)
+    given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
+    convert(args.source, args.output, *given)
 
 
 def main(argv: list[str] | None = None) -> None:

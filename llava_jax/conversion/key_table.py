@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import DTYPES
 
 # What a `{field}` of a template stands for. Both sides of a rule have the same fields, so a rule can be reversed.
 FIELDS = {
@@ -41,6 +43,24 @@ def invert_transform(name: str, array: np.ndarray) -> np.ndarray:
     """A parameter as the published tensor (a view)."""
     axes = TRANSFORMS[name]
     return array if axes is None else array.transpose(np.argsort(axes))
+
+
+def check_dtype(dtype: str | None) -> None:
+    """ValueError unless it is a dtype that parameters are stored in, or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+
+
+def cast(array: np.ndarray, dtype: str | np.dtype, path: str) -> np.ndarray:
+    """A parameter's array in another dtype.
+
+    Raises:
+        ValueError: float16 cannot hold it.
+    """
+    out = array.astype(dtype, copy=False)
+    if out.dtype == np.float16 and not np.isfinite(out).all() and np.isfinite(array).all():
+        raise ValueError(f"--dtype float16: {path} has values beyond float16's range; use bfloat16 or float32")
+    return out
 
 
 def transformed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -186,17 +206,31 @@ def projector_file_rules(config: LlavaConfig) -> tuple[Rule, ...]:
 RULES = {"liuhaotian": liuhaotian_rules, "llava-hf": llava_hf_rules}
 
 
-def published_name(path: str, rules: Iterable[Rule]) -> tuple[str, str]:
-    """The published name of a parameter, and the transform to invert: the first rule about it.
+def published_name(path: str, rules: Iterable[Rule], templates: Container[str] = ()) -> tuple[str, str]:
+    """The published name of a parameter, and the transform to invert.
+
+    Of the rules about it, the first whose template is one of `templates` (`used_templates`), or else the first.
 
     Raises:
         ValueError: no rule is about this path.
     """
-    for rule in rules:
-        name = rule.published_name_of(path)
-        if name is not None:
-            return name, rule.transform
-    raise ValueError(f"{path}: no rule gives this parameter a published name")
+    named = [(rule, name) for rule in rules if (name := rule.published_name_of(path)) is not None]
+    if not named:
+        raise ValueError(f"{path}: no rule gives this parameter a published name")
+    rule, name = next((one for one in named if one[0].published in templates), named[0])
+    return name, rule.transform
+
+
+def used_templates(names: dict[str, str], rules: tuple[Rule, ...]) -> list[str]:
+    """The templates that path → published name follow; none where `published_name` gives these names anyway."""
+    if all(published_name(path, rules)[0] == name for path, name in names.items()):
+        return []
+    return sorted({rule.published for rule in rules if any(map(rule.matches, names.values()))})
+
+
+def not_needed(names: Iterable[str], rules: tuple[Rule, ...]) -> list[str]:
+    """The names that some rule knows and takes no parameter from: buffers, and the head of tied embeddings."""
+    return [name for name in names if any(rule.path is None and rule.matches(name) for rule in rules)]
 
 
 # ---- matching a whole checkpoint, from names and shapes alone
@@ -209,6 +243,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # NumPy's name: float32, bfloat16, …
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -217,9 +255,6 @@ class Placement:
     part: int
     name: str
     transform: str
-
-
-STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def match(
@@ -288,8 +323,8 @@ def _check_tensor(info: TensorInfo, placement: Placement, expected: tuple[int, .
             "keys of another shape than the config says",
             f"{placement.name} {list(info.shape)} instead of {list(back)}",
         )
-    if info.dtype not in STORED_DTYPES:
-        _add(problems, f"keys of a dtype other than {', '.join(STORED_DTYPES)}", f"{placement.name} {info.dtype}")
+    if info.dtype not in DTYPES:
+        _add(problems, f"keys of a dtype other than {', '.join(DTYPES)}", f"{placement.name} {info.dtype}")
 
 
 def report(problems: dict[str, list[str]], what: str, first: int = 5) -> None:

@@ -23,8 +23,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 PROJECTOR_FILE = "mm_projector.bin"
-SMALL_FILES = ("*.json", "tokenizer.model")
-SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object was expected, not {type(value).__name__}; get the file again")
     return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def locate(source: str, revision: str | None = None) -> Location:

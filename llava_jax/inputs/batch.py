@@ -206,9 +206,10 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
 
 
 def next_tokens(labels: np.ndarray) -> Targets:
-    """Where labels [B, L] have something to predict, and what: at most a bucketed M in each row."""
+    """Where labels [B, L] have something to predict, and what: up to M in each row, M being 64, 256, 1024, …"""
     wanted = [np.flatnonzero(row[1:] != IGNORE_INDEX) for row in labels]
-    shape = len(labels), bucket_count(max(64, *map(len, wanted)))
+    longest = max(map(len, wanted))
+    shape = len(labels), next(64 * 4**n for n in range(16) if longest <= 64 * 4**n)
     positions, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
     for b, where in enumerate(wanted):
         positions[b, : len(where)], targets[b, : len(where)] = where, labels[b, where + 1]
@@ -216,10 +217,13 @@ def next_tokens(labels: np.ndarray) -> Targets:
 
 
 def stack_shards(batches: list[Batch], config: LlavaConfig) -> Batch:
-    """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another."""
-    text_rows = max(len(batch.text_ids) for batch in batches)
+    """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another.
+
+    There is room for as much text as there are positions, so that the shapes differ by length and tiles alone.
+    """
     tiles = max(len(batch.tiles) for batch in batches)
     length = max(batch.index.shape[1] for batch in batches)
+    text_rows = max(len(batches[0].index) * length, *(len(batch.text_ids) for batch in batches))
     grown = [_grow(batch, text_rows, tiles, length, config.tokens_per_tile) for batch in batches]
     text_ids = np.stack([batch.text_ids for batch in grown])
     return Batch(*(np.concatenate(arrays) for arrays in zip(*grown, strict=True)))._replace(text_ids=text_ids)

@@ -1,0 +1,152 @@
+"""A converted checkpoint's parameters as published tensors, a batch of them in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from llava_jax import checkpoint
+from llava_jax.config import LlavaConfig
+from llava_jax.conversion import key_table
+from llava_jax.conversion.key_table import TensorInfo
+from llava_jax.conversion.sources import read_json
+from llava_jax.models.llava import param_shapes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An Orbax directory, and what it holds of each parameter."""
+
+    path: Path
+    infos: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Written(TensorInfo):
+    """A tensor to write: what its header is to say, and the parameter that it is, before `transform` is undone. Where
+    it has more rows than the parameter, the new ones are the mean of the others."""
+
+    path: str
+    transform: str
+
+
+def open_stored(path: Path) -> Stored:
+    """What an Orbax directory of parameters holds; nothing is read yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _readable(path):
+        tree = ocp.metadata(path.absolute()).metadata
+        if tree is None:
+            raise ValueError("Orbax finds no parameters in it")
+        leaves = flatten_dict(tree, sep="/").items()
+        return Stored(path, {name: TensorInfo(tuple(x.shape), np.dtype(x.dtype).name) for name, x in leaves})
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint: everything but its parameters, which stay on disk."""
+
+    directory: Path
+    manifest: dict
+    config: LlavaConfig
+    stored: Stored
+
+    @property
+    def layout(self) -> str:
+        return self.manifest["layout"]
+
+    @property
+    def published(self) -> dict:
+        """What from_hf.py found: `dtype` of the tensors, `vision_tower` inside or beside, the `names`' templates, the
+        `tied_head`'s name. A directory that is older than this record is taken for what the original would publish:
+        the oldest names, and the tower inside where it was tuned."""
+        return self.manifest.get("published", {})
+
+
+def open_converted(directory: str | os.PathLike) -> Converted:
+    """Read and check everything but the parameters.
+
+    Raises:
+        FileNotFoundError, ValueError: not a finished converted checkpoint.
+    """
+    directory = Path(directory).expanduser()
+    config = checkpoint.load_config(directory)
+    stored = open_stored(directory / checkpoint.PARAMS)
+    checkpoint._check_tree(directory, unflatten_dict(stored.infos, sep="/"), param_shapes(config))
+    return Converted(directory, read_json(directory / checkpoint.MANIFEST), config, stored)
+
+
+def as_tensor(stored: Stored, path: str, transform: str, dtype: str | None = None) -> Written:
+    """The tensor that a parameter becomes, in `dtype` or as it is stored."""
+    info = stored.infos[path]
+    shape = key_table.invert_transform(transform, np.broadcast_to(np.int8(0), info.shape)).shape
+    return Written(shape, dtype or info.dtype, path, transform)
+
+
+def read_tensors(stored: Stored, tensors: Iterable[Written], bar: tqdm) -> Iterator[np.ndarray]:
+    """The tensors, in this order."""
+    for batch in _batches(tensors):
+        params = load(stored, {tensor.path for tensor in batch})
+        for tensor in batch:
+            array = _published(tensor, params[tensor.path])
+            yield array
+            bar.update(array.nbytes)
+        del params, array  # before the next ones are read
+
+
+def _batches(tensors: Iterable[Written]) -> Iterator[list[Written]]:
+    batch, size = [], 0
+    for tensor in tensors:
+        if batch and size + tensor.nbytes > checkpoint.BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.nbytes
+    if batch:
+        yield batch
+
+
+def load(stored: Stored, paths: set[str]) -> dict[str, np.ndarray]:
+    """These parameters alone, in host memory, as they are stored."""
+    wanted = {
+        path: np.broadcast_to(np.zeros((), info.dtype), info.shape) if path in paths else ocp.PLACEHOLDER
+        for path, info in stored.infos.items()
+    }
+    context = ocp.Context()
+    largest = max(math.prod(info.shape) for info in stored.infos.values())
+    context.memory_options.read_concurrent_bytes = max(checkpoint.READ_BYTES, 4 * largest + 1)
+    with _readable(stored.path), context:
+        loaded = ocp.load(stored.path.absolute(), unflatten_dict(wanted, sep="/"))
+    return {path: array for path, array in flatten_dict(loaded, sep="/").items() if path in paths}
+
+
+def _published(tensor: Written, param: np.ndarray) -> np.ndarray:
+    array = key_table.invert_transform(tensor.transform, key_table.cast(param, tensor.dtype, tensor.path))
+    if array.shape == tensor.shape:
+        return array
+    mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
+    return np.concatenate([array, np.broadcast_to(mean, (tensor.shape[0] - len(array), len(mean)))])
+
+
+@contextlib.contextmanager
+def _readable(path: Path):
+    """Orbax's many exceptions about a damaged directory, as one."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the directory is not to blame
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: half-written or damaged ({reason}); make {path.parent} again") from error

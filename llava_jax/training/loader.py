@@ -1,0 +1,207 @@
+"""Samples in the order of the steps, loaded by worker processes ahead of them. Imports neither JAX nor torch."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import queue
+import signal
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from llava_jax.config import LlavaConfig
+from llava_jax.inputs.tokenizer import LlamaTokenizer
+from llava_jax.training.data import NAMED, Loaded, load_example, modality_lengths, name_of, sample_order
+from llava_jax.training.preprocess import training_tokenizer
+
+MISMATCHES = 0.01  # the share of samples with a tokenization mismatch that is let pass
+
+
+class Loader:
+    """Batches of loaded samples, epoch after epoch without end, from step `start_step` on; a context manager.
+
+    Each item is a list of `batch_size` samples in `sample_order`; the last of an epoch may be shorter, as with the
+    reference's `dataloader_drop_last=False`. The samples are the same with any number of workers, resumed or not.
+
+    Args:
+        examples: from `load_examples`, checked by `check_examples`.
+        tokenizer: as `load_tokenizer` gives it; it is made the one that the reference trains with.
+        template: a name in `conv_templates`.
+        batch_size: samples of one step, over all devices.
+        group_by_modality_length: the order of `get_modality_length_grouped_indices`, for `num_devices` that share a
+            step's samples and `gradient_accumulation_steps` that make an update; else a plain shuffle.
+        num_workers: processes that load at least two steps ahead; with 0, each step is loaded when it is asked for.
+            They are spawned, so a script that makes a Loader needs `if __name__ == "__main__":`.
+
+    Raises (while iterating):
+        ValueError: a sample cannot be loaded; or over 1 % of the samples seen, or all of the first ones, have a
+            tokenization mismatch and so no labels.
+        RuntimeError: a worker died.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[dict],
+        image_folder: str | Path,
+        config: LlavaConfig,
+        tokenizer: LlamaTokenizer,
+        template: str,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        group_by_modality_length: bool = False,
+        num_devices: int = 1,
+        gradient_accumulation_steps: int = 1,
+        num_workers: int = 0,
+    ):
+        tokenizer = training_tokenizer(tokenizer)
+        load = partial(load_example, image_folder=image_folder, config=config, tokenizer=tokenizer, template=template)
+        self.examples, self.batch_size, self.start_step = examples, batch_size, start_step
+        self._load = partial(_load_named, load)
+        self._order = partial(sample_order, len(examples), seed=seed)
+        if group_by_modality_length:
+            sizes = dict(batch_size=batch_size // num_devices, world_size=num_devices * gradient_accumulation_steps)
+            self._order = partial(self._order, lengths=modality_lengths(examples), **sizes)
+        self._mismatches = _Mismatches(f"template {template!r} and legacy={tokenizer.legacy}")
+        self._ahead = max(2, -(-2 * num_workers // batch_size))  # steps
+        self._workers = [_Worker(self._load) for _ in range(num_workers)]
+        self._threads = ThreadPoolExecutor(max(1, num_workers))
+        self._idle = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self.close = weakref.finalize(self, _stop, self._workers, self._threads)
+        atexit.register(self.close)  # runs before multiprocessing's own, which would wait for the workers
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """End the workers; what they were loading is dropped."""
+        self.close()
+
+    def __iter__(self) -> Iterator[list[Loaded]]:
+        steps = self._numbers()
+        loaded = self._by_workers(steps) if self._workers else ((step, [*map(self._load_here, step)]) for step in steps)
+        for step, samples in loaded:
+            self._mismatches.add([name_of(self.examples[number], number) for number in step], samples)
+            yield samples
+
+    def _numbers(self) -> Iterator[list[int]]:
+        """The samples' numbers of each step."""
+        first_epoch, done = divmod(self.start_step, -(-len(self.examples) // self.batch_size))
+        for epoch in count(first_epoch):
+            order = self._order(epoch=epoch)
+            for start in range(done * self.batch_size, len(order), self.batch_size):
+                yield order[start : start + self.batch_size]
+            done = 0
+
+    def _load_here(self, number: int) -> Loaded:
+        return self._load(self.examples[number], number)
+
+    def _load_there(self, number: int) -> Loaded:
+        worker = self._idle.get()
+        try:
+            return worker.ask(self.examples[number], number)
+        finally:
+            self._idle.put(worker)
+
+    def _by_workers(self, steps: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Loaded]]]:
+        waiting = deque()
+        for step in steps:
+            waiting.append((step, [self._threads.submit(self._load_there, number) for number in step]))
+            if len(waiting) > self._ahead:
+                step, futures = waiting.popleft()
+                yield step, [future.result() for future in futures]
+
+
+# ---- too many samples without labels
+
+
+class _Mismatches:
+    """Counts the samples that the reference would silently train on without labels, and stops at too many."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.seen = 0
+        self.found: list[str] = []
+
+    def add(self, names: list[str], samples: list[Loaded]) -> None:
+        self.seen += len(samples)
+        pairs = zip(names, samples, strict=True)
+        self.found += [f"{name}: {s.mismatch[0]} vs. {s.mismatch[1]}" for name, s in pairs if s.mismatch]
+        share = len(self.found) / self.seen
+        if (share > MISMATCHES and self.seen >= 200) or (share == 1 and self.seen >= 4):
+            raise ValueError(
+                f"tokenization mismatch in {len(self.found)} of the first {self.seen} samples, so that they have no "
+                f"labels ({'; '.join(self.found[:NAMED])}): {self.what} do not fit each other, or the texts contain "
+                "the template's own separators; look at --version, tokenizer_config.json and these samples"
+            )
+
+
+# ---- the worker processes
+
+
+def _load_named(load: Callable[[dict], Loaded], example: dict, number: int) -> Loaded:
+    try:
+        return load(example)
+    except Exception as error:
+        raise ValueError(f"sample {name_of(example, number)}: {type(error).__name__}: {error}") from error
+
+
+class _Worker:
+    """A process that loads one sample at a time. It ends with its pipe, so it does not outlive a killed parent."""
+
+    def __init__(self, load: Callable[[dict, int], Loaded]):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, its_end = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(its_end,), daemon=True)
+        self.process.start()
+        its_end.close()
+        self.unsent = [load]  # sent with the first sample: the processes then start side by side
+
+    def ask(self, example: dict, number: int) -> Loaded:
+        try:
+            while self.unsent:
+                self.pipe.send(self.unsent.pop())
+            self.pipe.send((example, number))
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                "a data worker died: killed, perhaps for memory (use fewer workers), or the script that made the "
+                'Loader has no `if __name__ == "__main__":`'
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(pipe) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes: the parent decides, and saves first
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        load = pipe.recv()
+        while True:
+            task = pipe.recv()
+            try:
+                answer = load(*task)
+            except ValueError as error:
+                answer = error
+            pipe.send(answer)
+    except (EOFError, OSError):
+        return  # the parent has gone
+
+
+def _stop(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
+    threads.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.process.kill()
+    threads.shutdown()
+    for worker in workers:
+        worker.process.join()
+        worker.pipe.close()

@@ -1,0 +1,82 @@
+"""Which parameters a stage trains, and the optimizer of the reference's trainer."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.training.options import STAGES, Hyperparameters
+
+NO_DECAY = r".*/bias|.*norm\d?/scale"  # as transformers' Trainer has it: biases and norms
+
+
+def trainable_pattern(stage: str, tune_tower: bool = False) -> str:
+    """The regex of the paths that a stage trains (`tune_tower`: unfreeze_mm_vision_tower)."""
+    return STAGES[stage] + (r"|vision_tower/.*" if tune_tower else "")
+
+
+def split_params(params: dict, pattern: str) -> tuple[dict, dict]:
+    """(what is trained, what is frozen): the parameters whose path the regex matches, and the others."""
+    flat = flatten_dict(params, sep="/")
+    trained = {path: x for path, x in flat.items() if re.fullmatch(pattern, path)}
+    frozen = {path: x for path, x in flat.items() if path not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def join_params(trained: dict, frozen: dict) -> dict:
+    """`split_params` undone."""
+    return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
+
+
+def learning_rate_schedule(peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """Linear from 0 to `peak`, then half a cosine to 0 (transformers' get_cosine_schedule_with_warmup)."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+    if warmup == 0:
+        return optax.cosine_decay_schedule(peak, max(1, total_steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(warmup + 1, total_steps))
+
+
+def make_optimizer(hyper: Hyperparameters, total_steps: int) -> optax.GradientTransformation:
+    """AdamW on gradients clipped together, with the reference trainer's parameter groups.
+
+    Args:
+        total_steps: updates of the whole run, after accumulation.
+    """
+    rates = {
+        "base": hyper.learning_rate,
+        "projector": hyper.mm_projector_lr or hyper.learning_rate,
+        "tower": hyper.mm_vision_tower_lr or hyper.learning_rate,
+    }
+    schedules = {
+        name: optax.scale_by_learning_rate(learning_rate_schedule(peak, total_steps, hyper.warmup_ratio))
+        for name, peak in rates.items()
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(hyper.max_grad_norm),
+        optax.scale_by_adam(hyper.adam_beta1, hyper.adam_beta2, hyper.adam_epsilon),
+        optax.add_decayed_weights(hyper.weight_decay, mask=_decayed),
+        optax.partition(schedules, _group),
+    )
+    if hyper.gradient_accumulation_steps == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, hyper.gradient_accumulation_steps).gradient_transformation()
+
+
+def _decayed(params: dict) -> dict:
+    return _by_path(params, lambda path: not re.fullmatch(NO_DECAY, path))
+
+
+def _group(params: dict) -> dict:
+    """Which learning rate: mm_projector_lr is for the projector's own weights, image_newline is not among them."""
+
+    def name(path: str) -> str:
+        return "projector" if path.startswith("mm_projector/") else "tower" if "vision_tower/" in path else "base"
+
+    return _by_path(params, name)
+
+
+def _by_path(params: dict, function) -> dict:
+    return unflatten_dict({path: function(path) for path in flatten_dict(params, sep="/")}, sep="/")

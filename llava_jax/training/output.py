@@ -1,0 +1,200 @@
+"""What a run leaves: its options, its metrics and curve, and at the end a checkpoint like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax import checkpoint
+from llava_jax.config import LlavaConfig
+from llava_jax.conversion import key_table, sources
+from llava_jax.training.lora import merge_lora
+from llava_jax.training.optimizer import join_params
+from llava_jax.training.options import TrainOptions
+from llava_jax.training.step import LORA
+
+OPTIONS = "train_options.json"
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+ADAPTERS = "lora"
+PROJECTOR = ("mm_projector", "image_newline")
+FREE_TO_CHANGE = ("save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers", "output_dir")
+
+
+def claim_output(options: TrainOptions) -> None:
+    """Make the output directory, or see that it holds this very run, unfinished.
+
+    Raises:
+        FileExistsError: it holds something else, a finished run, or a run with other options.
+    """
+    output = Path(options.output_dir)
+    told = dataclasses.asdict(options) | {"mesh": [list(axis) for axis in options.mesh]}
+    told = {name: value for name, value in told.items() if name not in FREE_TO_CHANGE}
+    if (output / checkpoint.MANIFEST).exists():
+        raise FileExistsError(f"{output}: trained already; give another --output-dir")
+    if (output / OPTIONS).exists():
+        before = json.loads((output / OPTIONS).read_text(encoding="utf-8"))
+        others = [f"{name} was {before.get(name)!r}" for name, value in told.items() if before.get(name) != value]
+        if others:
+            raise FileExistsError(
+                f"{output}: holds a run with other options ({'; '.join(others)}); give those to go on with it, or "
+                "another --output-dir"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output}: exists and is not a training run; give another --output-dir")
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(output / OPTIONS, told)
+
+
+def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
+    """The projector (and image_newline) of a stage-1 `mm_projector.bin` or of a converted checkpoint, float32.
+
+    Raises:
+        FileNotFoundError, ValueError: it is neither, or does not fit the model.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        found = checkpoint.load_params(file, checkpoint.load_config(file), dtype="float32")
+        found = flatten_dict({name: found[name] for name in PROJECTOR if name in found and name in params}, sep="/")
+    elif file.is_file():
+        rules = key_table.projector_file_rules(config)
+        found = {}
+        for name, tensor in sources.open_file(file).items():
+            for rule in rules:
+                if rule.matches(name):
+                    array = key_table.apply_transform(rule.transform, tensor.read().astype(np.float32))
+                    found[rule.path_of(name)] = array
+    else:
+        raise FileNotFoundError(f"--pretrain_mm_mlp_adapter {path}: no such file or directory")
+    flat = flatten_dict(params, sep="/")
+    wanted = [name for name in flat if name.startswith("mm_projector/")]
+    wrong = [name for name in wanted if name not in found] or [n for n in found if found[n].shape != flat[n].shape]
+    if wrong:
+        raise ValueError(f"--pretrain_mm_mlp_adapter {path}: {', '.join(wrong)} is missing or of another shape")
+    placed = {name: jax.device_put(array, flat[name].sharding) for name, array in found.items()}
+    return unflatten_dict(flat | placed, sep="/")
+
+
+class Metrics:
+    """One line of JSON for each logged step, and a picture of the loss at the end; a context manager.
+
+    Lines after the step that a run goes on from are dropped first: those steps are done again. A step's values are
+    waited for only when the next step is on its way.
+    """
+
+    def __init__(self, options: TrainOptions, done: int):
+        self._path, self._every = Path(options.output_dir) / METRICS, options.logging_steps
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        self._lines = [line for line in map(_parsed, lines) if line and line["step"] <= done]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._file, self._waiting = None, None
+
+    def __enter__(self) -> Metrics:
+        self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self._finish()
+        self._file.close()
+        if self._lines:
+            draw_curve(self._path.with_name(CURVE), self._lines)
+
+    def add(self, step: int, values: dict) -> None:
+        """Values (device scalars) of one step, counted from 1."""
+        self._finish()
+        self._waiting = step, values
+
+    def _finish(self) -> None:
+        if self._waiting is None:
+            return
+        (step, values), self._waiting = self._waiting, None
+        if step % self._every:
+            return
+        line = {"step": step, **{name: float(value) for name, value in values.items()}}
+        if not math.isfinite(line["loss"]):
+            raise ValueError(f"the loss of step {step} is {line['loss']}; look at the data, or lower --learning_rate")
+        self._lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def _parsed(line: str) -> dict | None:
+    """None for a line that a kill has torn."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def draw_curve(path: Path, lines: list[dict]) -> None:
+    """Loss over steps as a PNG, and its running mean; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    steps, losses = [line["step"] for line in lines], np.array([line["loss"] for line in lines])
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+    axes.plot(steps[width - 1 :], smooth, color="tab:blue")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def write_result(options: TrainOptions, config: LlavaConfig, trained: dict, frozen: dict) -> Path:
+    """The trained model as a checkpoint directory (adapters merged in, and kept beside it), in the run's own dtype."""
+    output, source = Path(options.output_dir), Path(options.model_path).expanduser()
+    trained = dict(trained)
+    lora = trained.pop(LORA, None)
+    params = join_params(trained, frozen)
+    if lora is not None:
+        params = merge_lora(params, lora, options.lora_alpha / options.lora_r)
+        shutil.rmtree(output / ADAPTERS, ignore_errors=True)
+        checkpoint.save_params(output / ADAPTERS, lora)
+    shutil.rmtree(output / checkpoint.PARAMS, ignore_errors=True)  # of a run that was killed here
+    checkpoint.save_params(output / checkpoint.PARAMS, jax.tree.map(lambda x: x.astype(options.dtype), params))
+    of_its_own_run = (checkpoint.MANIFEST, OPTIONS, METRICS, CURVE)
+    for file in source.iterdir():
+        if file.is_file() and file.name not in of_its_own_run:
+            shutil.copyfile(file, output / file.name)
+    hf = _read_json(source / "config.json")
+    if "text_config" not in hf:  # the original's layout says how it was trained
+        hf |= {
+            "tune_mm_mlp_adapter": options.stage == "pretrain",
+            "mm_projector_lr": options.mm_projector_lr,
+            "mm_vision_tower_lr": options.mm_vision_tower_lr,
+            "unfreeze_mm_vision_tower": config.unfreeze_mm_vision_tower,
+            "tokenizer_model_max_length": config.tokenizer_model_max_length,
+            "tokenizer_padding_side": config.tokenizer_padding_side,
+        }
+    _write_json(output / "config.json", hf)
+    manifest = _read_json(source / checkpoint.MANIFEST) | {"source": str(source), "dtype": options.dtype}
+    _write_json(output / checkpoint.MANIFEST, manifest)  # last: with it, the directory is a checkpoint
+    return output
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: dict) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of it or, where the process is killed, what was there before."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

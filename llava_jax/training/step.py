@@ -1,0 +1,81 @@
+"""One training step as a pure function of its state, and where everything in it lies on a mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import flax.struct
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.batch import Batch, Targets
+from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.sharding import BATCH_AXES
+from llava_jax.training.lora import adapters
+from llava_jax.training.loss import next_token_loss
+from llava_jax.training.optimizer import join_params
+
+LORA = "lora"  # where the adapters stand among what is trained
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes. The frozen parameters are no part of it."""
+
+    trained: dict  # float32 parameters; adapters, if any, under "lora"
+    opt_state: optax.OptState
+    step: jax.Array  # int32, micro-batches so far
+
+
+def loss_function(model: LlavaLlamaForCausalLM, dtype, scale: float, dropout: float, seed: int):
+    """(trained, frozen, batch, targets, step) → the loss.
+
+    Args:
+        dtype: of the arithmetic, and of the frozen parameters; the loss itself is float32.
+        scale, dropout: of the adapters (lora_alpha / lora_r, lora_dropout), used where there are any.
+        seed: of the dropout.
+    """
+
+    def loss(trained: dict, frozen: dict, batch: Batch, targets: Targets, step) -> jax.Array:
+        compute = jax.tree.map(lambda x: x.astype(dtype), trained)
+        lora = compute.pop(LORA, None)
+        params = {"params": join_params(compute, frozen)}
+        key = jax.random.fold_in(jax.random.key(seed), step) if lora and dropout else None
+        with adapters(lora, scale, dropout, key) if lora else contextlib.nullcontext():
+            hidden = model.apply(params, batch, method="hidden")
+
+        def logits_of(hidden):
+            return model.apply(params, hidden, method="logits")
+
+        return next_token_loss(hidden, targets, logits_of, model.config.text.vocab_size)
+
+    return loss
+
+
+def train_step(loss, optimizer: optax.GradientTransformation, state: TrainState, frozen, batch, targets):
+    """One micro-batch.
+
+    Returns:
+        (the next state, {"loss", "grad_norm"}: float32 scalars, the norm before clipping)
+    """
+    value, gradients = jax.value_and_grad(loss)(state.trained, frozen, batch, targets, state.step)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
+    return TrainState(trained, opt_state, state.step + 1), metrics
+
+
+# ---- on a mesh
+
+
+def batch_shardings(batch: Batch, targets: Targets, mesh: Mesh):
+    """Rows, and the shards of text and tiles that belong to them, over the batch axes of the mesh."""
+    over_rows = NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
+    return jax.tree.map(lambda _: over_rows, (batch, targets))
+
+
+def num_shards(mesh: Mesh | None) -> int:
+    """How many devices divide a batch's rows among themselves."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
