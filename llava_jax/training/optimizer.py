@@ -8,14 +8,24 @@ import re
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from llava_jax.config import LlavaConfig
 from llava_jax.training.options import STAGES, Hyperparameters
 
 NO_DECAY = r".*/bias|.*norm\d?/scale"  # as transformers' Trainer has it: biases and norms
 
 
-def trainable_pattern(stage: str, tune_tower: bool = False) -> str:
-    """The regex of the paths that a stage trains (`tune_tower`: unfreeze_mm_vision_tower)."""
-    return STAGES[stage] + (r"|vision_tower/.*" if tune_tower else "")
+def trainable_pattern(stage: str, config: LlavaConfig, tune_tower: bool = False) -> str:
+    """The regex of the paths that a stage trains.
+
+    Args:
+        tune_tower: unfreeze_mm_vision_tower. What of the tower comes after mm_vision_select_layer is left alone: torch
+            gives it no gradient, and so no weight decay.
+    """
+    if not tune_tower:
+        return STAGES[stage]
+    layers = config.vision.num_hidden_layers
+    used = range(config.mm_vision_select_layer % (layers + 1))
+    return STAGES[stage] + rf"|vision_tower/(embeddings|pre_layrnorm|{'|'.join(f'layers_{i}' for i in used)})/.*"
 
 
 def split_params(params: dict, pattern: str) -> tuple[dict, dict]:

@@ -103,17 +103,18 @@ class Metrics:
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:
-            self._finish()
+            self.write()
         self._file.close()
         if self._lines:
             draw_curve(self._path.with_name(CURVE), self._lines)
 
     def add(self, step: int, values: dict) -> None:
         """Values (device scalars) of one step, counted from 1."""
-        self._finish()
+        self.write()
         self._waiting = step, values
 
-    def _finish(self) -> None:
+    def write(self) -> None:
+        """Write what waits: before a state is saved, so that no step in it is without its line."""
         if self._waiting is None:
             return
         (step, values), self._waiting = self._waiting, None

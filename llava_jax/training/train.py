@@ -99,6 +99,7 @@ def _run(options, config, state, frozen, step, loader, saved, micro_steps: int, 
             metrics.add(number + 1, values)
             last = number + 1 == micro_steps
             if stopped or last or (number + 1) % every == 0:
+                metrics.write()
                 saved.save_async(number + 1, state, force=True)
             if stopped:
                 saved.wait()
@@ -131,7 +132,7 @@ def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None,
     params = load_params(options.model_path, config, dtype="float32", mesh=mesh)
     if options.pretrain_mm_mlp_adapter is not None:
         params = read_projector(options.pretrain_mm_mlp_adapter, config, params)
-    pattern = trainable_pattern(options.stage, options.unfreeze_mm_vision_tower)
+    pattern = trainable_pattern(options.stage, config, options.unfreeze_mm_vision_tower)
     trained, frozen = split_params(params, pattern)
     frozen = jax.tree.map(lambda x: x.astype(options.dtype), frozen)
     if options.stage == "lora":
