@@ -77,7 +77,17 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def run(output: str | None = None) -> None:
-    """Write, convert, load, ask; each step is announced."""
+    """The bundled model on scenes that it has not seen, or a random one while there is none; each step is announced."""
+    from llava_jax.demo import show
+
+    if (show.MODEL / "config.json").exists():
+        show.show(output)
+    else:
+        _run_random(output)
+
+
+def _run_random(output: str | None) -> None:
+    """Write, convert, load, ask."""
     import llava_jax
     from llava_jax.conversion.from_hf import convert
 

@@ -1,0 +1,93 @@
+"""Scenes as a training set in LLaVA's own form: a folder of pictures and a JSON of conversations about them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.demo.questions import Question, caption_sample, conversation, describe, in_words, sample, statements
+from llava_jax.demo.scenes import FORMS, SQUARE, Scene, draw, make_scene
+from llava_jax.inputs.anyres import num_image_tokens
+
+DATA, IMAGES = "data.json", "images"
+PER_FOLDER = 1000
+
+# name: (forms of the pictures, most shapes in one)
+PICTURES = {"square": ((SQUARE,), 5), "few": (FORMS, 2), "all": (FORMS, 5)}
+
+
+def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, folder: str | None, seed: int, i: int):
+    """Sample number `i`, its picture written into `folder` if it has one.
+
+    Args:
+        style: "words" (the scene in words, no picture), "captions" (a description, or statements) or "questions".
+        pictures: one of PICTURES.
+        length: positions that the sample may take, so that rows fill what they are padded to.
+    """
+    forms, most = PICTURES[pictures]
+    scene, rng = make_scene((seed, i), forms, most), np.random.default_rng((seed, i, 1))
+    name = f"{i:07d}"
+    if style == "words":
+        words = in_words(scene, rng)
+        return sample(name, scene, _fitting(scene, rng, length - _cost(words)), words=words)
+    file = f"{i // PER_FOLDER:03d}/{name}.png"
+    draw(scene).save(os.path.join(folder, file))
+    room = length - int(num_image_tokens(scene.width, scene.height, config))
+    if style == "captions":
+        text = describe(scene) if rng.random() < 0.5 else statements(scene, rng, room - 4)
+        return caption_sample(name, scene, file, text)
+    return sample(name, scene, _fitting(scene, rng, room), file)
+
+
+def _fitting(scene: Scene, rng, room: int) -> list[Question]:
+    """As many questions as there is room for; what begins a conversation takes 12."""
+    questions, left = [], room - 12
+    for question in conversation(scene, rng, turns=20):
+        left -= _cost(question.text) + _cost(question.answer) + 3
+        if left < 0 and questions:
+            break
+        questions.append(question)
+    return questions
+
+
+def _cost(text: str) -> int:
+    """At most how many tokens a text is: words, marks, and a sign's characters."""
+    words = text.split()
+    return len(words) + sum(text.count(mark) for mark in "?.,") + sum(2 for word in words if word.isupper())
+
+
+def write_dataset(
+    directory: Path, count: int, *, style: str, pictures: str, length: int, config: LlavaConfig, seed: int
+) -> Path:
+    """`count` samples: data.json and, where they have any, images/. What is there already, whole, is kept."""
+    data, images = directory / DATA, directory / IMAGES
+    if data.exists():
+        return directory
+    for number in range(-(-count // PER_FOLDER)):
+        (images / f"{number:03d}").mkdir(parents=True, exist_ok=True)
+    make = partial(make_sample, style, pictures, length, config, str(images), seed)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=end_with_parent) as pool:
+        samples = list(pool.map(make, range(count), chunksize=250))
+    unfinished = data.with_suffix(".new")
+    unfinished.write_text(json.dumps(samples), encoding="utf-8")
+    unfinished.rename(data)
+    return directory
+
+
+def end_with_parent() -> None:
+    """In a worker: end when the process that started it does, even if that is killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

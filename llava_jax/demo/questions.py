@@ -1,0 +1,261 @@
+"""Questions about a scene, and their answers: none that a careful person could answer in two ways."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN
+from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Item, Scene
+
+KINDS = ("colour", "shape", "count", "yes_no", "position", "reading", "description")
+NUMBERS = ("one", "two", "three", "four")
+DIRECTIONS = ("left", "right", "above", "below")
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+CAPTION = "Describe the image."
+SMALL_FROM = 1.8  # the aspect from which a sign is too small for the base tile alone
+
+
+class Question(NamedTuple):
+    """`needs` are facts, any of which said before would give the answer away; `gives` are those that it says."""
+
+    kind: str  # one of KINDS
+    text: str
+    answer: str
+    needs: frozenset[str] = frozenset()
+    gives: frozenset[str] = frozenset()
+
+
+def is_detail(scene: Scene, question: Question) -> bool:
+    """Whether only the tiles of the grid show the answer: a small text in a wide or tall picture."""
+    return question.kind == "reading" and scene.aspect >= SMALL_FROM
+
+
+def ask(scene: Scene, kind: str, rng) -> Question | None:
+    """A question of one of KINDS, drawn with a NumPy Generator; None where the scene has none."""
+    return _ASK[kind](scene, rng)
+
+
+def describe(scene: Scene) -> str:
+    """One sentence: every item, from left to right, or from the top in a tall picture."""
+    ordered = sorted(scene.items, key=lambda item: item.y if scene.height > scene.width * 1.25 else item.x)
+    *others, last = [_with_article(item) for item in ordered]
+    text = f"{', '.join(others)} and {last}" if others else last
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def described(text: str) -> Counter:
+    """The items that a description names, in any order: to compare two."""
+    parts = text.strip().rstrip(".").replace(" and ", ", ").lower().split(", ")
+    return Counter(part.removeprefix("an ").removeprefix("a ") for part in parts)
+
+
+def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
+    """Up to `turns` different questions, none of them answered by what was said before; a description may end it."""
+    questions: list[Question] = []
+    said: set[str] = set()
+    kinds = ["colour", "shape", "count", "yes_no", "position", "reading"]
+    for _ in range(4 * turns):
+        question = ask(scene, _pick(rng, kinds), rng)
+        if question is None or question.needs & said or any(question.text == other.text for other in questions):
+            continue
+        questions.append(question)
+        said |= question.gives
+        if len(questions) == turns - 1:
+            break
+    if rng.random() < 0.3 or not questions:
+        questions.append(ask(scene, "description", rng))
+    return questions
+
+
+def sample(name: str, scene: Scene, questions: list[Question], image: str | None = None, words: str = "") -> dict:
+    """One entry of LLaVA's JSON: about the picture file `image`, or about `words` that stand for it."""
+    turns = []
+    for question in questions:
+        turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
+    first = DEFAULT_IMAGE_TOKEN if image else words
+    turns[0]["value"] = f"{first}\n{turns[0]['value']}"
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
+
+
+def statements(scene: Scene, rng, length: int = 90) -> str:
+    """True sentences about the scene, of about so many words and marks: what questions would ask, said outright."""
+    said: list[str] = []
+    for question in conversation(scene, rng, turns=20):
+        sentence = _stated(question)
+        if sentence and sum(len(text.split()) + 3 for text in (*said, sentence)) <= length:
+            said.append(sentence)
+    return " ".join(said) or describe(scene)
+
+
+def _stated(question: Question) -> str | None:
+    """A question and its answer as one sentence; None for those that say what is not there."""
+    words = question.text.rstrip("?.").split()
+    if question.kind == "colour":
+        return f"The {words[-1]} is {question.answer}."
+    if question.kind == "shape":
+        return f"The {words[-1]} shape is a {question.answer}."
+    if question.kind == "count":
+        return f"The number of {' '.join(words[2:-2])} is {question.answer}."
+    if question.kind == "position":
+        a, b = question.text[len("Where is the ") : -1].split(" relative to the ")
+        return f"Relative to the {b} the {a} is {question.answer}."
+    if question.kind == "reading":
+        return f"The sign says {question.answer}."
+    return None
+
+
+def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
+    """One entry for a plain template: a picture and a text about it."""
+    turns = [("human", DEFAULT_IMAGE_TOKEN), ("gpt", text)]
+    return {"id": name, "image": image, "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+def in_words(scene: Scene, rng) -> str:
+    """The scene for a reader without eyes: each item and where it is, across and down, in eighths; in any order."""
+    items = [scene.items[i] for i in rng.permutation(len(scene.items))]
+    size = max(scene.width, scene.height) / 8
+    return " ".join(f"{_said(item)} at {int(item.x / size) + 1} {int(item.y / size) + 1}." for item in items)
+
+
+# ---- one function for each kind
+
+
+def _colour(scene: Scene, rng) -> Question | None:
+    counts = Counter(item.kind for item in scene.items)
+    items = [item for item in scene.items if item.kind != SIGN and counts[item.kind] == 1]
+    if not items:
+        return None
+    item = _pick(rng, items)
+    return Question("colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item))
+
+
+def _shape(scene: Scene, rng) -> Question | None:
+    counts = Counter(item.color for item in scene.items)
+    items = [item for item in scene.items if item.kind != SIGN and counts[item.color] == 1]
+    if not items:
+        return None
+    item = _pick(rng, items)
+    return Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
+
+
+def _count(scene: Scene, rng) -> Question | None:
+    """Of a shape or a color that is there; where some are there more often, rather of those: they are rarer."""
+    shapes = Counter(item.kind for item in scene.items if item.kind != SIGN)
+    colors = Counter(item.color for item in scene.items if item.kind != SIGN)
+    named = [(PLURALS[kind], kind, n) for kind, n in shapes.items()]
+    named += [(f"{color} shapes", color, n) for color, n in colors.items()]
+    named = [entry for entry in named if entry[2] <= len(NUMBERS)]
+    if not named:
+        return None
+    most = max(n for _, _, n in named)
+    if rng.random() < 0.75:
+        named = [entry for entry in named if entry[2] == most]
+    plural, value, number = _pick(rng, named)
+    return Question("count", f"How many {plural} are there?", NUMBERS[number - 1], gives=frozenset([value]))
+
+
+def _yes_no(scene: Scene, rng) -> Question | None:
+    """In POPE's words. Half are there; of those that are not, most have the color and the shape, but not together."""
+    there = [item for item in scene.items if item.kind != SIGN]
+    names = {item.name for item in there}
+    kinds, colors = {item.kind for item in there}, {item.color for item in there}
+    yes = rng.random() < 0.5
+    form = rng.random()
+    if form < 0.15:
+        found = [item for item in scene.items if item.kind == SIGN]
+        thing = SIGN if bool(found) == yes else ""
+    elif form < 0.4:
+        thing = _pick(rng, sorted(kinds) if yes else [shape for shape in SHAPES if shape not in kinds])
+    elif yes:
+        thing = _pick(rng, sorted(names))
+    else:
+        pairs = [(color, shape) for color in COLORS for shape in SHAPES if f"{color} {shape}" not in names]
+        both = [pair for pair in pairs if pair[0] in colors and pair[1] in kinds]
+        either = [pair for pair in pairs if (pair[0] in colors) != (pair[1] in kinds)]
+        thing = " ".join(_pick(rng, both if both and rng.random() < 0.7 else either))
+    if not thing:
+        return None
+    needs = frozenset([thing]) if yes else frozenset()
+    gives = frozenset().union(*(_facts(item) for item in there if item.name == thing)) | needs
+    return Question("yes_no", f"Is there {_a(thing)} in the image?", "Yes" if yes else "No", needs, gives)
+
+
+def _position(scene: Scene, rng) -> Question | None:
+    """Of two items, one of which lies clearly beside, above or below the other."""
+    counts = Counter(item.name for item in scene.items)
+    unique = [item for item in scene.items if counts[item.name] == 1]
+    pairs = [(a, b) for a in unique for b in unique if a is not b and direction(a, b)]
+    if not pairs:
+        return None
+    beside = [(a, b) for a, b in pairs if direction(a, b) in DIRECTIONS[:2]]
+    over = [pair for pair in pairs if pair not in beside]
+    a, b = _pick(rng, (beside if rng.random() < 0.5 else over) or pairs)
+    text = f"Where is the {a.name} relative to the {b.name}?"
+    pair = frozenset([" and ".join(sorted([a.name, b.name]))])
+    return Question("position", text, direction(a, b), pair, pair | _facts(a) | _facts(b))
+
+
+def direction(a: Item, b: Item) -> str | None:
+    """Where `a` is, seen from `b`; None where neither way is clearly the longer."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) >= 1.7 * abs(dy):
+        return "left" if dx < 0 else "right"
+    if abs(dy) >= 1.7 * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def _reading(scene: Scene, rng) -> Question | None:
+    signs = [item for item in scene.items if item.kind == SIGN]
+    if len(signs) != 1:
+        return None
+    text = signs[0].text
+    return Question("reading", "What does the sign say?", text, frozenset([text]), frozenset([SIGN, text]))
+
+
+def _description(scene: Scene, rng) -> Question:
+    return Question("description", CAPTION, describe(scene))
+
+
+_ASK = {
+    "colour": _colour,
+    "shape": _shape,
+    "count": _count,
+    "yes_no": _yes_no,
+    "position": _position,
+    "reading": _reading,
+    "description": _description,
+}
+
+
+# ---- words
+
+
+def _pick(rng, values):
+    return values[int(rng.integers(len(values)))]
+
+
+def _facts(item: Item) -> frozenset[str]:
+    return frozenset([item.name, item.kind, item.color] if item.color else [item.kind])
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _said(item: Item) -> str:
+    return item.name if item.kind != SIGN else f"sign that says {item.text}"
+
+
+def _with_article(item: Item) -> str:
+    return _a(_said(item))
+
+
+def vocabulary() -> list[str]:
+    """Every word that the questions, the answers and a scene in words are made of, and each sign character."""
+    frames = "What color is the What shape is How many shapes are there Is there a an in the image Where is the"
+    frames += " relative to the What does the sign say Describe the image and a sign that says at Yes No"
+    frames += " The number of Relative"
+    words = [*frames.split(), *SHAPES, *PLURALS.values(), *COLORS, *NUMBERS, *DIRECTIONS, "A", "An", *CHARACTERS]
+    return list(dict.fromkeys([*words, *"12345678", *CHARACTERS]))
