@@ -185,7 +185,7 @@ class Axes:
         ("vision_tower/layers_0/self_attn/out_proj/kernel", (1024, 1024), ("tensor", None)),
         ("vision_tower/layers_0/mlp/fc1/bias", (4096,), ("tensor",)),
         ("vision_tower/layers_0/mlp/fc2/kernel", (4096, 1024), ("tensor", None)),
-        ("mm_projector/linear_1/kernel", (1024, 4096), ()),
+        ("mm_projector/linear_1/kernel", (1024, 4096), (None, None)),
         ("image_newline", (4096,), ()),
     ],
 )
