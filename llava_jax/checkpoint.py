@@ -24,6 +24,7 @@ from llava_jax.sharding import param_shardings
 VERSION = 1
 MANIFEST = "llava_jax.json"
 PARAMS = "params"
+ADAPTERS, TRAIN_OPTIONS = "lora", "train_options.json"  # what a training run leaves beside them
 BATCH_BYTES = 512 << 20  # of tensors in memory at once while streaming
 CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
 READ_BYTES = 128 << 20  # in flight while loading: more is slower, and is memory beside the parameters
@@ -145,21 +146,40 @@ def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Me
     else:
         shardings = param_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), shapes, shardings)
-    path = (directory / PARAMS).absolute()
-    context = ocp.Context()
-    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    context.memory_options.read_concurrent_bytes = max(READ_BYTES, 4 * largest + 1)  # Orbax refuses a larger array
-    with _readable(directory), context:
-        stored = ocp.metadata(path).metadata
-        if stored is None:
+    path = directory / PARAMS
+    remedy = f"delete {directory} and convert the checkpoint again with convert/from_hf.py"
+    check_tree(directory, stored_tree(path, remedy), shapes)
+    return load_tree(path, abstract, remedy)
+
+
+def stored_tree(path: Path, remedy: str) -> dict:
+    """What an Orbax directory holds, a leaf with `shape` and `dtype` for each array; nothing is read.
+
+    Raises:
+        ValueError: it is damaged, and the remedy.
+    """
+    with _readable(path, remedy):
+        tree = ocp.metadata(path.absolute()).metadata
+        if tree is None:
             raise ValueError("Orbax finds no parameters in it")
-    _check_tree(directory, stored, shapes)
-    with _readable(directory), context:
-        return ocp.load(path, abstract)
+        return tree
+
+
+def load_tree(path: Path, abstract: dict, remedy: str) -> dict:
+    """The arrays of an Orbax directory as `abstract` asks for them (`ocp.PLACEHOLDER`: not at all).
+
+    Raises:
+        ValueError: it is damaged, and the remedy.
+    """
+    context = ocp.Context()
+    largest = max(math.prod(x.shape) for x in jax.tree.leaves(stored_tree(path, remedy)))
+    context.memory_options.read_concurrent_bytes = max(READ_BYTES, 4 * largest + 1)  # Orbax refuses a larger array
+    with _readable(path, remedy), context:
+        return ocp.load(path.absolute(), abstract)
 
 
 @contextlib.contextmanager
-def _readable(directory: Path):
+def _readable(path: Path, remedy: str):
     """Orbax's many exceptions about a damaged directory, as one."""
     try:
         yield
@@ -167,13 +187,11 @@ def _readable(directory: Path):
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"{directory / PARAMS}: half-written or damaged ({reason}); delete {directory} and convert the "
-            "checkpoint again with convert/from_hf.py"
-        ) from error
+        raise ValueError(f"{path}: half-written or damaged ({reason}); {remedy}") from error
 
 
-def _check_tree(directory: Path, stored: dict, shapes: dict) -> None:
+def check_tree(directory: Path, stored: dict, shapes: dict) -> None:
+    """ValueError unless what is stored (`stored_tree`) has the config's paths and shapes (`param_shapes`)."""
     stored = {k: tuple(v.shape) for k, v in flatten_dict(stored, sep="/").items()}
     wanted = {k: tuple(v.shape) for k, v in flatten_dict(shapes, sep="/").items()}
     problems = [f"{k} is missing" for k in sorted(wanted.keys() - stored.keys())]

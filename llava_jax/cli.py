@@ -10,6 +10,7 @@ from llava_jax.constants import DTYPES
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
+from llava_jax.training.arguments import add_train_arguments, options_from
 
 
 def _add_ask(commands) -> None:
@@ -86,8 +87,6 @@ def _export(args) -> None:
 
 
 def _add_train(commands) -> None:
-    from llava_jax.training.arguments import add_train_arguments
-
     train = commands.add_parser(
         "train",
         help="LLaVA's training stages",
@@ -97,32 +96,62 @@ def _add_train(commands) -> None:
         "--data-path llava_v1_5_mix665k.json --image-folder data --output-dir tuned --bf16 --mesh fsdp=8",
     )
     add_train_arguments(train)
+    train.add_argument(
+        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
+    )
     train.set_defaults(run=_train)
 
 
 def _train(args) -> None:
-    from llava_jax.training.arguments import options_from
+    options = options_from(args)
+    if args.distributed:
+        import jax
+
+        jax.distributed.initialize()
     from llava_jax.training.train import train
 
-    options = options_from(args)
     print(f"wrote {train(options)}")
 
 
 def _add_demo(commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="the whole path on what the package bundles",
-        description="Write a small checkpoint with random weights in the published layout, convert it, ask about the "
-        "bundled photograph. The weights are random, so the answer is noise: it shows the path, not a model.",
+        help="the whole path with the small model that the package bundles",
+        description="Convert the bundled model, which this package trained on pictures that it draws, load it, ask it "
+        "about pictures that it has not seen, and save them with its answers as llava-jax-demo.png.",
+        epilog="example: llava-jax demo --score --scenes 500 --seed 0 --no-anyres",
     )
-    demo.add_argument("--output", help="keep the converted checkpoint here (a temporary directory)")
+    demo.add_argument(
+        "--output", help="keep the converted checkpoint here (a temporary directory); of --train, the run"
+    )
+    demo.add_argument("--model", help="a checkpoint that --train made (the bundled one)")
+    what = demo.add_mutually_exclusive_group()
+    what.add_argument("--score", action="store_true", help="how many answers are right, kind by kind")
+    what.add_argument("--train", action="store_true", help="make the model from nothing, or go on with it (hours)")
+    demo.add_argument("--scenes", type=int, help="how many pictures are asked about (6; with --score 500)")
+    demo.add_argument("--seed", type=int, default=0, help="of the pictures (%(default)s)")
+    demo.add_argument("--no-anyres", action="store_true", help="with --score: show it the base tile alone")
+    demo.add_argument("--json", action="store_true", help="with --score: as one line of JSON")
     demo.set_defaults(run=_demo)
 
 
 def _demo(args) -> None:
-    from llava_jax.demo import run
+    if args.scenes is not None and args.scenes < 1:
+        raise ValueError(f"--scenes {args.scenes} must be above 0")
+    if args.train:
+        if args.output is None:
+            raise ValueError("--train needs --output: a new directory, or that of a killed run to go on with")
+        from llava_jax.demo.train import train_demo
 
-    run(args.output)
+        print(f"wrote {train_demo(args.output)}")
+    elif args.score:
+        from llava_jax.demo.score import run
+
+        run(args.model, args.output, args.scenes or 500, args.seed, not args.no_anyres, args.json)
+    else:
+        from llava_jax.demo.show import run
+
+        run(args.model, args.output, args.scenes or 6, args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,16 +20,16 @@ LOGICAL_AXES = (
     (r".*/fc1/bias", ("mlp",)),
     (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
     (r"mm_projector/linear_\d/kernel", (None, "embed")),
-    (r".*/(q_proj|k_proj|v_proj)/b", (None, "heads")),  # a LoRA adapter is a [in, rank] and b [rank, out]
-    (r".*/(gate_proj|up_proj)/b", (None, "mlp")),
-    (r".*/o_proj/a", ("heads", None)),
-    (r".*/down_proj/a", ("mlp", None)),
+    (r".*/(q_proj|k_proj|v_proj)/b", ("rank", "heads")),  # a LoRA adapter is a [in, rank] and b [rank, out]
+    (r".*/(gate_proj|up_proj)/b", ("rank", "mlp")),
+    (r".*/o_proj/a", ("heads", "rank")),
+    (r".*/down_proj/a", ("mlp", "rank")),
     (r".*_proj/a", ("embed", None)),
     (r".*_proj/b", (None, "embed")),
 )
 
-# Logical axis → mesh axis. `embed` is what layers add into: it is divided in storage only, on a mesh with `fsdp`.
-MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", None: None}
+# Logical axis → mesh axis. `embed`, what layers add into, and `rank` are divided in storage only, if there is `fsdp`.
+MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rank": "fsdp", None: None}
 BATCH_AXES = ("data", "fsdp")  # what divides the rows of a batch
 
 
@@ -71,3 +71,47 @@ def param_shardings(shapes, mesh: Mesh):
         return NamedSharding(mesh, partition_spec(path, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def num_shards(mesh: Mesh | None) -> int:
+    """How many devices divide a batch's rows among themselves."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of whatever has a batch's rows, or its shards, in front."""
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
+
+
+def dividing_axes(mesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh has, or None where they do not divide `size`."""
+    names = tuple(name for name in names if name in mesh.shape)
+    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+
+def row_shards(rows: int) -> int:
+    """Into how many parts the mesh that `jax.set_mesh` names divides that many rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in dividing_axes(mesh, BATCH_AXES, rows) or ())
+
+
+def rows_divided(x: jax.Array) -> jax.Array:
+    """x with its leading axis over the batch axes of the mesh that `jax.set_mesh` names, and whole otherwise.
+
+    Without being told, the compiler may divide activations as the weights that they meet are divided in storage.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(dividing_axes(mesh, BATCH_AXES, len(x))))
+
+
+def held_divided(params):
+    """The tree, each leaf divided on that mesh as the rules table has it, before anything is done with any of them.
+
+    Without the barrier, a gradient that all devices add up to stays whole on each of them until it is used.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return params
+    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(params, param_shardings(params, mesh)))

@@ -1,13 +1,16 @@
 """The command line, as a user types it."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import llava_jax
-from llava_jax import demo
 from llava_jax.cli import main
+from llava_jax.demo.scenes import draw
+from llava_jax.demo.score import held_out_scene, questions_about
 
 
 def test_ask_prints_what_generate_returns(converted, pictures, capsys):
@@ -66,10 +69,20 @@ def test_convert_and_the_conv_mode_flag(checkpoint, tmp_path, capsys):
 
 
 def test_the_demo_runs_from_anywhere_and_keeps_what_it_is_asked_to(tmp_path):
-    command = [sys.executable, "-m", "llava_jax", "demo", "--output", "model"]
+    command = [sys.executable, "-m", "llava_jax", "demo", "--output", "model", "--scenes", "2", "--seed", "3"]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert Image.open(tmp_path / "llava-jax-demo.png").width > 1000
     llava, params = llava_jax.load(tmp_path / "model")
-    assert repr(llava.generate(params, demo.PHOTO, demo.QUESTION, max_new_tokens=32)) in said
+    scene = held_out_scene(3, 1)
+    question = questions_about(scene, 3, 1)[-1]
+    assert f"{question.text} {llava.generate(params, draw(scene), question.text)}" in said
+
+
+def test_the_score_is_one_line_of_json(capsys):
+    assert main(["demo", "--score", "--scenes", "40", "--seed", "5", "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert {"colour", "count", "yes_no", "position", "reading", "description"} <= score.keys()
+    assert score["colour"] > 0.95 and score["yes_no"] > 0.9 and score["position"] > 0.9
 
 
 def test_help_imports_no_jax():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_jax import demo
+from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sample, checked
 from llava_jax.inputs.tokenizer import load_tokenizer
@@ -24,12 +25,29 @@ QUESTION = "What is in this picture?"
 
 def tiny(**changes):
     """A model small enough to compile in seconds, with real tiles and canvases."""
-    tokenizer = load_tokenizer(demo.HERE)
-    config = demo.small_config(len(tokenizer))
-    vision = dataclasses.replace(config.vision, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=2)
-    text = dataclasses.replace(config.text, hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads)
-    config = config.replace(vision=vision, text=text, mm_hidden_size=16, **changes)
+    tokenizer = load_tokenizer(Path(__file__).parent / "golden" / "tokenizers" / "small")
+    config = LlavaConfig(
+        vision=VisionConfig(hidden_size=16, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2),
+        text=TextConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            pad_token_id=0,
+        ),
+        mm_hidden_size=16,
+        mm_patch_merge_type="spatial_unpad",
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=PINPOINTS_336,
+        tokenizer_model_max_length=4096,
+        unfreeze_mm_vision_tower=True,
+        name="llava-v1.6-random",
+    ).replace(**changes)
     return Llava(config, tokenizer), jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax import checkpoint
+from llava_jax.checkpoint import ADAPTERS, TRAIN_OPTIONS
 from llava_jax.conversion import key_table
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.safetensors_files import write_safetensors
@@ -24,7 +25,6 @@ from llava_jax.conversion.stored import (
     read_tensors,
 )
 
-ADAPTERS, OPTIONS = "lora", "train_options.json"  # what a training run leaves beside the checkpoint
 PEFT = "base_model.model."  # what peft puts in front of a model's own names
 MATRICES = {"a": "lora_A", "b": "lora_B"}
 
@@ -88,9 +88,11 @@ def _read_options(converted: Converted) -> dict:
             f"{directory}: --adapter is for the liuhaotian layout, and this came as {converted.layout}; leave it out, "
             "and the adapters are merged into what is exported"
         )
-    if not ((directory / ADAPTERS).is_dir() and (directory / OPTIONS).is_file()):
-        raise ValueError(f"{directory}: no adapters ({ADAPTERS}, {OPTIONS}); --adapter is for what --stage lora left")
-    return read_json(directory / OPTIONS)
+    if not ((directory / ADAPTERS).is_dir() and (directory / TRAIN_OPTIONS).is_file()):
+        raise ValueError(
+            f"{directory}: no adapters ({ADAPTERS}, {TRAIN_OPTIONS}); --adapter is for what --stage lora left"
+        )
+    return read_json(directory / TRAIN_OPTIONS)
 
 
 def _adapter_tensors(converted: Converted, adapters: Stored, dtype: str | None) -> dict[str, Written]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 from llava_jax.constants import DTYPES
 
@@ -33,3 +35,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--vision-tower", help="what config.json is to name as mm_vision_tower (liuhaotian)")
     parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained, unmerged (a PEFT directory)")
+
+
+def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> None:
+    """Parse and run one of the scripts in convert/; an error of the user's is one line and status 1."""
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing is left behind")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from llava_jax import checkpoint
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
 from llava_jax.conversion import key_table, sources
-from llava_jax.conversion.arguments import add_arguments
+from llava_jax.conversion.arguments import add_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
@@ -339,9 +338,4 @@ def main(argv: list[str] | None = None) -> None:
         prog="from_hf.py", description="Convert a published LLaVA checkpoint for llava_jax (Orbax)."
     )
     add_arguments(parser)
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing is left behind")
+    run_command(parser, run, argv)

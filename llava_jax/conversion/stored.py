@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
@@ -46,12 +43,12 @@ def open_stored(path: Path) -> Stored:
     Raises:
         ValueError: it is damaged.
     """
-    with _readable(path):
-        tree = ocp.metadata(path.absolute()).metadata
-        if tree is None:
-            raise ValueError("Orbax finds no parameters in it")
-        leaves = flatten_dict(tree, sep="/").items()
-        return Stored(path, {name: TensorInfo(tuple(x.shape), np.dtype(x.dtype).name) for name, x in leaves})
+    leaves = flatten_dict(checkpoint.stored_tree(path, _remedy(path)), sep="/").items()
+    return Stored(path, {name: TensorInfo(tuple(x.shape), np.dtype(x.dtype).name) for name, x in leaves})
+
+
+def _remedy(path: Path) -> str:
+    return f"make {path.parent} again"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def open_converted(directory: str | os.PathLike) -> Converted:
     directory = Path(directory).expanduser()
     config = checkpoint.load_config(directory)
     stored = open_stored(directory / checkpoint.PARAMS)
-    checkpoint._check_tree(directory, unflatten_dict(stored.infos, sep="/"), param_shapes(config))
+    checkpoint.check_tree(directory, unflatten_dict(stored.infos, sep="/"), param_shapes(config))
     return Converted(directory, read_json(directory / checkpoint.MANIFEST), config, stored)
 
 
@@ -124,11 +121,7 @@ def load(stored: Stored, paths: set[str]) -> dict[str, np.ndarray]:
         path: np.broadcast_to(np.zeros((), info.dtype), info.shape) if path in paths else ocp.PLACEHOLDER
         for path, info in stored.infos.items()
     }
-    context = ocp.Context()
-    largest = max(math.prod(info.shape) for info in stored.infos.values())
-    context.memory_options.read_concurrent_bytes = max(checkpoint.READ_BYTES, 4 * largest + 1)
-    with _readable(stored.path), context:
-        loaded = ocp.load(stored.path.absolute(), unflatten_dict(wanted, sep="/"))
+    loaded = checkpoint.load_tree(stored.path, unflatten_dict(wanted, sep="/"), _remedy(stored.path))
     return {path: array for path, array in flatten_dict(loaded, sep="/").items() if path in paths}
 
 
@@ -138,15 +131,3 @@ def _published(tensor: Written, param: np.ndarray) -> np.ndarray:
         return array
     mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.broadcast_to(mean, (tensor.shape[0] - len(array), len(mean)))])
-
-
-@contextlib.contextmanager
-def _readable(path: Path):
-    """Orbax's many exceptions about a damaged directory, as one."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError):  # the directory is not to blame
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: half-written or damaged ({reason}); make {path.parent} again") from error

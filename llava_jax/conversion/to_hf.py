@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from llava_jax.conversion import key_table, other_layout, sources
 from llava_jax.conversion.adapter import export_adapter
-from llava_jax.conversion.arguments import add_export_arguments
+from llava_jax.conversion.arguments import add_export_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.from_hf import BUFFERS, PROCESSOR_FILES, TOKENIZER_FILES
 from llava_jax.conversion.key_table import TensorInfo
@@ -197,9 +196,4 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: to_hf.py llava-v1.6-vicuna-7b --output exported --layout llava-hf --dtype bfloat16",
     )
     add_export_arguments(parser)
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing is left behind")
+    run_command(parser, run, argv)

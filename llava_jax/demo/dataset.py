@@ -13,31 +13,29 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.demo.questions import Question, caption_sample, conversation, describe, in_words, sample, statements
+from llava_jax.demo.questions import Question, caption_sample, conversation, describe, sample, statements
 from llava_jax.demo.scenes import FORMS, SQUARE, Scene, draw, make_scene
 from llava_jax.inputs.anyres import num_image_tokens
 
 DATA, IMAGES = "data.json", "images"
 PER_FOLDER = 1000
+SIGNS = 0.7  # the share of the scenes that have a sign
 
-# name: (forms of the pictures, most shapes in one)
-PICTURES = {"square": ((SQUARE,), 5), "few": (FORMS, 2), "all": (FORMS, 5)}
+# name: (forms of the pictures, the share of those in which no two shapes are alike)
+PICTURES = {"square": ((SQUARE,), 0.0), "all": (FORMS, 0.0), "various": (FORMS, 0.7), "mixed": (FORMS, 0.25)}
 
 
-def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, folder: str | None, seed: int, i: int):
-    """Sample number `i`, its picture written into `folder` if it has one.
+def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, folder: str, seed: int, i: int):
+    """Sample number `i`, its picture written into `folder`.
 
     Args:
-        style: "words" (the scene in words, no picture), "captions" (a description, or statements) or "questions".
+        style: "captions" (a description, or statements) or "questions".
         pictures: one of PICTURES.
         length: positions that the sample may take, so that rows fill what they are padded to.
     """
-    forms, most = PICTURES[pictures]
-    scene, rng = make_scene((seed, i), forms, most), np.random.default_rng((seed, i, 1))
+    forms, various = PICTURES[pictures]
+    scene, rng = make_scene((seed, i), forms, SIGNS, various), np.random.default_rng((seed, i, 1))
     name = f"{i:07d}"
-    if style == "words":
-        words = in_words(scene, rng)
-        return sample(name, scene, _fitting(scene, rng, length - _cost(words)), words=words)
     file = f"{i // PER_FOLDER:03d}/{name}.png"
     draw(scene).save(os.path.join(folder, file))
     room = length - int(num_image_tokens(scene.width, scene.height, config))
@@ -49,13 +47,21 @@ def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, fol
 
 def _fitting(scene: Scene, rng, room: int) -> list[Question]:
     """As many questions as there is room for; what begins a conversation takes 12."""
-    questions, left = [], room - 12
-    for question in conversation(scene, rng, turns=20):
-        left -= _cost(question.text) + _cost(question.answer) + 3
-        if left < 0 and questions:
+    *asked, last = conversation(scene, rng, turns=20)
+    ends = last.kind == "description"  # what would answer all questions after it
+    if not ends:
+        asked.append(last)
+    questions, left = [], room - 12 - ends * _question_cost(last)
+    for question in asked:
+        left -= _question_cost(question)
+        if left < 0 and (questions or ends):
             break
         questions.append(question)
-    return questions
+    return questions + [last] * ends
+
+
+def _question_cost(question: Question) -> int:
+    return _cost(question.text) + _cost(question.answer) + 3
 
 
 def _cost(text: str) -> int:
@@ -67,7 +73,7 @@ def _cost(text: str) -> int:
 def write_dataset(
     directory: Path, count: int, *, style: str, pictures: str, length: int, config: LlavaConfig, seed: int
 ) -> Path:
-    """`count` samples: data.json and, where they have any, images/. What is there already, whole, is kept."""
+    """`count` samples: data.json and images/. What is there already, whole, is kept."""
     data, images = directory / DATA, directory / IMAGES
     if data.exists():
         return directory

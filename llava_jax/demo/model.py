@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,12 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.conversion.sources import write_json
 from llava_jax.demo.questions import vocabulary
 from llava_jax.inputs.conversation import conv_templates
 
 NAME = "llava-v1.6-scenes"
 TILE = 56
 PINPOINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))  # the published ones, in tiles of 56
+BUNDLED = Path(__file__).parent / NAME  # the conversation template is picked by the name
 TOWER = "tower"  # the folder of the tower's config beside the weights
 
 
@@ -88,7 +91,7 @@ def tokenizer_model() -> bytes:
 def write_tokenizer(directory: Path) -> None:
     """tokenizer.model and tokenizer_config.json."""
     (directory / "tokenizer.model").write_bytes(tokenizer_model())
-    _write_json(directory / "tokenizer_config.json", {"legacy": False, "tokenizer_class": "LlamaTokenizer"})
+    write_json(directory / "tokenizer_config.json", {"legacy": False, "tokenizer_class": "LlamaTokenizer"})
 
 
 # ---- where training starts
@@ -125,9 +128,9 @@ def write_published(directory: Path, config: LlavaConfig, params: dict, dtype: s
     (directory / TOWER).mkdir(parents=True, exist_ok=True)
     vision = dataclasses.asdict(config.vision)
     statistics = {name: vision.pop(name) for name in ("image_mean", "image_std")}
-    _write_json(directory / TOWER / "config.json", {"model_type": "clip_vision_model", **vision})
-    _write_json(directory / TOWER / "preprocessor_config.json", {"size": config.vision.image_size, **statistics})
-    _write_json(directory / "config.json", config.to_hf())
+    write_json(directory / TOWER / "config.json", {"model_type": "clip_vision_model", **vision})
+    write_json(directory / TOWER / "preprocessor_config.json", {"size": config.vision.image_size, **statistics})
+    write_json(directory / "config.json", config.to_hf())
     write_tokenizer(directory)
     tensors, kept = {}, np.dtype(getattr(ml_dtypes, dtype, dtype))
     for path, value in flatten_dict(params, sep="/").items():
@@ -137,5 +140,20 @@ def write_published(directory: Path, config: LlavaConfig, params: dict, dtype: s
     return directory
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def convert_published(published: Path, directory: Path) -> Path:
+    """Such a checkpoint as a directory that `llava_jax.load` takes."""
+    from llava_jax.conversion.from_hf import convert
+
+    return convert(published, output=directory, vision_tower=str(published / TOWER), progress=False)
+
+
+@contextlib.contextmanager
+def converted(published: str | None, output: str | None):
+    """A directory that `llava_jax.load` takes.
+
+    Args:
+        published: a checkpoint of `write_published`; None is the bundled one.
+        output: where it is kept; None is a temporary directory.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        yield convert_published(Path(published or BUNDLED), Path(output or Path(scratch) / NAME))

@@ -8,7 +8,10 @@ from typing import NamedTuple
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN
 from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Item, Scene
 
-KINDS = ("colour", "shape", "count", "yes_no", "position", "reading", "description")
+KINDS = ("colour", "shape", "count", "yes_no", "place", "position", "reading", "description")
+# Of what a conversation is drawn: its first questions, which many others would give away, and those after them.
+FIRST = ("colour", "colour", "colour", "shape")
+OFTEN = ("shape", "count", "count", "count", "yes_no", "place", "position", "position", "position", "reading")
 NUMBERS = ("one", "two", "three", "four")
 DIRECTIONS = ("left", "right", "above", "below")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -54,9 +57,8 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
     """Up to `turns` different questions, none of them answered by what was said before; a description may end it."""
     questions: list[Question] = []
     said: set[str] = set()
-    kinds = ["colour", "shape", "count", "yes_no", "position", "reading"]
-    for _ in range(4 * turns):
-        question = ask(scene, _pick(rng, kinds), rng)
+    for attempt in range(2 * turns):
+        question = ask(scene, _pick(rng, FIRST if attempt < 8 else OFTEN), rng)
         if question is None or question.needs & said or any(question.text == other.text for other in questions):
             continue
         questions.append(question)
@@ -68,14 +70,13 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
     return questions
 
 
-def sample(name: str, scene: Scene, questions: list[Question], image: str | None = None, words: str = "") -> dict:
-    """One entry of LLaVA's JSON: about the picture file `image`, or about `words` that stand for it."""
+def sample(name: str, scene: Scene, questions: list[Question], image: str) -> dict:
+    """One entry of LLaVA's JSON, about the picture file `image`."""
     turns = []
     for question in questions:
         turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
-    first = DEFAULT_IMAGE_TOKEN if image else words
-    turns[0]["value"] = f"{first}\n{turns[0]['value']}"
-    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
+    turns[0]["value"] = f"{DEFAULT_IMAGE_TOKEN}\n{turns[0]['value']}"
+    return {"id": name, "image": image, "conversations": turns}
 
 
 def statements(scene: Scene, rng, length: int = 90) -> str:
@@ -97,6 +98,8 @@ def _stated(question: Question) -> str | None:
         return f"The {words[-1]} shape is a {question.answer}."
     if question.kind == "count":
         return f"The number of {' '.join(words[2:-2])} is {question.answer}."
+    if question.kind == "place":
+        return f"The {' '.join(words[8:])} is in the {question.answer}."
     if question.kind == "position":
         a, b = question.text[len("Where is the ") : -1].split(" relative to the ")
         return f"Relative to the {b} the {a} is {question.answer}."
@@ -111,32 +114,26 @@ def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
     return {"id": name, "image": image, "conversations": [{"from": who, "value": text} for who, text in turns]}
 
 
-def in_words(scene: Scene, rng) -> str:
-    """The scene for a reader without eyes: each item and where it is, across and down, in eighths; in any order."""
-    items = [scene.items[i] for i in rng.permutation(len(scene.items))]
-    size = max(scene.width, scene.height) / 8
-    return " ".join(f"{_said(item)} at {int(item.x / size) + 1} {int(item.y / size) + 1}." for item in items)
-
-
 # ---- one function for each kind
 
 
 def _colour(scene: Scene, rng) -> Question | None:
-    counts = Counter(item.kind for item in scene.items)
-    items = [item for item in scene.items if item.kind != SIGN and counts[item.kind] == 1]
-    if not items:
-        return None
-    item = _pick(rng, items)
-    return Question("colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item))
+    item = _alone(scene, "kind", rng)
+    return item and Question(
+        "colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item)
+    )
 
 
 def _shape(scene: Scene, rng) -> Question | None:
-    counts = Counter(item.color for item in scene.items)
-    items = [item for item in scene.items if item.kind != SIGN and counts[item.color] == 1]
-    if not items:
-        return None
-    item = _pick(rng, items)
-    return Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
+    item = _alone(scene, "color", rng)
+    return item and Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
+
+
+def _alone(scene: Scene, attribute: str, rng) -> Item | None:
+    """One of the shapes that no other item has the attribute of."""
+    counts = Counter(getattr(item, attribute) for item in scene.items)
+    items = [item for item in scene.items if item.kind != SIGN and counts[getattr(item, attribute)] == 1]
+    return _pick(rng, items) if items else None
 
 
 def _count(scene: Scene, rng) -> Question | None:
@@ -181,6 +178,25 @@ def _yes_no(scene: Scene, rng) -> Question | None:
     return Question("yes_no", f"Is there {_a(thing)} in the image?", "Yes" if yes else "No", needs, gives)
 
 
+def _place(scene: Scene, rng) -> Question | None:
+    """Of an item that lies clearly in one quarter of the picture."""
+    counts = Counter(item.name for item in scene.items)
+    found = [item for item in scene.items if counts[item.name] == 1 and quarter(item, scene)]
+    if not found:
+        return None
+    item = _pick(rng, found)
+    text, fact = f"In which part of the image is the {item.name}?", f"{item.name} in the picture"
+    return Question("place", text, quarter(item, scene), frozenset([fact]), _facts(item) | {fact})
+
+
+def quarter(item: Item, scene: Scene) -> str | None:
+    """Where an item is in the picture; None near the lines between the quarters."""
+    x, y = item.x / scene.width - 0.5, item.y / scene.height - 0.5
+    if min(abs(x), abs(y)) < 0.06:
+        return None
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+
+
 def _position(scene: Scene, rng) -> Question | None:
     """Of two items, one of which lies clearly beside, above or below the other."""
     counts = Counter(item.name for item in scene.items)
@@ -223,6 +239,7 @@ _ASK = {
     "shape": _shape,
     "count": _count,
     "yes_no": _yes_no,
+    "place": _place,
     "position": _position,
     "reading": _reading,
     "description": _description,
@@ -253,9 +270,9 @@ def _with_article(item: Item) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that the questions, the answers and a scene in words are made of, and each sign character."""
+    """Every word that the questions and the answers are made of, and each sign character."""
     frames = "What color is the What shape is How many shapes are there Is there a an in the image Where is the"
-    frames += " relative to the What does the sign say Describe the image and a sign that says at Yes No"
-    frames += " The number of Relative"
+    frames += " relative to the What does the sign say Describe the image and a sign that says Yes No"
+    frames += " The number of Relative In which part is in top bottom"
     words = [*frames.split(), *SHAPES, *PLURALS.values(), *COLORS, *NUMBERS, *DIRECTIONS, "A", "An", *CHARACTERS]
-    return list(dict.fromkeys([*words, *"12345678", *CHARACTERS]))
+    return list(dict.fromkeys(words))

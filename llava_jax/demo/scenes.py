@@ -20,10 +20,10 @@ COLORS = {
     "purple": (142, 68, 190),
 }
 SIGN = "sign"
-CHARACTERS = "ACEFHKLMPRTUXY234679"  # of what signs say: no two look alike
+CHARACTERS = "ACHKLTXY2347"  # of what signs say: no two look alike
 INK, PLATE = (30, 32, 46), (252, 252, 250)
 
-ADVANCE = 1.25  # of a sign's characters, in heights of a capital
+ADVANCE = 1.4  # of a sign's characters, in heights of a capital
 CAPITAL = 0.7  # a capital's height, in font sizes
 SMOOTHING = 2  # drawn so many times larger, then reduced
 
@@ -93,17 +93,18 @@ FORMS = (SQUARE, OBLONG, DOUBLE, BANNER)
 SMALL_TEXT, LARGE_TEXT = (21, 24), (40, 46)  # heights of a capital
 
 
-def make_scene(seed, forms: tuple[Form, ...] = FORMS, max_items: int = 5, signs: float = 0.5) -> Scene:
-    """The scene of a seed (an int or a tuple of them): up to `max_items` shapes, and a sign in a share `signs` of them.
+def make_scene(seed, forms: tuple[Form, ...] = FORMS, signs: float = 0.5, various: float = 0.0) -> Scene:
+    """The scene of a seed (an int or a tuple of them): shapes, and in a share `signs` of them a sign.
 
-    Some shape or color, drawn by lot, is there 1 to 4 times, as often each, so that how many there are is balanced.
+    In a share `various` no two shapes are alike, so that each can be asked about. In the others some shape or color,
+    drawn by lot, is there 1 to 4 times, as often each, so that how many there are is balanced.
     """
     rng = np.random.default_rng(seed)
     form = forms[rng.integers(len(forms))]
     sides = int(rng.integers(*form.long, endpoint=True)), int(rng.integers(*form.short, endpoint=True))
     width, height = sides if rng.random() < 0.5 else sides[::-1]
-    limit = min(max_items, form.room)
-    items = _shapes(rng, limit, form.sizes)
+    all_differ = various > 0 and rng.random() < various
+    items = (_different_shapes if all_differ else _shapes)(rng, form.room, form.sizes)
     if rng.random() < signs:
         items.append(_sign(rng, large=form is SQUARE and rng.random() < 0.5))
     background = tuple(int(c) for c in rng.integers(205, 250, 3))
@@ -120,14 +121,22 @@ def _shapes(rng, limit: int, sizes: tuple[int, int]) -> list[Item]:
     rest = [value for value in values if value != chosen]
     pairs = [(chosen, _pick(rng, other_values)) for _ in range(alike)]
     pairs += [(_pick(rng, rest), _pick(rng, other_values)) for _ in range(others)]
+    return _sized(rng, [(b, a) if by_color else (a, b) for a, b in pairs], sizes)
+
+
+def _different_shapes(rng, limit: int, sizes: tuple[int, int]) -> list[Item]:
+    kinds = rng.permutation(len(SHAPES))[: int(rng.integers(2, limit, endpoint=True))]
+    return _sized(rng, [(SHAPES[i], _pick(rng, tuple(COLORS))) for i in kinds], sizes)
+
+
+def _sized(rng, pairs: list[tuple[str, str]], sizes: tuple[int, int]) -> list[Item]:
+    """(shape, color) pairs as items, all about as large."""
     size = rng.uniform(*sizes)
-    scaled = [size * rng.uniform(0.88, 1.12) for _ in pairs]
-    return [Item(b if by_color else a, a if by_color else b, side) for (a, b), side in zip(pairs, scaled, strict=True)]
+    return [Item(kind, color, size * rng.uniform(0.88, 1.12)) for kind, color in pairs]
 
 
 def _sign(rng, large: bool) -> Item:
-    length = 2 if large else int(rng.integers(2, 3, endpoint=True))
-    text = "".join(_pick(rng, CHARACTERS) for _ in range(length))
+    text = "".join(_pick(rng, CHARACTERS) for _ in range(2))
     return Item(SIGN, "", rng.uniform(*(LARGE_TEXT if large else SMALL_TEXT)), text)
 
 

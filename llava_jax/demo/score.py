@@ -8,13 +8,22 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llava_jax.demo.model import converted
 from llava_jax.demo.questions import KINDS, Question, ask, described, is_detail
 from llava_jax.demo.scenes import Scene, draw, make_scene
 
 HELD_OUT = 7_000_003  # no training seed begins with it
 DETAIL = "detail"  # the readings that only the grid's tiles show
 TOGETHER = 50  # scenes asked at a time
-CHANCE = {"colour": 1 / 6, "shape": 1 / 6, "count": 1 / 4, "yes_no": 1 / 2, "position": 1 / 4, "reading": 1 / 400}
+CHANCE = {
+    "colour": 1 / 6,
+    "shape": 1 / 6,
+    "count": 1 / 4,
+    "yes_no": 1 / 2,
+    "place": 1 / 4,
+    "position": 1 / 4,
+    "reading": 1 / 144,
+}
 
 
 def held_out_scene(seed: int, number: int) -> Scene:
@@ -69,17 +78,15 @@ def table(scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def run(directory: str, scenes: int = 500, seed: int = 0, anyres: bool = True, as_json: bool = False) -> None:
-    """Score a converted checkpoint and print the table, or JSON."""
-    from llava_jax.checkpoint import load_config, load_params
-    from llava_jax.inference.llava import Llava
-    from llava_jax.inputs.tokenizer import load_tokenizer
+def run(model: str | None, output: str | None, scenes: int, seed: int, anyres: bool, as_json: bool) -> None:
+    """Convert a checkpoint (None: the bundled one), score it, and print the table, or JSON."""
+    import llava_jax
 
-    config = load_config(directory)
+    with converted(model, output) as directory:
+        llava, params = llava_jax.load(directory)
     if not anyres:
-        config = config.replace(image_aspect_ratio="pad")
-    llava = Llava(config, load_tokenizer(directory, config.name, config.reading))
-    scores = score(llava, load_params(directory, config), scenes, seed)
+        llava = llava_jax.Llava(llava.config.replace(image_aspect_ratio="pad"), llava.tokenizer)
+    scores = score(llava, params, scenes, seed)
     if as_json:
         print(json.dumps({**scores, "scenes": scenes, "seed": seed, "anyres": anyres}))
     else:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from llava_jax.demo.model import converted
 from llava_jax.demo.questions import Question
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, is_right, questions_about
 
-MODEL = Path(__file__).parent / "model"
 SHEET = "llava-jax-demo.png"
 MARGIN, LINE, COLUMNS, CELL = 20, 19, 3, 380
 RIGHT, WRONG, TEXT = (24, 120, 60), (190, 40, 40), (40, 42, 54)
 
 
-def show(output: str | None = None, scenes: int = 6, seed: int = 0, picture: str = SHEET) -> None:
-    """Convert, load, ask with the answers streamed, and save the scenes with questions and answers as `picture`.
+def run(model: str | None, output: str | None, scenes: int, seed: int) -> None:
+    """Convert a checkpoint, load it, ask with the answers streamed, and save pictures and answers as SHEET.
 
     Args:
-        output: where to keep the converted checkpoint; None is a temporary directory.
+        model, output: see `converted`.
     """
     import llava_jax
-    from llava_jax.conversion.from_hf import convert
 
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(output) if output else Path(scratch) / "llava-v1.6-scenes"
-        print("1. converting the bundled checkpoint, which is in the layout of liuhaotian/llava-v1.6-vicuna-7b")
-        convert(MODEL, output=directory, vision_tower=str(MODEL / "tower"), progress=False)
+    print("1. converting the checkpoint, which is in the layout of liuhaotian/llava-v1.6-vicuna-7b")
+    with converted(model, output) as directory:
         print("2. loading it")
         llava, params = llava_jax.load(directory)
     print(f"3. asking about {scenes} pictures that it was not trained on (the first answers wait for the compiler)")
@@ -45,8 +40,8 @@ def show(output: str | None = None, scenes: int = 6, seed: int = 0, picture: str
         print(f"\n   picture {number + 1}, {scene.width} x {scene.height}")
         answers = [_ask(llava, params, image, question) for question in asked]
         shown.append((image, list(zip(asked, answers, strict=True))))
-    draw_sheet(shown).save(picture)
-    print(f"\n4. saved {picture}; {time.perf_counter() - began:.0f} s in all")
+    draw_sheet(shown).save(SHEET)
+    print(f"\n4. saved {SHEET}; {time.perf_counter() - began:.0f} s in all")
 
 
 def _ask(llava, params, image: Image.Image, question: Question) -> str:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_jax.checkpoint import MANIFEST, load_config, load_params
+from llava_jax.conversion.sources import read_json, write_json
 from llava_jax.demo.dataset import DATA, IMAGES, write_dataset
-from llava_jax.demo.model import NAME, TOWER, first_params, scenes_config, write_published, write_tokenizer
+from llava_jax.demo.model import (
+    NAME,
+    TOWER,
+    convert_published,
+    first_params,
+    scenes_config,
+    write_published,
+    write_tokenizer,
+)
 from llava_jax.demo.pretrain import pretrain_tower
 from llava_jax.inputs.tokenizer import load_tokenizer
 
@@ -23,7 +31,7 @@ class Phase:
 
     name: str
     stage: str  # pretrain or finetune
-    style: str  # of the samples: words, captions or questions; see `make_sample`
+    style: str  # of the samples: captions or questions; see `make_sample`
     pictures: str  # one of dataset.PICTURES
     aspect: str  # image_aspect_ratio
     scenes: int
@@ -39,7 +47,9 @@ PHASES = (
     Phase("language", "finetune", "captions", "square", "pad", 30_000, 3000, 16, 128, 2e-3, 3e-4, "plain"),
     Phase("pretrain", "pretrain", "captions", "all", "anyres", 2_000, 120, 16, 256, 1e-3, None, "plain"),
     Phase("finetune-square", "finetune", "questions", "square", "pad", 40_000, 4000, 16, 128, 1.5e-3, 3e-4),
-    Phase("finetune", "finetune", "questions", "all", "anyres", 60_000, 5000, 16, 256, 1e-3, 5e-4),
+    Phase("finetune", "finetune", "questions", "all", "anyres", 60_000, 3500, 16, 256, 1e-3, 5e-4),
+    Phase("finetune-various", "finetune", "questions", "various", "anyres", 40_000, 2400, 16, 256, 1e-3, 5e-4),
+    Phase("finetune-mixed", "finetune", "questions", "mixed", "anyres", 36_000, 2200, 16, 256, 7e-4, 3e-4),
 )
 
 
@@ -52,7 +62,6 @@ def train_demo(output: str | Path, phases: tuple[Phase, ...] = PHASES, tower_ste
         directory = _run(phase, number, directory, output)
     config, published = load_config(directory), output / NAME
     write_published(published, config.replace(mm_vision_tower=TOWER), load_params(directory, config, dtype="float32"))
-    print(f"done: {published}")
     return published
 
 
@@ -69,15 +78,9 @@ def _first_checkpoint(output: Path, tower_steps: int) -> Path:
     print(f"tower: {tower_steps} steps", flush=True)
     settings = dict(steps=tower_steps, learning_rate=TOWER_RATE, seed=SEED)
     params["vision_tower"] = pretrain_tower(params["vision_tower"], config, output / "tower", **settings)
-    return _converted(write_published(output / "random" / NAME, config, params, "float32"), directory)
-
-
-def _converted(published: Path, directory: Path) -> Path:
-    from llava_jax.conversion.from_hf import convert
-
+    published = write_published(output / "random" / NAME, config, params, "float32")
     shutil.rmtree(directory, ignore_errors=True)
-    convert(published, output=directory, vision_tower=str(published / TOWER), progress=False)
-    return directory
+    return convert_published(published, directory)
 
 
 def _run(phase: Phase, number: int, start: Path, output: Path) -> Path:
@@ -125,5 +128,4 @@ def _run(phase: Phase, number: int, start: Path, output: Path) -> Path:
 def _set_aspect(directory: Path, ratio: str) -> None:
     """A converted checkpoint's image_aspect_ratio, which its next phase trains with."""
     file = directory / "config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) | {"image_aspect_ratio": ratio}
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(file, read_json(file) | {"image_aspect_ratio": ratio})

@@ -26,10 +26,9 @@ class Truths(NamedTuple):
     middle_kind: np.ndarray  # int32 [T, N], of the item whose middle lies in the patch
     middle_color: np.ndarray  # int32 [T, N]
     character: np.ndarray  # int32 [T, N], whose middle lies in the patch: 0, or 1 + its place in CHARACTERS
+    turn: np.ndarray  # int32 [T, N], 1 or 2 where that is a sign's first or second, -100 where the tile lacks the first
     offset: np.ndarray  # float32 [T, N, 2], in patches, to the middle of the subject; 0 where there is none
-    place: (
-        np.ndarray
-    )  # float32 [T, N, 2], of that middle in the tile, from -1 to 1: no other label asks where a patch is
+    place: np.ndarray  # float32 [T, N, 2], of that middle in the tile, from -1 to 1
 
 
 CLASSES = {
@@ -38,6 +37,7 @@ CLASSES = {
     "middle_kind": len(KINDS),
     "middle_color": len(HUES),
     "character": len(CHARACTERS) + 1,
+    "turn": 3,
 }
 
 
@@ -88,6 +88,8 @@ def _of_view(scene: Scene, view, config: LlavaConfig) -> Truths:
     def subject(classes):
         return np.where(most >= CLEAR, classes[best], np.where(most < HIDDEN, 0, IGNORE_INDEX)).astype(np.int32)
 
+    written, classes, turns = _characters(scene, scale, shift, corner, patch)
+    seen = (turns == 1) | np.roll(written.any(0), 1)  # the first is a second one's neighbour in the list
     inside = np.all((middles >= corner) & (middles < corner + patch), axis=-1)  # [N, I]
     offset = np.clip((middles[best] - corner[:, 0] - patch / 2) / patch, -2, 2) * (most >= CLEAR)[:, None]
     place = (corner[:, 0] / patch + 0.5 + offset) * (2 / side) - 1
@@ -96,18 +98,20 @@ def _of_view(scene: Scene, view, config: LlavaConfig) -> Truths:
         color=subject(hues),
         middle_kind=_inside(inside, kinds),
         middle_color=_inside(inside, hues),
-        character=_inside(*_characters(scene, scale, shift, corner, patch)),
+        character=_inside(written, classes),
+        turn=_inside(written, np.where(seen, turns, IGNORE_INDEX)),
         offset=offset.astype(np.float32),
         place=place.astype(np.float32),
     )
 
 
 def _characters(scene: Scene, scale, shift, corner, patch: int):
-    """(which characters' middles lie in which patch [N, C], their classes [C])."""
+    """(which characters' middles lie in which patch [N, C], their classes [C], which of its sign each is [C])."""
     shown = [shown for item in scene.items for shown in item.characters()]
+    turns = np.array([turn for item in scene.items for turn, _ in enumerate(item.characters(), 1)], int)
     at = np.array([(x, y) for _, x, y in shown]).reshape(-1, 2) * scale + shift
     classes = np.array([CHARACTERS.index(character) + 1 for character, _, _ in shown], int)
-    return np.all((at >= corner) & (at < corner + patch), axis=-1), classes
+    return np.all((at >= corner) & (at < corner + patch), axis=-1), classes, turns
 
 
 def _inside(inside: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from llava_jax.batch import Batch, Questions
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.ops import label_log_probs
 
 
 @flax.struct.dataclass
@@ -137,5 +138,4 @@ def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
     """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
     _, hidden = ask(model, 0, params, prefix, questions)
     logits = model.apply({"params": params}, hidden[:, :, :-1], method="logits")
-    picked = jnp.take_along_axis(logits, questions.ids[:, :, 1:, None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return label_log_probs(logits, questions.ids[:, :, 1:])

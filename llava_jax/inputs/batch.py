@@ -205,28 +205,43 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
 # ---- training
 
 
-def next_tokens(labels: np.ndarray) -> Targets:
-    """Where labels [B, L] have something to predict, and what: up to M in each row, M being 64, 256, 1024, …"""
+def next_tokens(labels: np.ndarray, most: int) -> Targets:
+    """Where labels [B, L] have something to predict, and what: up to M in each row, M being 64, 256, 1024, … ≥ most."""
     wanted = [np.flatnonzero(row[1:] != IGNORE_INDEX) for row in labels]
-    longest = max(map(len, wanted))
-    shape = len(labels), next(64 * 4**n for n in range(16) if longest <= 64 * 4**n)
+    shape = len(labels), next(64 * 4**n for n in range(16) if most <= 64 * 4**n)
     positions, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
     for b, where in enumerate(wanted):
         positions[b, : len(where)], targets[b, : len(where)] = where, labels[b, where + 1]
     return Targets(positions, targets)
 
 
-def stack_shards(batches: list[Batch], config: LlavaConfig) -> Batch:
-    """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another.
+class Room(NamedTuple):
+    """What every shard of a step has room for."""
 
-    There is room for as much text as there are positions, so that the shapes differ by length and tiles alone.
-    """
-    tiles = max(len(batch.tiles) for batch in batches)
+    text_rows: int
+    tiles: int
+    length: int
+    targets: int  # in a row
+
+
+def room_for(batches: list[Batch]) -> Room:
+    """What the largest of the batches needs, and as much text as there are positions: the shapes then differ by length
+    and tiles alone."""
     length = max(batch.index.shape[1] for batch in batches)
-    text_rows = max(len(batches[0].index) * length, *(len(batch.text_ids) for batch in batches))
-    grown = [_grow(batch, text_rows, tiles, length, config.tokens_per_tile) for batch in batches]
+    return Room(
+        text_rows=max(len(batches[0].index) * length, *(len(batch.text_ids) for batch in batches)),
+        tiles=max(len(batch.tiles) for batch in batches),
+        length=length,
+        targets=max(int((batch.labels[:, 1:] != IGNORE_INDEX).sum(1).max()) for batch in batches),
+    )
+
+
+def stack_shards(batches: list[Batch], room: Room, config: LlavaConfig) -> tuple[Batch, Targets]:
+    """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another."""
+    grown = [_grow(batch, room.text_rows, room.tiles, room.length, config.tokens_per_tile) for batch in batches]
     text_ids = np.stack([batch.text_ids for batch in grown])
-    return Batch(*(np.concatenate(arrays) for arrays in zip(*grown, strict=True)))._replace(text_ids=text_ids)
+    stacked = Batch(*(np.concatenate(arrays) for arrays in zip(*grown, strict=True)))._replace(text_ids=text_ids)
+    return stacked, next_tokens(stacked.labels, room.targets)
 
 
 def _grow(batch: Batch, text_rows: int, tiles: int, length: int, tokens_per_tile: int) -> Batch:

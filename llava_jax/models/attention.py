@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llava_jax.sharding import BATCH_AXES
+from llava_jax.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
@@ -37,16 +36,10 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _on_one_device(q, k, v, valid)
-    rows = _dividing_axes(mesh, BATCH_AXES, len(q))
-    heads = PartitionSpec(rows, None, _dividing_axes(mesh, ("tensor",), k.shape[2]))
+    rows = dividing_axes(mesh, BATCH_AXES, len(q))
+    heads = PartitionSpec(rows, None, dividing_axes(mesh, ("tensor",), k.shape[2]))
     specs = heads, heads, heads, PartitionSpec(rows)
     return jax.shard_map(_on_one_device, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, valid)
-
-
-def _dividing_axes(mesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """Those of the axes that the mesh has, or None where they do not divide `size`."""
-    names = tuple(name for name in names if name in mesh.shape)
-    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def _on_one_device(q, k, v, valid):
@@ -216,25 +209,19 @@ def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, 
     heads = q.reshape(*q.shape[:3], prefix_k.shape[1], -1, q.shape[-1])
     heads = heads.transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
     suffix = suffix_k.transpose(0, 3, 1, 2, 4), suffix_v.transpose(0, 3, 1, 2, 4)  # [G, K, R, S, D]
-    arguments = heads, prefix_k, prefix_v, prefix_valid, *suffix, suffix_valid
+    arguments = heads, prefix_k, prefix_v, *suffix, prefix_valid, suffix_valid
+    over_heads = jax.vmap(_two_parts, in_axes=(0, 0, 0, 0, 0, None, None))
     one_head_at_a_time = {"cpu": _two_parts_mapped} if q.shape[2] > 1 else {}  # its scores stay in the cache
-    out = jax.lax.platform_dependent(*arguments, default=jax.vmap(_two_parts_of_group), **one_head_at_a_time)
+    out = jax.lax.platform_dependent(*arguments, default=jax.vmap(over_heads), **one_head_at_a_time)
     return out.transpose(0, 2, 3, 1, 4, 5).reshape(q.shape)
 
 
-def _two_parts_of_group(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid):
-    def of_head(q, *keys_values):
-        return _two_parts(q, *keys_values, prefix_valid, suffix_valid)
-
-    return jax.vmap(of_head)(q, prefix_k, prefix_v, suffix_k, suffix_v)
-
-
-def _two_parts_mapped(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid):
+def _two_parts_mapped(*arguments):
     def of_group(group):
         *heads, prefix_valid, suffix_valid = group
         return jax.lax.map(lambda head: _two_parts(*head, prefix_valid, suffix_valid), heads)
 
-    return jax.lax.map(of_group, (q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid))
+    return jax.lax.map(of_group, arguments)
 
 
 def _two_parts(q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid):

@@ -103,6 +103,12 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
 
 
+def label_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """log softmax of logits [..., V] at labels [...]; what it gives where a label is -100 means nothing."""
+    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
 def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of each next token; -100 is left out. NaN if nothing is labelled, as in the reference.
 
@@ -110,7 +116,5 @@ def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         logits: [B, L, V]; labels: int32 [B, L].
     """
     logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
-    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
     labelled = labels != IGNORE_INDEX
-    return jnp.sum(jnp.where(labelled, losses, 0.0)) / jnp.sum(labelled)
+    return -jnp.sum(jnp.where(labelled, label_log_probs(logits, labels), 0.0)) / jnp.sum(labelled)

@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.models.ops import divide_exactly, quick_gelu
+from llava_jax.sharding import rows_divided
 
 
 def normalize_tiles(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:
@@ -129,7 +130,7 @@ class CLIPVisionTower(nn.Module):
         runs = count if self.is_initializing() else selected
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.layers[:runs]:
-            x = layer(x)
+            x = layer(rows_divided(x))
         if self.is_initializing():
             self.post_layernorm(x[:, 0])
         return x

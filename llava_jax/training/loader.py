@@ -35,6 +35,7 @@ class Loader:
         batch_size: samples of one step, over all devices.
         group_by_modality_length: the order of `get_modality_length_grouped_indices`, for `num_devices` that share a
             step's samples and `gradient_accumulation_steps` that make an update; else a plain shuffle.
+        shards: which of the `num_devices` parts of a step are loaded here, in this order; None is all of them.
         num_workers: processes that load at least two steps ahead; with 0, each step is loaded when it is asked for.
             They are spawned, so a script that makes a Loader needs `if __name__ == "__main__":`.
 
@@ -54,6 +55,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
+        shards: Sequence[int] | None = None,
         start_step: int = 0,
         group_by_modality_length: bool = False,
         num_devices: int = 1,
@@ -61,6 +63,7 @@ class Loader:
         num_workers: int = 0,
     ):
         tokenizer = training_tokenizer(tokenizer)
+        self._rows, self._shards = batch_size // num_devices, shards
         load = partial(load_example, image_folder=image_folder, config=config, tokenizer=tokenizer, template=template)
         self.examples, self.batch_size, self.start_step = examples, batch_size, start_step
         self._load = partial(_load_named, load)
@@ -98,7 +101,12 @@ class Loader:
         for epoch in count(first_epoch):
             order = self._order(epoch=epoch)
             for start in range(done * self.batch_size, len(order), self.batch_size):
-                yield order[start : start + self.batch_size]
+                step = order[start : start + self.batch_size]
+                if self._shards is None:
+                    yield step
+                else:
+                    parts = (step[shard * self._rows : (shard + 1) * self._rows] for shard in self._shards)
+                    yield [number for part in parts for number in part]
             done = 0
 
     def _load_here(self, number: int) -> Loaded:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from llava_jax.batch import Targets
 from llava_jax.constants import IGNORE_INDEX
+from llava_jax.models.ops import label_log_probs
+from llava_jax.sharding import row_shards, rows_divided
 
-CHUNK_BYTES = 256 << 20  # of float32 logits alive at once
+CHUNK_BYTES = 256 << 20  # of float32 logits alive at once on a device
 
 
 def next_token_loss(hidden: jax.Array, targets: Targets, logits_of, vocab_size: int) -> jax.Array:
@@ -19,16 +21,13 @@ def next_token_loss(hidden: jax.Array, targets: Targets, logits_of, vocab_size: 
         targets: which positions, and their labels [B, M].
         logits_of: hidden states [..., E] → float32 logits [..., V]. It runs again in the backward pass.
     """
-    picked = jnp.take_along_axis(hidden, targets.positions[..., None], axis=1)  # [B, M, E]
+    picked = rows_divided(jnp.take_along_axis(hidden, targets.positions[..., None], axis=1))  # [B, M, E]
     rows, count = targets.labels.shape
-    chunks = _divisor(count, rows * count * vocab_size * 4 / CHUNK_BYTES)
+    chunks = _divisor(count, rows // row_shards(rows) * count * vocab_size * 4 / CHUNK_BYTES)
 
     @jax.checkpoint
     def of_chunk(picked, labels):
-        logits = logits_of(picked)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return jnp.sum(jnp.where(labels != IGNORE_INDEX, losses, 0.0))
+        return -jnp.sum(jnp.where(labels != IGNORE_INDEX, label_log_probs(logits_of(picked), labels), 0.0))
 
     pairs = zip(jnp.split(picked, chunks, axis=1), jnp.split(targets.labels, chunks, axis=1), strict=True)
     total = sum(of_chunk(*pair) for pair in pairs)

@@ -9,7 +9,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import LlavaConfig
-from llava_jax.training.options import STAGES, Hyperparameters
+from llava_jax.training.options import STAGES, TrainOptions
 
 NO_DECAY = r".*/bias|.*norm\d?/scale"  # as transformers' Trainer has it: biases and norms
 
@@ -49,30 +49,30 @@ def learning_rate_schedule(peak: float, total_steps: int, warmup_ratio: float) -
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(warmup + 1, total_steps))
 
 
-def make_optimizer(hyper: Hyperparameters, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
     """AdamW on gradients clipped together, with the reference trainer's parameter groups.
 
     Args:
         total_steps: updates of the whole run, after accumulation.
     """
     rates = {
-        "base": hyper.learning_rate,
-        "projector": hyper.mm_projector_lr or hyper.learning_rate,
-        "tower": hyper.mm_vision_tower_lr or hyper.learning_rate,
+        "base": options.learning_rate,
+        "projector": options.mm_projector_lr or options.learning_rate,
+        "tower": options.mm_vision_tower_lr or options.learning_rate,
     }
     schedules = {
-        name: optax.scale_by_learning_rate(learning_rate_schedule(peak, total_steps, hyper.warmup_ratio))
+        name: optax.scale_by_learning_rate(learning_rate_schedule(peak, total_steps, options.warmup_ratio))
         for name, peak in rates.items()
     }
     optimizer = optax.chain(
-        optax.clip_by_global_norm(hyper.max_grad_norm),
-        optax.scale_by_adam(hyper.adam_beta1, hyper.adam_beta2, hyper.adam_epsilon),
-        optax.add_decayed_weights(hyper.weight_decay, mask=_decayed),
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.scale_by_adam(options.adam_beta1, options.adam_beta2, options.adam_epsilon),
+        optax.add_decayed_weights(options.weight_decay, mask=_decayed),
         optax.partition(schedules, _group),
     )
-    if hyper.gradient_accumulation_steps == 1:
+    if options.gradient_accumulation_steps == 1:
         return optimizer
-    return optax.MultiSteps(optimizer, hyper.gradient_accumulation_steps).gradient_transformation()
+    return optax.MultiSteps(optimizer, options.gradient_accumulation_steps).gradient_transformation()
 
 
 def _decayed(params: dict) -> dict:

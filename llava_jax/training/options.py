@@ -11,13 +11,17 @@ from llava_jax.inputs.conversation import conv_templates
 STAGES = {
     "pretrain": r"mm_projector/.*|image_newline",
     "finetune": r"mm_projector/.*|image_newline|language_model/.*",
-    "lora": r"mm_projector/.*|image_newline",
+    "lora": r"mm_projector/.*",  # peft freezes all the rest, image_newline too
 }
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """Names and defaults are those of the reference's TrainingArguments, and of its scripts where these set them."""
+class TrainOptions:
+    """One run. Names and defaults are the reference's TrainingArguments', and its scripts' where these set them.
+
+    Where it can be resumed, everything but `save_steps`, `save_total_limit`, `logging_steps` and
+    `dataloader_num_workers` must be as it was.
+    """
 
     learning_rate: float = 2e-5
     mm_projector_lr: float | None = None
@@ -29,13 +33,6 @@ class Hyperparameters:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
-
-
-@dataclass(frozen=True)
-class TrainOptions(Hyperparameters):
-    """One run. Where it can be resumed, everything but `save_steps`, `save_total_limit`, `logging_steps` and
-    `dataloader_num_workers` must be as it was."""
-
     stage: str = "finetune"  # pretrain, finetune or lora
     model_path: str = ""  # a converted checkpoint
     data_path: str = ""  # LLaVA's JSON

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -13,35 +12,33 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax import checkpoint
+from llava_jax import checkpoint, hosts
 from llava_jax.config import LlavaConfig
-from llava_jax.conversion import key_table, sources
+from llava_jax.conversion import key_table
+from llava_jax.conversion.sources import open_file, read_json, write_atomically, write_json
+from llava_jax.models.llava import param_shapes
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params
 from llava_jax.training.options import TrainOptions
 from llava_jax.training.step import LORA
 
-OPTIONS = "train_options.json"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-ADAPTERS = "lora"
 PROJECTOR = ("mm_projector", "image_newline")
 FREE_TO_CHANGE = ("save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers", "output_dir")
 
 
-def claim_output(options: TrainOptions) -> None:
-    """Make the output directory, or see that it holds this very run, unfinished.
+def check_output(options: TrainOptions) -> None:
+    """See that the output directory is free, or holds this very run, unfinished.
 
     Raises:
         FileExistsError: it holds something else, a finished run, or a run with other options.
     """
-    output = Path(options.output_dir)
-    told = dataclasses.asdict(options) | {"mesh": [list(axis) for axis in options.mesh]}
-    told = {name: value for name, value in told.items() if name not in FREE_TO_CHANGE}
+    output, told = Path(options.output_dir), _told(options)
     if (output / checkpoint.MANIFEST).exists():
         raise FileExistsError(f"{output}: trained already; give another --output-dir")
-    if (output / OPTIONS).exists():
-        before = json.loads((output / OPTIONS).read_text(encoding="utf-8"))
+    if (output / checkpoint.TRAIN_OPTIONS).exists():
+        before = read_json(output / checkpoint.TRAIN_OPTIONS)
         others = [f"{name} was {before.get(name)!r}" for name, value in told.items() if before.get(name) != value]
         if others:
             raise FileExistsError(
@@ -50,8 +47,22 @@ def claim_output(options: TrainOptions) -> None:
             )
     elif output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output}: exists and is not a training run; give another --output-dir")
-    output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / OPTIONS, told)
+
+
+def claim_output(options: TrainOptions) -> None:
+    """Make the output directory and say in it which run it holds."""
+    output = Path(options.output_dir)
+    hosts.wait_for_all("the output directory has been checked")
+    if hosts.is_first():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / checkpoint.TRAIN_OPTIONS, _told(options))
+    hosts.wait_for_all("the output directory is taken")
+
+
+def _told(options: TrainOptions) -> dict:
+    """What a run must be told again to go on, as JSON gives it back."""
+    told = dataclasses.asdict(options) | {"mesh": [list(axis) for axis in options.mesh]}
+    return {name: value for name, value in told.items() if name not in FREE_TO_CHANGE}
 
 
 def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
@@ -65,13 +76,7 @@ def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
         found = checkpoint.load_params(file, checkpoint.load_config(file), dtype="float32")
         found = flatten_dict({name: found[name] for name in PROJECTOR if name in found and name in params}, sep="/")
     elif file.is_file():
-        rules = key_table.projector_file_rules(config)
-        found = {}
-        for name, tensor in sources.open_file(file).items():
-            for rule in rules:
-                if rule.matches(name):
-                    array = key_table.apply_transform(rule.transform, tensor.read().astype(np.float32))
-                    found[rule.path_of(name)] = array
+        found = _read_projector_file(file, config)
     else:
         raise FileNotFoundError(f"--pretrain_mm_mlp_adapter {path}: no such file or directory")
     flat = flatten_dict(params, sep="/")
@@ -81,6 +86,22 @@ def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
         raise ValueError(f"--pretrain_mm_mlp_adapter {path}: {', '.join(wrong)} is missing or of another shape")
     placed = {name: jax.device_put(array, flat[name].sharding) for name, array in found.items()}
     return unflatten_dict(flat | placed, sep="/")
+
+
+def _read_projector_file(file: Path, config: LlavaConfig) -> dict[str, np.ndarray]:
+    """Path → parameter: the projector, and the embeddings where stage 1 grew them."""
+    tensors, rules = open_file(file), key_table.projector_file_rules(config)
+    given = {rule.path_of(name) for name in tensors for rule in rules if rule.matches(name)}
+    shapes = {
+        path: leaf.shape
+        for path, leaf in flatten_dict(param_shapes(config), sep="/").items()
+        if path.startswith("mm_projector/") or path in given
+    }
+    placed = key_table.match(shapes, [(tensors, rules)], f"--pretrain_mm_mlp_adapter {file}")
+    return {
+        path: key_table.apply_transform(at.transform, tensors[at.name].read().astype(np.float32))
+        for path, at in placed.items()
+    }
 
 
 class Metrics:
@@ -94,16 +115,19 @@ class Metrics:
         self._path, self._every = Path(options.output_dir) / METRICS, options.logging_steps
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         self._lines = [line for line in map(_parsed, lines) if line and line["step"] <= done]
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._file, self._waiting = None, None
 
     def __enter__(self) -> Metrics:
-        self._file = self._path.open("a", encoding="utf-8")
+        if hosts.is_first():
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            self._file = self._path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.write()
+        if self._file is None:
+            return
         self._file.close()
         if self._lines:
             draw_curve(self._path.with_name(CURVE), self._lines)
@@ -124,8 +148,9 @@ class Metrics:
         if not math.isfinite(line["loss"]):
             raise ValueError(f"the loss of step {step} is {line['loss']}; look at the data, or lower --learning_rate")
         self._lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
 
 def _parsed(line: str) -> dict | None:
@@ -162,15 +187,29 @@ def write_result(options: TrainOptions, config: LlavaConfig, trained: dict, froz
     params = join_params(trained, frozen)
     if lora is not None:
         params = merge_lora(params, lora, options.lora_alpha / options.lora_r)
-        shutil.rmtree(output / ADAPTERS, ignore_errors=True)
-        checkpoint.save_params(output / ADAPTERS, lora)
-    shutil.rmtree(output / checkpoint.PARAMS, ignore_errors=True)  # of a run that was killed here
-    checkpoint.save_params(output / checkpoint.PARAMS, jax.tree.map(lambda x: x.astype(options.dtype), params))
-    of_its_own_run = (checkpoint.MANIFEST, OPTIONS, METRICS, CURVE)
+        _save(output / checkpoint.ADAPTERS, lora)
+    _save(output / checkpoint.PARAMS, jax.tree.map(lambda x: x.astype(options.dtype), params))
+    if hosts.is_first():
+        _write_small_files(options, config, source, output)
+    hosts.wait_for_all("the checkpoint is written")
+    return output
+
+
+def _save(path: Path, params: dict) -> None:
+    """In the place of what a run that was killed here left."""
+    if hosts.is_first():
+        shutil.rmtree(path, ignore_errors=True)
+    hosts.wait_for_all(f"{path.name} can be written")
+    checkpoint.save_params(path, params)
+
+
+def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path, output: Path) -> None:
+    """The config, the tokenizer and last, for with it the directory is a checkpoint, the manifest."""
+    of_its_own_run = (checkpoint.MANIFEST, checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
             shutil.copyfile(file, output / file.name)
-    hf = _read_json(source / "config.json")
+    hf = read_json(source / "config.json")
     if "text_config" not in hf:  # the original's layout says how it was trained
         hf |= {
             "tune_mm_mlp_adapter": options.stage == "pretrain",
@@ -180,22 +219,6 @@ def write_result(options: TrainOptions, config: LlavaConfig, trained: dict, froz
             "tokenizer_model_max_length": config.tokenizer_model_max_length,
             "tokenizer_padding_side": config.tokenizer_padding_side,
         }
-    _write_json(output / "config.json", hf)
-    manifest = _read_json(source / checkpoint.MANIFEST) | {"source": str(source), "dtype": options.dtype}
-    _write_json(output / checkpoint.MANIFEST, manifest)  # last: with it, the directory is a checkpoint
-    return output
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: dict) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of it or, where the process is killed, what was there before."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(output / "config.json", hf)
+    manifest = read_json(source / checkpoint.MANIFEST) | {"source": str(source), "dtype": options.dtype}
+    write_json(output / checkpoint.MANIFEST, manifest)

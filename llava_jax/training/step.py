@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import flax.struct
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.batch import Batch, Targets
 from llava_jax.models.llava import LlavaLlamaForCausalLM
-from llava_jax.sharding import BATCH_AXES
+from llava_jax.sharding import held_divided
 from llava_jax.training.lora import adapters
 from llava_jax.training.loss import next_token_loss
 from llava_jax.training.optimizer import join_params
@@ -61,21 +59,8 @@ def train_step(loss, optimizer: optax.GradientTransformation, state: TrainState,
         (the next state, {"loss", "grad_norm"}: float32 scalars, the norm before clipping)
     """
     value, gradients = jax.value_and_grad(loss)(state.trained, frozen, batch, targets, state.step)
+    gradients = held_divided(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
     return TrainState(trained, opt_state, state.step + 1), metrics
-
-
-# ---- on a mesh
-
-
-def batch_shardings(batch: Batch, targets: Targets, mesh: Mesh):
-    """Rows, and the shards of text and tiles that belong to them, over the batch axes of the mesh."""
-    over_rows = NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
-    return jax.tree.map(lambda _: over_rows, (batch, targets))
-
-
-def num_shards(mesh: Mesh | None) -> int:
-    """How many devices divide a batch's rows among themselves."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)

@@ -16,23 +16,24 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from llava_jax import hosts
 from llava_jax.batch import Batch, Targets
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
-from llava_jax.inputs.batch import next_tokens, pack, stack_shards
+from llava_jax.inputs.batch import Room, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava import LlavaLlamaForCausalLM
-from llava_jax.sharding import make_mesh, param_shardings
+from llava_jax.sharding import make_mesh, num_shards, param_shardings
 from llava_jax.training.data import check_examples, load_examples
 from llava_jax.training.loader import Loader
 from llava_jax.training.lora import init_lora
 from llava_jax.training.optimizer import make_optimizer, split_params, trainable_pattern
 from llava_jax.training.options import TrainOptions
-from llava_jax.training.output import Metrics, claim_output, read_projector, write_result
+from llava_jax.training.output import Metrics, check_output, claim_output, read_projector, write_result
 from llava_jax.training.preprocess import training_tokenizer
-from llava_jax.training.step import LORA, TrainState, batch_shardings, loss_function, num_shards, train_step
+from llava_jax.training.step import LORA, TrainState, loss_function, train_step
 
 
 def train(options: TrainOptions) -> Path:
@@ -53,25 +54,14 @@ def train(options: TrainOptions) -> Path:
     template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config.name))
     examples = load_examples(options.data_path)
     check_examples(examples, options.image_folder, template)
-    claim_output(options)
+    check_output(options)
     rows = options.per_device_train_batch_size * num_shards(mesh)
     micro_steps = count_micro_steps(len(examples), rows, options)
-    state, frozen = initial_state(options, config, mesh, micro_steps)
-    step = compiled_step(options, config, state, micro_steps, mesh)
-    loader = partial(
-        Loader,
-        examples,
-        options.image_folder,
-        config,
-        load_tokenizer(options.model_path, config.name, config.reading),
-        template,
-        batch_size=rows,
-        seed=options.seed,
-        group_by_modality_length=options.group_by_modality_length,
-        num_devices=num_shards(mesh),
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        num_workers=options.dataloader_num_workers,
-    )
+    tokenizer = load_tokenizer(options.model_path, config.name, config.reading)
+    optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
+    state, frozen = initial_state(options, config, mesh, optimizer)
+    step = compiled_step(options, config, state, optimizer, mesh)
+    claim_output(options)
     policy = ocp.training.preservation_policies.LatestN(options.save_total_limit)
     keeping = ocp.training.Checkpointer(
         options.checkpoints.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
@@ -79,31 +69,57 @@ def train(options: TrainOptions) -> Path:
     with keeping as saved:
         if saved.latest is not None:
             state = saved.load(saved.latest.step, abstract_state=state)
-        state = _run(options, config, state, frozen, step, loader, saved, micro_steps, mesh)
+        loader = Loader(
+            examples,
+            options.image_folder,
+            config,
+            tokenizer,
+            template,
+            batch_size=rows,
+            seed=options.seed,
+            shards=None if mesh is None else hosts.local_shards(mesh),
+            start_step=int(state.step),
+            group_by_modality_length=options.group_by_modality_length,
+            num_devices=num_shards(mesh),
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            num_workers=options.dataloader_num_workers,
+        )
+        with stop_signals() as stopped, loader as loaded:
+            batches = _batches(loaded, options, config, training_tokenizer(tokenizer).pad_token_id, mesh)
+            state = _run(options, state, partial(_advance, step, frozen), batches, saved, micro_steps, stopped)
     return write_result(options, config, state.trained, frozen)
 
 
-def _run(options, config, state, frozen, step, loader, saved, micro_steps: int, mesh) -> TrainState:
+def _batches(loaded, options: TrainOptions, config: LlavaConfig, pad_id: int, mesh: Mesh | None):
+    """The loader's samples as (Batch, Targets), each where it belongs on the mesh."""
+    shards = 1 if mesh is None else len(hosts.local_shards(mesh))
+    for samples in loaded:
+        batch = make_batch(samples, config, options.per_device_train_batch_size, shards, pad_id)
+        yield batch if mesh is None else hosts.place_rows(batch, mesh)
+
+
+def _advance(step, frozen: dict, state: TrainState, batch) -> tuple[TrainState, dict]:
+    return step(state, frozen, *batch)
+
+
+def _run(
+    options: TrainOptions, state: TrainState, advance, batches, saved, micro_steps: int, stopped: list
+) -> TrainState:
     """The loop: what is on the device, what is being loaded, and what is being saved overlap."""
     done, every = int(state.step), options.save_steps * options.gradient_accumulation_steps
-    metrics = Metrics(options, done)
-    pad_id = training_tokenizer(load_tokenizer(options.model_path, config.name, config.reading)).pad_token_id
-    with stop_signals() as stopped, loader(start_step=done) as batches, metrics:
-        for number, samples in zip(
-            tqdm(range(done, micro_steps), initial=done, total=micro_steps), batches, strict=False
-        ):
-            batch = make_batch(samples, config, options.per_device_train_batch_size, num_shards(mesh), pad_id)
-            if mesh is not None:
-                batch = jax.device_put(batch, batch_shardings(*batch, mesh))
-            state, values = step(state, frozen, *batch)
-            metrics.add(number + 1, values)
-            last = number + 1 == micro_steps
-            if stopped or last or (number + 1) % every == 0:
+    steps = range(done + 1, micro_steps + 1)
+    progress = tqdm(steps, initial=done, total=micro_steps, disable=not hosts.is_first())
+    with Metrics(options, done) as metrics:
+        for number, batch in zip(progress, batches, strict=False):
+            state, values = advance(state, batch)
+            metrics.add(number, values)
+            ending = hosts.any_of(bool(stopped))
+            if ending or number == micro_steps or number % every == 0:
                 metrics.write()
-                saved.save_async(number + 1, state, force=True)
-            if stopped:
+                saved.save_async(number, state, force=True)
+            if ending:
                 saved.wait()
-                raise KeyboardInterrupt(f"stopped by a signal; saved after step {number + 1}, start again to go on")
+                raise KeyboardInterrupt(f"stopped by a signal; saved after step {number}, start again to go on")
     return state
 
 
@@ -127,7 +143,7 @@ def count_micro_steps(examples: int, rows: int, options: TrainOptions) -> int:
     return updates * together
 
 
-def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None, micro_steps: int):
+def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None, optimizer):
     """(TrainState before the first step, the frozen parameters)."""
     params = load_params(options.model_path, config, dtype="float32", mesh=mesh)
     if options.pretrain_mm_mlp_adapter is not None:
@@ -135,22 +151,20 @@ def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None,
     pattern = trainable_pattern(options.stage, config, options.unfreeze_mm_vision_tower)
     trained, frozen = split_params(params, pattern)
     frozen = jax.tree.map(lambda x: x.astype(options.dtype), frozen)
-    if options.stage == "lora":
-        trained[LORA] = init_lora(frozen, options.lora_r, jax.random.key(options.seed))
-    optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
 
     def start(trained):
+        if options.stage == "lora":
+            trained = {**trained, LORA: init_lora(frozen, options.lora_r, jax.random.key(options.seed))}
         return TrainState(trained, optimizer.init(trained), jnp.int32(0))
 
     shardings = None if mesh is None else param_shardings(jax.eval_shape(start, trained), mesh)
     return jax.jit(start, out_shardings=shardings)(trained), frozen
 
 
-def compiled_step(options: TrainOptions, config: LlavaConfig, state, micro_steps: int, mesh: Mesh | None):
+def compiled_step(options: TrainOptions, config: LlavaConfig, state, optimizer, mesh: Mesh | None):
     """The jitted (state, frozen, batch, targets) → (state, metrics); the state given to it is used up."""
     model = LlavaLlamaForCausalLM(config, remat=options.gradient_checkpointing)
     loss = loss_function(model, options.dtype, options.lora_alpha / options.lora_r, options.lora_dropout, options.seed)
-    optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
     shardings = None if mesh is None else (param_shardings(state, mesh), None)
     jitted = jax.jit(partial(train_step, loss, optimizer), donate_argnums=0, out_shardings=shardings)
     return Announced("the training step", jitted, mesh)
@@ -159,6 +173,7 @@ def compiled_step(options: TrainOptions, config: LlavaConfig, state, micro_steps
 def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int) -> tuple[Batch, Targets]:
     """Up to rows x shards samples as one batch; rows that no sample fills have nothing to predict.
 
+    Several processes, each with its own shards, agree on one shape.
     As in the reference's collator, tokens that look like padding are taken out wherever they stand.
     """
     batches = []
@@ -172,8 +187,8 @@ def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int
         tiles = [tile for sample in some for tile in sample.tiles]
         sizes = [size for sample in some for size in sample.sizes]
         batches.append(pack(ids, labels, tiles, sizes, config, max_length=config.tokenizer_model_max_length))
-    batch = stack_shards(batches, config)
-    return batch, next_tokens(batch.labels)
+    room = Room(*hosts.largest(room_for(batches)))
+    return stack_shards(batches, room, config)
 
 
 @contextlib.contextmanager

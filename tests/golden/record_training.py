@@ -3,11 +3,20 @@
     ENV/bin/python record_training.py --scratch FOLDER [--output training.npz]
 
 The original's own preprocessing, collator, model, parameter groups (LLaVATrainer.create_optimizer), torch's AdamW and
-transformers' cosine schedule. Two things are ours, because the release trains 1.5 only: pictures go in as anyres tiles,
-and image_newline is trained in the pretrain stage too.
+transformers' cosine schedule; for LoRA peft's adapters, on the layers that find_all_linear_names names. Two things are
+ours, because the release trains 1.5 only: pictures go in as anyres tiles, and image_newline is trained in the pretrain
+stage too. The keys, each under its run's name:
+
+    loss, grad_norm       of every step, and of every update before clipping
+    weight/, norm/        of every parameter that asks for gradients: values at a stride, and the norm
+    start/                LoRA only: the first value of every adapter's lora_A, whole
+    linear_names          LoRA only: JSON, what find_all_linear_names gives
+    last/, merged/        LoRA only: of one block lora_A and lora_B after the steps, whole, and the weights that peft
+                          merges them into, at a stride
 """
 
 import argparse
+import json
 import os
 from types import SimpleNamespace
 
@@ -21,7 +30,13 @@ import transformers
 from llava.mm_utils import process_images
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.train import DataCollatorForSupervisedDataset, preprocess, preprocess_multimodal
+from llava.train.train import (
+    DataCollatorForSupervisedDataset,
+    find_all_linear_names,
+    preprocess,
+    preprocess_multimodal,
+)
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -36,6 +51,8 @@ def build(folder, run):
     model = LlavaLlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
     model.config.use_cache = False
     model.config.tokenizer_padding_side, model.config.tokenizer_model_max_length = "right", 4096
+    if run["stage"] == "lora":
+        return with_adapters(model, run).float().train(), tokenizer
     tower = model.get_vision_tower()
     if not tower.is_loaded:
         tower.load_model()
@@ -48,6 +65,25 @@ def build(folder, run):
     if run.get("unfreeze_mm_vision_tower"):
         tower.forward = type(tower).forward.__wrapped__.__get__(tower)  # without its no_grad
     return model.float().train(), tokenizer
+
+
+def with_adapters(model, run):
+    """The model as the original's train() has it under lora_enable: first peft, then initialize_vision_modules."""
+    config = LoraConfig(
+        r=run["lora_r"],
+        lora_alpha=run["lora_alpha"],
+        lora_dropout=run["lora_dropout"],
+        target_modules=find_all_linear_names(model),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    names = "select_layer", "select_feature"
+    told = {f"mm_vision_{name}": getattr(model.config, f"mm_vision_{name}") for name in names}
+    told |= {name: getattr(model.config, name) for name in ("mm_projector_type", "mm_patch_merge_type")}
+    told |= dict(vision_tower=model.config.mm_vision_tower, pretrain_mm_mlp_adapter=None)
+    model.get_model().initialize_vision_modules(SimpleNamespace(**told))
+    return model
 
 
 def batches(tokenizer, model, run, shown):
@@ -78,9 +114,10 @@ def batches(tokenizer, model, run, shown):
 
 
 def train(folder, run, shown):
-    """(losses [STEPS], gradient norms [updates], named parameters after them)"""
+    """What is recorded of a run (see above)."""
     torch.manual_seed(0)
     model, tokenizer = build(folder, run)
+    D = {f"start/{n}": x.copy() for n, x in parameters(model).items() if is_decoders_adapter(n) and "lora_A" in n}
     together = run.get("gradient_accumulation_steps", 1)
     arguments = transformers.TrainingArguments(
         output_dir="/tmp/unused", lr_scheduler_type="cosine", report_to=[], **training_data.SETTINGS
@@ -99,7 +136,35 @@ def train(folder, run, shown):
             trainer.optimizer.step()
             trainer.lr_scheduler.step()
             model.zero_grad()
-    return losses, norms, {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
+    D |= dict(loss=np.float32(losses), grad_norm=np.float32(norms))
+    for name, x in parameters(model).items():
+        D[f"weight/{name}"] = x.ravel()[training_data.sampled(x.size)]
+        D[f"norm/{name}"] = np.float32(np.linalg.norm(x))
+    if run["stage"] == "lora":
+        D |= merged(model)
+    return D
+
+
+def parameters(model):
+    """name → what asks for gradients; peft's prefixes and its adapter's name ("default") are left out."""
+    trained = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
+    return {n.removeprefix("base_model.model.").replace(".default.", "."): x for n, x in trained.items()}
+
+
+def is_decoders_adapter(name):
+    """peft matches names' ends: where the tower is part of the checkpoint, its q, k and v get adapters too."""
+    return "lora_" in name and "vision_tower" not in name
+
+
+def merged(model):
+    """The adapters of one block, and what they are merged into."""
+    D = {f"last/{n}": x for n, x in parameters(model).items() if "lora_" in n and n.startswith(training_data.MERGED)}
+    plain = model.merge_and_unload()
+    D["linear_names"] = json.dumps(sorted(find_all_linear_names(plain)))
+    for name, p in plain.named_parameters():
+        if name.startswith(training_data.MERGED) and "_proj" in name:
+            D[f"merged/{name}"] = p.detach().numpy().ravel()[training_data.sampled(p.numel())]
+    return D
 
 
 def main():
@@ -113,12 +178,9 @@ def main():
     for name, (variant, run) in training_data.RUNS.items():
         folder = os.path.join(args.scratch, "llava-" + variant)
         checkpoints.write(variant, folder)
-        losses, norms, parameters = train(folder, run, shown)
-        print(name, losses, norms)
-        D[f"{name}/loss"], D[f"{name}/grad_norm"] = np.float32(losses), np.float32(norms)
-        for path, x in parameters.items():
-            D[f"{name}/weight/{path}"] = x.ravel()[training_data.sampled(x.size)]
-            D[f"{name}/norm/{path}"] = np.float32(np.linalg.norm(x))
+        recorded = train(folder, run, shown)
+        print(name, recorded["loss"], recorded["grad_norm"])
+        D |= {f"{name}/{key}": value for key, value in recorded.items()}
     np.savez_compressed(args.output, **D)
 
 

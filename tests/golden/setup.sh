@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment that record.py runs in: the original PyTorch LLaVA under transformers 4.37.2. Idempotent.
+# Makes the environment that the recorders run in: the original PyTorch LLaVA under transformers 4.37.2. Idempotent.
 #   usage: setup.sh ENV      (a folder for the virtual environment; needs python3.11 and about 2 GB)
 set -euo pipefail
 env=${1:?usage: setup.sh ENV}
@@ -10,5 +10,5 @@ env=${1:?usage: setup.sh ENV}
 "$env/bin/pip" install -q --no-deps llava-torch==1.2.2.post1
 # What its imports use. transformers 4.37.2 is what the repository's last pyproject.toml asks for.
 "$env/bin/pip" install -q transformers==4.37.2 tokenizers==0.15.2 'numpy<2' pillow==13.0.0 \
-    sentencepiece==0.1.99 accelerate==0.21.0 einops requests protobuf safetensors
+    sentencepiece==0.1.99 accelerate==0.21.0 peft==0.7.1 einops requests protobuf safetensors
 touch "$env/.complete"

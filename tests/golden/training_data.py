@@ -20,7 +20,12 @@ RUNS = {  # name: (checkpoint, settings)
     "projector_lr": ("llava15", dict(stage="finetune", version="v1", mm_projector_lr=3e-4)),
     "accumulate": ("llava15", dict(stage="finetune", version="v1", gradient_accumulation_steps=2)),
     "tower": ("llava15", dict(stage="finetune", version="v1", unfreeze_mm_vision_tower=True)),
+    "lora": (  # without dropout: torch's random bits are its own
+        "vicuna",
+        dict(stage="lora", version="v1", mm_projector_lr=3e-4, lora_r=4, lora_alpha=16, lora_dropout=0.0),
+    ),
 }
+MERGED = "model.layers.1."  # whose merged weights are recorded
 
 
 def examples(plain):
