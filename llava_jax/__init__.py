@@ -11,6 +11,8 @@ _PUBLIC = {
     "init_params": "llava_jax.models.llava",
     "initialize_vision_tokenizer": "llava_jax.models.vocabulary",
     "make_mesh": "llava_jax.sharding",
+    "Greedy": "llava_jax.inference.sampling",
+    "Sample": "llava_jax.inference.sampling",
 }
 __all__ = sorted(_PUBLIC)
 

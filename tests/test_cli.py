@@ -1,8 +1,10 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -83,6 +85,12 @@ def test_the_score_is_one_line_of_json(capsys):
     score = json.loads(capsys.readouterr().out)
     assert {"colour", "count", "yes_no", "position", "reading", "description"} <= score.keys()
     assert score["colour"] > 0.95 and score["yes_no"] > 0.9 and score["position"] > 0.9
+
+
+def test_the_readmes_names_exist():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    names = set(re.findall(r"llava_jax\.(\w+)\(", readme))
+    assert {"load", "Sample"} <= names and all(hasattr(llava_jax, name) for name in names)
 
 
 def test_help_imports_no_jax():

@@ -15,10 +15,11 @@ from PIL import Image
 
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
+from llava_jax.inputs import workers
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import process_images
 from llava_jax.inputs.tokenizer import LlamaTokenizer
-from llava_jax.training import data, loader
+from llava_jax.training import data
 from llava_jax.training.data import (
     Loaded,
     check_examples,
@@ -362,13 +363,14 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
         def __init__(self, load):
             self.process = self.pipe = self
 
-        def ask(self, example, number):
+        def ask(self, task):
+            _, number = task
             asked.append(number)
             return Loaded(np.array([number]), np.array([number]), [], [], None)
 
         kill = join = close = lambda self: None
 
-    monkeypatch.setattr(loader, "_Worker", Worker)
+    monkeypatch.setattr(workers, "_Worker", Worker)
     with Loader(examples, folder, CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=5) as batches:
         order = sample_order(21, seed=1, epoch=0) + sample_order(21, seed=1, epoch=1)
         got = []
@@ -388,9 +390,9 @@ def test_a_worker_that_is_killed(folder, examples):
         steps = iter(batches)
         next(steps)
         for number in (signal.SIGINT, signal.SIGTERM):  # what a preemption sends to everybody
-            os.kill(batches._workers[0].process.pid, number)
+            os.kill(batches._workers.pids[0], number)
         next(steps)
-        os.kill(batches._workers[0].process.pid, signal.SIGKILL)
+        os.kill(batches._workers.pids[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="a data worker died: killed, perhaps for memory"):
             for _ in range(9):
                 next(steps)
@@ -406,7 +408,7 @@ if __name__ == "__main__":
     examples = json.loads(sys.argv[3])
     loader = t.Loader(examples, sys.argv[2], t.CONFIG, t.TOKENIZER, "v1", batch_size=4, seed=1, num_workers=2)
     next(iter(loader))
-    print("loading", *(worker.process.pid for worker in loader._workers), flush=True)
+    print("loading", *loader._workers.pids, flush=True)
     time.sleep(60 * (sys.argv[4] == "wait"))
 """
 

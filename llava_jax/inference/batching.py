@@ -8,9 +8,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from llava_jax.inputs.batch import pack
+from llava_jax.batch import Batch
+from llava_jax.constants import IGNORE_INDEX
+from llava_jax.inputs.batch import pack, room_for, stack_shards
 from llava_jax.inputs.groups import Group, Wave, bucket_rows, common_length, group_prompts, pack_questions, plan_waves
 from llava_jax.inputs.tokenizer import tokenizer_image_token
+from llava_jax.sharding import num_shards, rows_sharding
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
@@ -26,64 +29,89 @@ def memory_budget(params) -> int:
 
 
 def make_groups(llava, requests, conv_mode=None):
-    """Requests (image, questions) as groups of ids.
+    """Requests (sizes of the images, questions) as groups of ids.
 
     Returns:
-        (groups, for each request its (tiles, sizes), for each question None or the ValueError that it raises)
+        (groups, whose `images` is the request's number; for each question None, or the ValueError that it raises)
     """
-    groups, pictures, errors = [], [], []
-    for n, (image, questions) in enumerate(requests):
-        pictures.append(llava.load_images(image))
+    groups, errors = [], []
+    for n, (sizes, questions) in enumerate(requests):
         rows, places = [], []
         for question in questions:
             try:
-                rows.append(np.asarray(llava.prompt_ids(question, pictures[n][1], conv_mode)))
+                rows.append(np.asarray(llava.prompt_ids(question, sizes, conv_mode)))
                 places.append(len(errors))
                 errors.append(None)
             except ValueError as error:
-                errors.append(ValueError(f"question {len(errors)} (image {n}, {question!r:.60}): {error}"))
+                errors.append(error)
         if rows:
             groups += group_prompts(rows, places, n)
-    return groups, pictures, errors
+    return groups, errors
 
 
-def run_waves(llava, params, groups: list[Group], pictures, slots: int, budget: int | None, answer):
-    """Prefill each wave's prefixes once, and hand them and their questions, a few rows at a time, to `answer`.
+def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | None) -> list[Wave]:
+    """The waves that answer the groups, and a line about them on stderr.
 
     Args:
+        sizes: `sizes[group.images]` are the (width, height) of a group's images.
+        budget: bytes of one device; None is most of what is free.
+    """
+    lengths = [group.prefix_length(sizes[group.images], llava.config) for group in groups]
+    budget = memory_budget(params) if budget is None else budget
+    itemsize = jax.tree.leaves(params)[0].dtype.itemsize
+    tensor = 1 if llava.mesh is None else llava.mesh.shape.get("tensor", 1)
+    waves = plan_waves(groups, lengths, llava.config, slots, itemsize, budget, num_shards(llava.mesh), tensor)
+    if waves:
+        _announce(waves, groups, budget)
+    return waves
+
+
+def run_wave(llava, params, wave: Wave, pictures, answer):
+    """Prefill the wave's prefixes once, and hand them and their questions, a few rows at a time, to `answer`.
+
+    Args:
+        pictures: `pictures[group.images]` are a group's (tiles, sizes).
         answer: (Prefix, last hidden states [G, E], Questions [G, R, Q]) → results, indexed [G, R].
 
     Yields:
-        (place, result) of each question, in the order of the work.
+        (place, result) of each question.
     """
-    config = llava.config
-    lengths = [group.prefix_length(pictures[group.images][1], config) for group in groups]
-    budget = memory_budget(params) if budget is None else budget
-    waves = plan_waves(groups, lengths, config, slots, jax.tree.leaves(params)[0].dtype.itemsize, budget)
-    if waves:
-        _announce(waves, groups, budget)
-    for wave in waves:
-        prefix, last = prefill_wave(llava, params, wave, pictures)
-        for start in range(0, max(len(group.questions) for group in wave.groups), wave.rows):
-            here = slice(start, start + wave.rows)
-            questions = [group.questions[here] for group in wave.groups]
-            rows = bucket_rows(max(map(len, questions)))
-            results = answer(prefix, last, pack_questions(questions, len(wave.groups), rows))
-            for g, group in enumerate(wave.groups):
-                yield from zip(group.places[here], results[g], strict=False)
+    count = wave.per_shard * num_shards(llava.mesh)
+    prefix, last = prefill_wave(llava, params, wave, pictures)
+    for start in range(0, max(len(group.questions) for group in wave.groups), wave.rows):
+        here = slice(start, start + wave.rows)
+        questions = [group.questions[here] for group in wave.groups]
+        rows = bucket_rows(max(map(len, questions)))
+        results = answer(prefix, last, _placed(pack_questions(questions, count, rows), llava.mesh))
+        for g, group in enumerate(wave.groups):
+            yield from zip(group.places[here], results[g], strict=False)
 
 
 def prefill_wave(llava, params, wave: Wave, pictures):
-    """(Prefix, last hidden states [G, E]) of a wave, `at_once` prefixes after another."""
-    parts = []
-    for start in range(0, len(wave.groups), wave.at_once):
-        groups = wave.groups[start : start + wave.at_once]
-        rows = [group.prefix for group in groups]
-        tiles = [tile for group in groups for tile in pictures[group.images][0]]
-        sizes = [size for group in groups for size in pictures[group.images][1]]
-        batch = pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, llava.config)
-        parts.append(llava._prefill(params, batch))
-    return parts[0] if len(parts) == 1 else llava._join(parts)
+    """(Prefix, last hidden states [G, E]) of a wave, `at_once` prefixes of each shard after another."""
+    shards, parts = num_shards(llava.mesh), []
+    for first in range(0, wave.per_shard, wave.at_once):
+        batches = []
+        for start in range(first, wave.per_shard * shards, wave.per_shard):
+            batches.append(
+                _pack_groups(llava.config, wave.groups[start : start + wave.at_once], wave.at_once, pictures)
+            )
+        batch = batches[0] if shards == 1 else stack_shards(batches, room_for(batches), llava.config)[0]
+        parts.append(llava._prefill(params, _placed(batch, llava.mesh)))
+    return parts[0] if len(parts) == 1 else llava._join(shards, parts)
+
+
+def _pack_groups(config, groups, count: int, pictures) -> Batch:
+    """The prefixes of `count` groups; those that are missing are one token of padding."""
+    rows = [group.prefix for group in groups] + [np.zeros(1, np.int64)] * (count - len(groups))
+    tiles = [tile for group in groups for tile in pictures[group.images][0]]
+    sizes = [size for group in groups for size in pictures[group.images][1]]
+    return pack(rows, [np.full(len(row), IGNORE_INDEX) for row in rows], tiles, sizes, config)
+
+
+def _placed(batch, mesh):
+    """A batch of groups with each shard's on the devices of that shard."""
+    return batch if mesh is None else jax.device_put(batch, rows_sharding(mesh))
 
 
 def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:
@@ -93,6 +121,37 @@ def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:
         f"prefixes, {most.rows} rows each, {most.bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB",
         file=sys.stderr,
     )
+
+
+def answerer(llava, params, decoding):
+    """`run_wave`'s `answer` for generated text; `decoding` is from `Llava.plan_decode`."""
+    slots, limit, sampling = decoding
+
+    def answer(prefix, last, questions):
+        return np.asarray(llava._answer(slots, params, prefix, last, questions, sampling, limit))
+
+    return answer
+
+
+def as_text(llava, tokens: np.ndarray) -> str:
+    """An answer's tokens as the original decodes them."""
+    return llava.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+
+
+def answer_requests(llava, params, requests, memory_budget, conv_mode, decoding) -> list:
+    """`Llava.generate_batch`."""
+    requests = [(llava.load_images(image), list(questions)) for image, questions in requests]
+    pictures = [picture for picture, _ in requests]
+    groups, answers = make_groups(llava, [(sizes, questions) for (_, sizes), questions in requests], conv_mode)
+    asked = [(n, question) for n, (_, questions) in enumerate(requests) for question in questions]
+    for i, (n, question) in enumerate(asked):
+        if answers[i] is not None:
+            answers[i] = ValueError(f"question {i} (image {n}, {question!r:.60}): {answers[i]}")
+    answer = answerer(llava, params, decoding)
+    for wave in plan(llava, params, groups, [sizes for _, sizes in pictures], decoding[0], memory_budget):
+        for place, tokens in run_wave(llava, params, wave, pictures, answer):
+            answers[place] = as_text(llava, tokens)
+    return answers
 
 
 def score_candidates(llava, params, image, question, candidates, memory_budget, conv_mode) -> np.ndarray:
@@ -108,7 +167,8 @@ def score_candidates(llava, params, image, question, candidates, memory_budget, 
     def answer(prefix, last, questions):
         return np.asarray(llava._score(params, prefix, questions))
 
-    for place, logprobs in run_waves(llava, params, [group], [(tiles, sizes)], 0, memory_budget, answer):
+    (wave,) = plan(llava, params, [group], [sizes], 0, memory_budget)
+    for place, logprobs in run_wave(llava, params, wave, [(tiles, sizes)], answer):
         first = len(group.prefix) + 1  # the id that the first of the log-probabilities is of
         scores[place] = logprobs[answer_starts[place] - first : len(rows[place]) - first].sum()
     return scores

@@ -42,9 +42,14 @@ def prefill(model: LlavaLlamaForCausalLM, params, batch: Batch) -> tuple[Prefix,
     return Prefix(keys_values, batch.attention_mask, batch.lengths), last
 
 
-def join(parts):
-    """Several (Prefix, last hidden states) as one, their groups one after another."""
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+def join(shards: int, parts):
+    """Several (Prefix, last hidden states) as one, in each shard of their groups one after another."""
+
+    def one(*arrays):
+        divided = [x.reshape(shards, -1, *x.shape[1:]) for x in arrays]
+        return jnp.concatenate(divided, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+    return jax.tree.map(one, *parts)
 
 
 def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questions: Questions):

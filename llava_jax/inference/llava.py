@@ -16,7 +16,7 @@ from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inference import generate as device
-from llava_jax.inference.batching import make_groups, run_waves, score_candidates
+from llava_jax.inference.batching import answer_requests, score_candidates
 from llava_jax.inference.chat import Chat, fold
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inference.generate import DecodeState
@@ -64,6 +64,7 @@ class Llava:
     def __init__(self, config: LlavaConfig, tokenizer, mesh=None):
         self.config = config
         self.tokenizer = tokenizer
+        self.mesh = mesh
         self.model = model = LlavaLlamaForCausalLM(config)
 
         def jitted(name: str, function, **options) -> Announced:
@@ -80,7 +81,7 @@ class Llava:
         self._encode = jitted("encode_images", partial(_call, "encode_images"))
         self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
         self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
-        self._join = Announced("join", jax.jit(device.join), mesh)
+        self._join = Announced("join", jax.jit(device.join, static_argnums=0), mesh)
 
     # ---- text
 
@@ -211,15 +212,7 @@ class Llava:
         Returns:
             the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked.
         """
-        groups, pictures, answers = make_groups(self, requests, conv_mode)
-        slots, limit, sampling = self.plan_decode(**options)
-
-        def answer(prefix, last, questions):
-            return np.asarray(self._answer(slots, params, prefix, last, questions, sampling, limit))
-
-        for place, tokens in run_waves(self, params, groups, pictures, slots, memory_budget, answer):
-            answers[place] = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
-        return answers
+        return answer_requests(self, params, requests, memory_budget, conv_mode, self.plan_decode(**options))
 
     def chat(self, params, image=None, conv_mode: str | None = None, **options) -> Chat:
         """A conversation about a picture: `chat.send("…")`, again and again; each turn prefills only what is new."""

@@ -12,7 +12,7 @@ from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_count, bucket_length
 
-MAX_GROUPS = 8  # prefixes at a time: more gain nothing once the weights are read for all of them
+MAX_GROUPS = 8  # prefixes at a time on each shard: more gain nothing once the weights are read for all of them
 PREFILL_POSITIONS = 4096  # positions at a time in prefill: more only crowd the caches and the memory
 PREFILL_CHUNK = 512  # query rows whose attention scores are alive at once
 
@@ -77,51 +77,58 @@ def no_questions(groups: int) -> Questions:
 class Wave:
     """Groups that the device takes together: G prefixes of up to P positions, up to R rows of each at a time."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # one shard's after another's, the last ones perhaps missing
+    per_shard: int
     at_once: int  # how many of them are prefilled together; divides their number
     rows: int
-    bytes: int
+    bytes: int  # on one device
 
 
-def plan_waves(groups, lengths, config: LlavaConfig, slots: int, itemsize: int, budget: int) -> list[Wave]:
+def plan_waves(
+    groups, lengths, config: LlavaConfig, slots: int, itemsize: int, budget: int, shards: int = 1, tensor: int = 1
+) -> list[Wave]:
     """Groups of like length together, as many, and as many of their rows at a time, as the budget holds.
 
     Args:
         groups: what is to be answered; lengths: each one's prefix in positions.
         slots: room for new tokens in each row; itemsize: bytes of a cached value.
-        budget: bytes for the cache and the activations of one wave.
+        budget: bytes of each device for the cache and the activations of one wave.
+        shards: how many devices divide the prefixes among themselves; tensor: how many divide the heads.
 
     Returns:
-        waves; together they hold every group once. One group is always taken, however small the budget.
+        waves, the largest first; together they hold every group once. One group a shard is always taken, however small
+        the budget.
     """
-    order = sorted(range(len(groups)), key=lambda i: (bucket_length(lengths[i], config), len(groups[i].questions)))
+    padded_lengths = [bucket_length(length, config) for length in lengths]
+    order = sorted(range(len(groups)), key=lambda i: (padded_lengths[i], len(groups[i].questions)), reverse=True)
     waves, start = [], 0
     while start < len(order):
-        padded = bucket_length(lengths[order[start]], config)
-        same = [i for i in order[start : start + MAX_GROUPS] if bucket_length(lengths[i], config) == padded]
-        count = max([n for n in range(1, len(same) + 1) if bucket_count(n) == n], default=1)
+        padded = padded_lengths[order[start]]
+        same = [i for i in order[start : start + MAX_GROUPS * shards] if padded_lengths[i] == padded]
+        count = max([n for n in range(1, len(same) // shards + 1) if bucket_count(n) == n], default=1)
         question = max(len(ids) for i in same for ids in groups[i].questions)
-        cost = Cost(config, padded, bucket_count(question), slots, itemsize)
+        cost = Cost(config, padded, bucket_count(question), slots, itemsize, tensor)
         while count > 1 and cost.bytes(count, 1) > budget:
             count = max(n for n in range(1, count) if bucket_count(n) == n)
-        taken = [groups[i] for i in same[:count]]
+        taken = [groups[i] for i in same[: count * shards]]
         rows = bucket_rows(max(len(group.questions) for group in taken))
         while rows > 1 and cost.bytes(count, rows) > budget:
             rows = max(n for n in range(1, rows) if bucket_rows(n) == n)
-        waves.append(Wave(tuple(taken), cost.at_once(count), rows, cost.bytes(count, rows)))
-        start += count
+        waves.append(Wave(tuple(taken), count, cost.at_once(count), rows, cost.bytes(count, rows)))
+        start += len(taken)
     return waves
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one wave, from the config: prefix, suffix, and the larger of the two prefills' activations."""
+    """Bytes of one wave on one device, from the config: prefix, suffix, the larger of the two prefills' activations."""
 
     config: LlavaConfig
     prefix: int
     question: int
     slots: int
     itemsize: int
+    tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
 
     def at_once(self, groups: int) -> int:
         """How many prefixes are prefilled together: the largest divisor of `groups` within PREFILL_POSITIONS."""
@@ -130,10 +137,11 @@ class Cost:
 
     def bytes(self, groups: int, rows: int) -> int:
         text = self.config.text
-        position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.itemsize
+        by = self.tensor if text.num_key_value_heads % self.tensor == 0 else 1
+        position = 2 * text.num_hidden_layers * text.num_key_value_heads // by * text.head_dim * self.itemsize
         cache = groups * (self.prefix + rows * (self.question + self.slots)) * position
-        wide = (4 * text.hidden_size + 3 * text.intermediate_size) * self.itemsize
-        heads = 4 * text.num_attention_heads  # float32 scores
+        wide = (4 * text.hidden_size + 3 * text.intermediate_size // by) * self.itemsize
+        heads = 4 * text.num_attention_heads // by  # float32 scores
         prefill = self.at_once(groups) * (self.prefix * wide + heads * PREFILL_CHUNK * self.prefix)
         prefill = max(prefill, groups * self.prefix * position)  # prefixes before and after they are joined
         asking = groups * rows * self.question * (wide + heads * (self.prefix + self.question + self.slots))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import queue
-import signal
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.tokenizer import LlamaTokenizer
+from llava_jax.inputs.workers import Workers
 from llava_jax.training.data import NAMED, Loaded, load_example, modality_lengths, name_of, sample_order
 from llava_jax.training.preprocess import training_tokenizer
 
@@ -73,13 +68,7 @@ class Loader:
             self._order = partial(self._order, lengths=modality_lengths(examples), **sizes)
         self._mismatches = _Mismatches(f"template {template!r} and legacy={tokenizer.legacy}")
         self._ahead = max(2, -(-2 * num_workers // batch_size))  # steps
-        self._workers = [_Worker(self._load) for _ in range(num_workers)]
-        self._threads = ThreadPoolExecutor(max(1, num_workers))
-        self._idle = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self.close = weakref.finalize(self, _stop, self._workers, self._threads)
-        atexit.register(self.close)  # runs before multiprocessing's own, which would wait for the workers
+        self._workers = Workers(self._load, num_workers) if num_workers else None
 
     def __enter__(self) -> Loader:
         return self
@@ -88,9 +77,17 @@ class Loader:
         """End the workers; what they were loading is dropped."""
         self.close()
 
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
     def __iter__(self) -> Iterator[list[Loaded]]:
         steps = self._numbers()
-        loaded = self._by_workers(steps) if self._workers else ((step, [*map(self._load_here, step)]) for step in steps)
+        loaded = (
+            self._by_workers(steps)
+            if self._workers is not None
+            else ((step, [*map(self._load_here, step)]) for step in steps)
+        )
         for step, samples in loaded:
             self._mismatches.add([name_of(self.examples[number], number) for number in step], samples)
             yield samples
@@ -112,17 +109,10 @@ class Loader:
     def _load_here(self, number: int) -> Loaded:
         return self._load(self.examples[number], number)
 
-    def _load_there(self, number: int) -> Loaded:
-        worker = self._idle.get()
-        try:
-            return worker.ask(self.examples[number], number)
-        finally:
-            self._idle.put(worker)
-
     def _by_workers(self, steps: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Loaded]]]:
         waiting = deque()
         for step in steps:
-            waiting.append((step, [self._threads.submit(self._load_there, number) for number in step]))
+            waiting.append((step, [self._workers.submit(self.examples[number], number) for number in step]))
             if len(waiting) > self._ahead:
                 step, futures = waiting.popleft()
                 yield step, [future.result() for future in futures]
@@ -152,64 +142,8 @@ class _Mismatches:
             )
 
 
-# ---- the worker processes
-
-
 def _load_named(load: Callable[[dict], Loaded], example: dict, number: int) -> Loaded:
     try:
         return load(example)
     except Exception as error:
         raise ValueError(f"sample {name_of(example, number)}: {type(error).__name__}: {error}") from error
-
-
-class _Worker:
-    """A process that loads one sample at a time. It ends with its pipe, so it does not outlive a killed parent."""
-
-    def __init__(self, load: Callable[[dict, int], Loaded]):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, its_end = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(its_end,), daemon=True)
-        self.process.start()
-        its_end.close()
-        self.unsent = [load]  # sent with the first sample: the processes then start side by side
-
-    def ask(self, example: dict, number: int) -> Loaded:
-        try:
-            while self.unsent:
-                self.pipe.send(self.unsent.pop())
-            self.pipe.send((example, number))
-            answer = self.pipe.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(
-                "a data worker died: killed, perhaps for memory (use fewer workers), or the script that made the "
-                'Loader has no `if __name__ == "__main__":`'
-            ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def _serve(pipe) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes: the parent decides, and saves first
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        load = pipe.recv()
-        while True:
-            task = pipe.recv()
-            try:
-                answer = load(*task)
-            except ValueError as error:
-                answer = error
-            pipe.send(answer)
-    except (EOFError, OSError):
-        return  # the parent has gone
-
-
-def _stop(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
-    threads.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
-        worker.process.kill()
-    threads.shutdown()
-    for worker in workers:
-        worker.process.join()
-        worker.pipe.close()
