@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
@@ -108,7 +109,7 @@ def load_config(directory: str | Path) -> LlavaConfig:
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version; the message says what to do.
     """
-    directory = Path(directory).expanduser()
+    directory = epath.Path(directory).expanduser()
     manifest = _manifest(directory)
     generation = directory / "generation_config.json"
     config = LlavaConfig.from_hf(
@@ -125,7 +126,7 @@ def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Me
     """The parameters, restored straight into the mesh's shardings (no mesh: onto the first device) and cast.
 
     Args:
-        directory: a converted checkpoint.
+        directory: a converted checkpoint, local or gs://.
         config: its config (`load_config`), which says what must be there.
         dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 elsewhere.
         mesh: see `llava_jax.sharding.make_mesh`.
@@ -133,9 +134,9 @@ def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Me
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version, or not this config's parameters.
     """
-    directory = Path(directory).expanduser()
+    directory = epath.Path(directory).expanduser()
     _manifest(directory)
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if dtype is None:
         dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     if jnp.dtype(dtype).name not in DTYPES:

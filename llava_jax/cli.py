@@ -8,9 +8,19 @@ import sys
 
 from llava_jax.constants import DTYPES
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
+from llava_jax.evaluation.options import add_evaluate_arguments
+from llava_jax.evaluation.options import options_from as evaluate_options
+from llava_jax.evaluation.score import add_score_arguments
+from llava_jax.evaluation.score import run as score_answers
+from llava_jax.evaluation.submission import add_submit_arguments
+from llava_jax.evaluation.submission import run as write_submission
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
-from llava_jax.training.arguments import add_train_arguments, options_from
+from llava_jax.options import check_paths
+from llava_jax.training.arguments import add_train_arguments
+from llava_jax.training.arguments import options_from as train_options
+
+LISTED = 100  # questions that could not be asked
 
 
 def _add_ask(commands) -> None:
@@ -103,7 +113,7 @@ def _add_train(commands) -> None:
 
 
 def _train(args) -> None:
-    options = options_from(args)
+    options = train_options(args)
     if args.distributed:
         import jax
 
@@ -111,6 +121,59 @@ def _train(args) -> None:
     from llava_jax.training.train import train
 
     print(f"wrote {train(options)}")
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="answer a benchmark's question file",
+        description="Answer a question file of LLaVA's eval folder. Killed and started again with the same flags, it "
+        "goes on. Questions that cannot be asked get an empty answer, are listed, and make the exit status 3.",
+        epilog="example: llava-jax evaluate --task pope --model-path llava-v1.6-vicuna-7b --question-file "
+        "llava_pope_test.jsonl --image-folder val2014 --answers-file answers.jsonl",
+    )
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(args) -> int:
+    options = evaluate_options(args)
+    if args.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    from llava_jax.evaluation.run import evaluate
+
+    failures = evaluate(options)
+    for failure in failures[:LISTED]:
+        print(failure, file=sys.stderr)
+    more = f", {len(failures) - LISTED} of them not listed here," if len(failures) > LISTED else ""
+    if failures:
+        print(f"{len(failures)} questions{more} could not be asked; metadata.error says why", file=sys.stderr)
+    print(f"wrote {options.answers_file}")
+    return 3 if failures else 0
+
+
+def _add_score(commands) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score an answer file",
+        description="Score an answer file as the benchmark's own program does.",
+    )
+    add_score_arguments(score)
+    score.set_defaults(run=score_answers)
+
+
+def _add_submit(commands) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="write an answer file in the form that a benchmark's server takes",
+        description="Write an answer file in the form that a benchmark's server, or its own evaluator, takes.",
+        epilog="example: llava-jax submit --task vizwiz --answers-file answers.jsonl --question-file llava_test.jsonl "
+        "--output vizwiz.json",
+    )
+    add_submit_arguments(submit)
+    submit.set_defaults(run=write_submission)
 
 
 def _add_demo(commands) -> None:
@@ -155,18 +218,18 @@ def _demo(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; an error of the user's is one line on stderr and status 1."""
+    """Run one command and return its exit status; an error of the user's is one line on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_convert, _add_export, _add_train, _add_demo):
+    for add in (_add_ask, _add_convert, _add_export, _add_train, _add_evaluate, _add_score, _add_submit, _add_demo):
         add(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        check_paths(vars(args).values())
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"llava-jax: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         print(interruption, file=sys.stderr)
         return 130
-    return 0

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from orbax.checkpoint import multihost
 
 from llava_jax.sharding import num_shards, rows_sharding
+
+BEAT = 3  # seconds between two signs of life
+SILENCE = 30  # seconds without any, after which a process is taken to be dead
+ALIVE, ENDED = "llava_jax/alive/", "llava_jax/ended/"  # where processes say so, by their number
+BARRIER = 10 * 24 * 3600 * 1000  # milliseconds: however much slower the slowest process is
 
 
 def is_first() -> bool:
@@ -20,7 +33,7 @@ def is_first() -> bool:
 def wait_for_all(name: str) -> None:
     """Until every process has come to the place of that name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        _client().wait_at_barrier(name, BARRIER)
 
 
 def largest(values: Sequence[int]) -> list[int]:
@@ -55,3 +68,80 @@ def place_rows(batch, mesh: Mesh):
         return jax.make_array_from_callback((num_shards(mesh) * rows, *local.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)
+
+
+@contextlib.contextmanager
+def watched(remedy: str) -> Iterator[None]:
+    """A process that dies or fails within this ends all the others too, within a minute and with a line on stderr.
+
+    Alone, a process would wait for it for ever, or be ended by JAX with a stack trace. No exception comes out of this
+    where there are several processes: it is printed, and the process ends with status 1.
+
+    Args:
+        remedy: the end of that line.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    with _last_words(f"llava-jax: process {jax.process_index()} was stopped; {remedy}") as say_nothing:
+
+        def end(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+            time.sleep(2 * BEAT if is_first() else 0)  # the others read from the first process why
+            say_nothing()
+            os._exit(1)  # JAX's own way out would wait for the others
+
+        watch = threading.Thread(target=_watch, args=(over, end, remedy), daemon=True)
+        watch.start()
+        try:
+            yield
+        except BaseException as error:
+            known = isinstance(error, ValueError | OSError | KeyboardInterrupt)
+            _client().key_value_set(f"{ENDED}{jax.process_index()}", str(error) or type(error).__name__)
+            end(f"llava-jax: error: {error}" if known else traceback.format_exc())
+        over.set()
+        watch.join()
+
+
+def _client():
+    return multihost.get_jax_distributed_client()
+
+
+def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> None:
+    """Give signs of life, and look for those of the others."""
+    me, beats = jax.process_index(), 0
+    seen = {process: ("", time.monotonic()) for process in range(jax.process_count()) if process != me}
+    while not over.wait(BEAT):
+        beats += 1
+        try:
+            _client().key_value_set(f"{ALIVE}{me}", str(beats), allow_overwrite=True)
+            signs, ended = _entries(ALIVE), _entries(ENDED)
+        except jax.errors.JaxRuntimeError:
+            signs, ended = {}, {0: "it keeps what the others say, and does not reply"}
+        now = time.monotonic()
+        for process, (sign, since) in seen.items():
+            if signs.get(process, sign) != sign:
+                seen[process] = signs[process], now
+            elif now - since > SILENCE + 2 * BEAT * is_first():  # all are cut off once the first process ends
+                ended[process] = f"nothing was heard of it for {SILENCE} seconds"
+        if ended and not over.is_set():
+            process, why = min(ended.items())
+            end(f"llava-jax: process {process} has ended ({why}); {remedy}")
+
+
+def _entries(prefix: str) -> dict[int, str]:
+    return {int(key.removeprefix(prefix)): value for key, value in _client().key_value_dir_get(prefix)}
+
+
+@contextlib.contextmanager
+def _last_words(words: str) -> Iterator[Callable[[], None]]:
+    """A child prints `words` if this process is killed, or aborted by JAX; what is yielded tells it to say nothing."""
+    script = 'read -r line || echo "$0" >&2'
+    with subprocess.Popen(["sh", "-c", script, words], stdin=subprocess.PIPE, start_new_session=True) as child:
+
+        def say_nothing() -> None:
+            child.communicate(b"\n")
+
+        yield say_nothing
+        say_nothing()

@@ -33,15 +33,18 @@ MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fs
 BATCH_AXES = ("data", "fsdp")  # what divides the rows of a batch
 
 
-def make_mesh(**axes: int) -> Mesh:
+def make_mesh(devices=None, **axes: int) -> Mesh:
     """A mesh over the first devices, e.g. `make_mesh(data=2, tensor=4)`; the compiler places what is not placed.
+
+    Args:
+        devices: to take them from; None is `jax.devices()`.
 
     Raises:
         ValueError: no axis is given, a size is not positive, or there are fewer devices than the mesh needs.
     """
     if not axes or any(size < 1 for size in axes.values()):
         raise ValueError(f"make_mesh: axes={axes} must give a positive size for each axis, like data=2, tensor=4")
-    needed, devices = math.prod(axes.values()), jax.devices()
+    needed, devices = math.prod(axes.values()), devices or jax.devices()
     if needed > len(devices):
         raise ValueError(f"make_mesh: axes={axes} need {needed} devices; there are {len(devices)} ({devices[0]})")
     kinds = (AxisType.Auto,) * len(axes)  # jax's default, Explicit, breaks Flax Linen

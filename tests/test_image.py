@@ -1,5 +1,6 @@
 """Pictures of every kind, from every kind of place."""
 
+import hashlib
 import http.server
 import io
 import threading
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.inputs.image import as_image_list, load_image
+from llava_jax.config import LlavaConfig
+from llava_jax.inputs.image import as_image_list, image_size, load_image, process_images
 
 
 def noise(width=40, height=30, channels=3):
@@ -97,3 +99,43 @@ def test_one_many_or_none():
     assert as_image_list(None) == []
     assert as_image_list("a.png") == ["a.png"]
     assert as_image_list(("a.png", b"x")) == ["a.png", b"x"]
+
+
+def of_other_modes():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (220, 610, 4), dtype=np.uint8)
+    rgba = Image.frombytes("RGBA", (610, 220), pixels.tobytes())
+    palette = Image.frombytes("P", (610, 220), pixels[..., 0].tobytes())
+    palette.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    others = {mode: rgba.convert(mode) for mode in ("L", "LA", "1")}
+    return {"RGBA": rgba, "P": palette, "CMYK": rgba.convert("RGB").convert("CMYK"), **others}
+
+
+TILES_OF_OTHER_MODES = {  # sha256 of the original's process_images, before it normalises, under transformers 4.37.2
+    "RGBA": "5c77f735e2e4bbfb",
+    "P": "a9fcd81c9ff640f2",
+    "CMYK": "2b604bf12feeeae1",
+    "L": "8b4e24fd89c03781",
+    "LA": "81fd90194b17ba8a",
+    "1": "bd36eff58acd93df",
+}
+
+
+def test_tiles_of_other_modes_are_the_originals(tmp_path):
+    """ScienceQA and MMBench are read without `.convert("RGB")`: a mode resizes in its own way."""
+    config = LlavaConfig.preset("1.6-vicuna-7b")
+    for mode, image in of_other_modes().items():
+        (tiles,) = process_images([image], config)
+        assert hashlib.sha256(tiles.tobytes()).hexdigest()[:16] == TILES_OF_OTHER_MODES[mode], mode
+    file = tmp_path / "rgba.png"
+    of_other_modes()["RGBA"].save(file)
+    assert load_image(file, exif=False, rgb=False).mode == "RGBA" and image_size(file) == (610, 220)
+    assert image_size(file.read_bytes()) == (610, 220)
+
+
+def test_the_size_of_a_file_that_is_no_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png' is not a picture that Pillow can read"):
+        image_size(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"b\.png': no such file"):
+        image_size(tmp_path / "b.png")

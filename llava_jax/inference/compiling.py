@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
 
@@ -34,10 +35,11 @@ class Announced:
         shapes = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
         if (shapes, structure) in self._met:
             return self.jitted(*args)
-        print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        out = jax.block_until_ready(self.jitted(*args))
-        print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes way
+            print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
+            began = time.perf_counter()
+            out = jax.block_until_ready(self.jitted(*args))
+            print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         self._met.add((shapes, structure))
         return out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from llava_jax.inference.batching import answer_requests, score_candidates
 from llava_jax.inference.chat import Chat, fold
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inference.generate import DecodeState
-from llava_jax.inference.sampling import Greedy, Sample, checked
+from llava_jax.inference.sampling import checked, sampling_of
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
@@ -264,19 +263,8 @@ class Llava:
             raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1")
         if sampling is not None and numbers:
             raise ValueError(f"sampling={sampling!r} and {', '.join(numbers)} are two ways to say it; give one")
-        sampling = self._sampling(**numbers) if sampling is None else sampling
+        sampling = sampling_of(self.config.generation, **numbers) if sampling is None else sampling
         return 1 << max(5, (max_new_tokens - 1).bit_length()), np.int32(max_new_tokens), checked(sampling)
-
-    def _sampling(self, temperature: float = 0.0, top_p=None, top_k=None, seed: int = 0) -> Greedy | Sample:
-        """As the original's command line has it; what is None is the checkpoint's generation_config.json's."""
-        defaults = self.config.generation
-        top_p = defaults.top_p if top_p is None else top_p
-        top_k = defaults.top_k if top_k is None else top_k
-        sample = Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if temperature:
-            return sample
-        checked(replace(sample, temperature=1.0))  # a wrong number is wrong, used or not
-        return Greedy()
 
     def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:
         rows = [np.asarray(row, np.int64) for row in rows]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.config import GenerationDefaults
+
 
 @flax.struct.dataclass
 class Greedy:
@@ -87,3 +89,16 @@ def checked(sampling: Greedy | Sample) -> Greedy | Sample:
         raise ValueError(f"min_p={sampling.min_p!r} must be in [0, 1]; 0 turns it off")
     floats = {n: np.float32(getattr(sampling, n)) for n in ("temperature", "top_p", "min_p", "repetition_penalty")}
     return Sample(**floats, top_k=np.int32(sampling.top_k), seed=np.uint32(sampling.seed % 2**32))
+
+
+def sampling_of(defaults: GenerationDefaults, temperature: float = 0.0, top_p=None, top_k=None, seed: int = 0):
+    """Greedy (temperature 0) or Sample, as the original's command line has it; what is None is in the defaults.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    top_p = defaults.top_p if top_p is None else top_p
+    top_k = defaults.top_k if top_k is None else top_k
+    sample = Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    checked(sample.replace(temperature=temperature or 1.0))  # a wrong number is wrong, used or not
+    return sample if temperature else Greedy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import urllib.error
@@ -15,13 +16,14 @@ from llava_jax.config import LlavaConfig
 from llava_jax.inputs.anyres import pinpoints, select_best_resolution
 
 
-def load_image(source, exif: bool = True) -> Image.Image:
+def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     """One picture as RGB, as the original's `.convert("RGB")` gives it (an animation's first frame).
 
     Args:
-        source: a path, an http(s) URL, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
-            [H, W, 4].
+        source: a path, an http(s) or gs:// URL, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3]
+            or [H, W, 4].
         exif: turn a file upright by its EXIF orientation. The original ignores it, so evaluation passes False.
+        rgb: False leaves a file in its own mode, as some of the original's programs do.
 
     Raises:
         FileNotFoundError: no such file.
@@ -30,7 +32,9 @@ def load_image(source, exif: bool = True) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, str | os.PathLike | bytes | bytearray):
-        return _decode(*_open(source), exif)
+        with _opened(source) as image:
+            upright = ImageOps.exif_transpose(image) if exif else image
+            return upright.convert("RGB") if rgb else upright.copy()
     array = np.asarray(source)
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not shaped or not array.size:
@@ -41,7 +45,20 @@ def load_image(source, exif: bool = True) -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
-def _open(source) -> tuple[object, str]:
+def image_size(source) -> tuple[int, int]:
+    """(width, height) of a picture's file, of which no more than the beginning is read.
+
+    Args:
+        source: a path, an http(s) or gs:// URL, or the bytes of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_image`.
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+def _find(source) -> tuple[object, str]:
     """Something that Pillow opens, and the name to call it by in an error."""
     if isinstance(source, bytes | bytearray):
         return BytesIO(source), f"image: {len(source)} bytes"
@@ -52,17 +69,23 @@ def _open(source) -> tuple[object, str]:
                 return BytesIO(reply.read()), f"image {name!r}"
         except (urllib.error.URLError, TimeoutError) as error:
             raise ValueError(f"image {name!r} could not be fetched: {error}") from error
+    if "://" in name:
+        from etils import epath
+
+        return BytesIO(epath.Path(name).read_bytes()), f"image {name!r}"
     path = os.path.expanduser(name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"image {name!r}: no such file")
     return path, f"image {name!r}"
 
 
-def _decode(file, name: str, exif: bool) -> Image.Image:
+@contextlib.contextmanager
+def _opened(source):
+    """Pillow's image of a file; what is wrong with it is one ValueError that names it."""
+    file, name = _find(source)
     try:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image) if exif else image
-            return upright.convert("RGB")
+            yield image
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -122,7 +145,8 @@ def process_images(images, config: LlavaConfig) -> list[np.ndarray]:
     """RGB pictures to tiles, by `config.image_aspect_ratio` (llava.mm_utils.process_images before normalising).
 
     Args:
-        images: PIL images, from `load_image` (other modes are converted to RGB).
+        images: PIL images. Tiles of other modes than RGB are converted at the end, as in the original: a palette
+            is then resized without smoothing, and transparent pixels weigh nothing.
 
     Returns:
         one uint8 [T, S, S, 3] for each image: anyres has the whole picture first, then the grid row by row;
@@ -131,12 +155,11 @@ def process_images(images, config: LlavaConfig) -> list[np.ndarray]:
     mean_color = tuple(int(m * 255) for m in config.vision.image_mean)
     out = []
     for image in images:
-        image = image.convert("RGB")
         if config.image_aspect_ratio == "anyres":
             tiles = _anyres_tiles(image, config)
         elif config.image_aspect_ratio == "pad":
-            tiles = [_shortest_edge_and_crop(expand2square(image, mean_color), config.tile_size)]
+            tiles = [_shortest_edge_and_crop(expand2square(image.convert("RGB"), mean_color), config.tile_size)]
         else:
-            tiles = [_shortest_edge_and_crop(image, config.tile_size)]
-        out.append(np.stack([np.asarray(tile) for tile in tiles]))
+            tiles = [_shortest_edge_and_crop(image.convert("RGB"), config.tile_size)]
+        out.append(np.stack([np.asarray(tile.convert("RGB")) for tile in tiles]))
     return out

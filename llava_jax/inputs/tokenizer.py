@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from etils import epath
 from sentencepiece import SentencePieceProcessor
 
 from llava_jax.constants import IMAGE_TOKEN_INDEX
@@ -304,7 +306,7 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
         FileNotFoundError: neither file is there.
         ValueError: a file is not what its name says.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     if (directory / "tokenizer.model").is_file():
         fast = reading == "llava-hf" or "mistral" in name.lower()
         return _load_llama(directory, fast)
@@ -312,7 +314,10 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
         from transformers import PreTrainedTokenizerFast  # slow to import
 
         _read_json(directory / "tokenizer.json")
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
+        with tempfile.TemporaryDirectory() as local:  # transformers reads no gs://
+            for file in directory.glob("*token*.json"):
+                (Path(local) / file.name).write_bytes(file.read_bytes())
+            return PreTrainedTokenizerFast.from_pretrained(local)
     raise FileNotFoundError(
         f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from llava_jax.options import mesh_axes
 from llava_jax.training.options import STAGES, TrainOptions
 
 HELP = {
@@ -37,7 +38,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if field.default in (None, "", ()) else " (%(default)s)"
         told = dict(dest=field.name, default=field.default, help=HELP.get(field.name, "") + shown)
         if field.name == "mesh":
-            parser.add_argument(*flags, type=_mesh, metavar="AXIS=N,…", **told)
+            parser.add_argument(*flags, type=mesh_axes, metavar="AXIS=N,…", **told)
         elif field.type == "bool":
             parser.add_argument(*flags, type=_boolean, nargs="?", const=True, metavar="True|False", **told)
         else:
@@ -58,11 +59,3 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
-
-
-def _mesh(text: str) -> tuple[tuple[str, int], ...]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return tuple((name, int(size)) for name, size in pairs)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None

@@ -1,0 +1,106 @@
+"""What `llava-jax evaluate` is told, in the names of LLaVA's own programs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+from llava_jax.constants import DTYPES
+from llava_jax.evaluation.questions import LANGUAGES
+from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
+from llava_jax.inputs.conversation import conv_templates
+from llava_jax.options import mesh_axes
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of a run. Paths may be local or gs://.
+
+    Attributes:
+        task: a name in `tasks.TASKS`; None goes by the question file's ending.
+        conv_mode: None is the checkpoint's.
+        temperature: 0 is greedy; top_p: None is the checkpoint's.
+        max_new_tokens: None is what the reference's program for this task takes.
+        single_pred_prompt, all_rounds, lang: as the reference's science and mmbench programs have them; the tasks whose
+            scripts pass the first have it anyway.
+        strict: stop at the first question that cannot be asked.
+        mesh: of each process's own devices; empty is all of them.
+    """
+
+    model_path: str
+    question_file: str
+    answers_file: str
+    image_folder: str = ""
+    task: str | None = None
+    conv_mode: str | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None
+    num_chunks: int = 1
+    chunk_idx: int = 0
+    single_pred_prompt: bool = False
+    all_rounds: bool = False
+    lang: str = "en"
+    strict: bool = False
+    mesh: tuple[tuple[str, int], ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.new_tokens < 1:
+            raise ValueError(f"--max_new_tokens {self.new_tokens} must be at least 1")
+        if self.task is not None and self.lang not in TASKS[self.task].langs:
+            raise ValueError(f"--lang {self.lang}: {self.task} has {', '.join(TASKS[self.task].langs)}")
+        if unknown := {axis for axis, _ in self.mesh} - {"data", "tensor"}:
+            raise ValueError(f"--mesh: {', '.join(sorted(unknown))} is none of data, tensor")
+
+    @property
+    def layout(self) -> str:
+        """Of the question file, one of `questions.LAYOUTS`."""
+        return layout_for(self.task, self.question_file)
+
+    @property
+    def new_tokens(self) -> int:
+        """How many an answer has at most."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return MAX_NEW_TOKENS[self.layout] if self.task is None else TASKS[self.task].max_new_tokens
+
+    @property
+    def asks_for_the_letter(self) -> bool:
+        return self.single_pred_prompt or (self.task is not None and TASKS[self.task].single_pred_prompt)
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; those that the reference's programs have keep its names."""
+    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    parser.add_argument("--question-file", required=True, help="jsonl; ScienceQA's json; MMBench's tsv")
+    parser.add_argument("--image-folder", default="", help="where the images named in it stand")
+    parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
+    parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (the checkpoint's)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
+    parser.add_argument("--top_p", type=float, help="(the checkpoint's, or 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="(128; 1024 for science, mmbench, llava-bench and mm-vet)")
+    parser.add_argument("--num-chunks", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="answer this chunk only, to a file of its own")
+    parser.add_argument("--single-pred-prompt", action="store_true", help="science, mmbench: ask for the letter alone")
+    parser.add_argument("--all-rounds", action="store_true", help="mmbench: once for each rotation of the options")
+    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="mmbench (%(default)s)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
+    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
+    )
+
+
+def options_from(args: argparse.Namespace) -> EvaluateOptions:
+    """The options that the flags gave.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    return EvaluateOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateOptions)})

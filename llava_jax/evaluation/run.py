@@ -1,0 +1,215 @@
+"""`evaluate(options)`: questions to answers, in files as the reference's model_vqa_* programs read and write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+import llava_jax
+from llava_jax import hosts
+from llava_jax.checkpoint import load_config
+from llava_jax.config import LlavaConfig
+from llava_jax.evaluation.answers import AnswerFile, Part, answer_id, answer_line, failure_of
+from llava_jax.evaluation.options import EvaluateOptions
+from llava_jax.evaluation.pictures import Pictures, picture_sizes, picture_source
+from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
+from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
+from llava_jax.inference.sampling import Greedy, Sample, sampling_of
+from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
+from llava_jax.sharding import make_mesh
+
+TEXT_ONLY = 16  # questions without a picture that share a prefix
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process knows before any work.
+
+    Attributes:
+        questions: all of them, in the file's order.
+        conv_mode: the template's name.
+        file: where the answers go.
+    """
+
+    options: EvaluateOptions
+    config: LlavaConfig
+    questions: Sequence[Question]
+    conv_mode: str
+    sampling: Greedy | Sample
+    file: AnswerFile
+
+    def line(self, number: int, text: str, error: str | None = None) -> str:
+        return answer_line(self.questions[number], text, self.file.ids[number], self.config.name, error)
+
+    def failure(self, number: int, error: str) -> str:
+        """The line of a question that cannot be asked.
+
+        Raises:
+            ValueError: `strict` asks for it.
+        """
+        if self.options.strict:
+            raise ValueError(f"question {self.questions[number].question_id}: {error}")
+        return self.line(number, "", error)
+
+    def prompt(self, number: int) -> Conversation:
+        """A question in its template, to the letter of the reference's programs."""
+        template = conv_templates[self.conv_mode]
+        turn = user_turn(self.questions[number], self.config.mm_use_im_start_end)
+        return template.append_message(template.roles[0], turn).append_message(template.roles[1], None)
+
+
+def evaluate(options: EvaluateOptions) -> list[str]:
+    """Answer a file of questions; started again, it goes on where it was stopped.
+
+    Each process takes its share of the images (`jax.distributed.initialize()` first, where there are several), and the
+    first one merges the answers into one file, in the order of the questions.
+
+    Returns:
+        for each question that could not be asked, its id and why; its answer is an empty text.
+
+    Raises:
+        ValueError, FileNotFoundError: the options, files or checkpoint are not right; before any device works. With
+            `strict`, also the first question that cannot be asked.
+        KeyboardInterrupt: SIGINT; what is answered stays answered.
+    """
+    job = prepare(options)
+    kept = f"what was answered is kept beside {job.file.path}: start it again, everywhere, to go on"
+    with hosts.watched(kept):
+        answered = job.file.answered()
+        part = Part(job.file.part(jax.process_index()))
+        hosts.wait_for_all("every process has its part")
+        _check_shared(job.file)
+        left = {n for n in range(len(job.questions)) if n not in answered or failure_of(answered[n])}
+        try:
+            if left:
+                _answer_share(job, part, left)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {kept}") from None
+        hosts.wait_for_all("every question is answered")
+        if hosts.is_first():
+            job.file.merge()
+        hosts.wait_for_all("the answers are merged")
+        return _failures(job)
+
+
+def prepare(options: EvaluateOptions) -> Job:
+    """Read and check what can be, before any device is used."""
+    config = load_config(options.model_path)
+    questions = get_chunk(
+        read_questions(
+            options.question_file,
+            options.layout,
+            single_pred_prompt=options.asks_for_the_letter,
+            all_rounds=options.all_rounds,
+            lang=options.lang,
+        ),
+        options.num_chunks,
+        options.chunk_idx,
+    )
+    in_files = any(isinstance(question.image, str) for question in questions)
+    if in_files and not epath.Path(options.image_folder).expanduser().is_dir():
+        raise FileNotFoundError(f"--image-folder {options.image_folder!r}: no such directory")
+    sampling = sampling_of(config.generation, options.temperature, options.top_p, seed=options.seed)
+    path = epath.Path(options.answers_file).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    conv_mode = _conv_mode(options.conv_mode, config.name)
+    settings = (config.name, config.reading, conv_mode, options.new_tokens)
+    settings += (options.temperature, options.top_p, options.seed)
+    ids = tuple(answer_id(settings, number, question) for number, question in enumerate(questions))
+    return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
+
+
+def _conv_mode(asked: str | None, name: str) -> str:
+    """As asked, or the checkpoint's; and, as in the reference, the mmtag one for a model called plain."""
+    mode = pick_conv_mode(name, asked)
+    if "plain" in name and "finetune" not in name.lower() and "mmtag" not in mode:
+        mode += "_mmtag"
+        if mode not in conv_templates:
+            raise ValueError(f"--conv-mode: {name} is a plain model, and there is no {mode}; use v0, v1 or plain")
+    return mode
+
+
+def _check_shared(file: AnswerFile) -> None:
+    seen = {path.name.removeprefix(f"{file.path.name}.part-").split("-")[0] for path in file.parts()}
+    if missing := {str(process) for process in range(jax.process_count())} - seen:
+        raise ValueError(
+            f"--answers-file {file.path}: process {jax.process_index()} does not see what process {min(missing)} "
+            "writes; name a place that all hosts share, such as gs://…"
+        )
+
+
+def _answer_share(job: Job, part: Part, left: set[int]) -> None:
+    """Answer this process's share of the questions that are left."""
+    shares = by_image(job.questions)[jax.process_index() :: jax.process_count()]
+    shares = [kept for numbers in shares if (kept := [n for n in numbers if n in left])]
+    sources = [picture_source(job.questions[numbers[0]].image, job.options.image_folder) for numbers in shares]
+    sizes, lines = picture_sizes(sources), []
+    for i, (numbers, size) in enumerate(zip(shares, sizes, strict=True)):
+        unreadable = str(size) if isinstance(size, ValueError) else None
+        errors = {n: job.questions[n].error or unreadable for n in numbers}
+        lines += [job.failure(n, error) for n, error in errors.items() if error]
+        shares[i] = [n for n, error in errors.items() if not error]
+    part.append(lines)
+
+    llava, params = llava_jax.load(job.options.model_path, job.options.dtype, mesh_for(job.options, job.config))
+    requests = [(size, [job.prompt(n) for n in numbers]) for size, numbers in zip(sizes, shares, strict=True)]
+    groups, errors = make_groups(llava, requests)
+    numbers = [n for numbers in shares for n in numbers]
+    lines = [job.failure(n, str(error)) for n, error in zip(numbers, errors, strict=True) if error]
+    part.append(lines)
+    waves, answer = _plan(job, llava, params, groups, sizes)
+    progress = tqdm(total=len(numbers) - len(lines), unit="question", disable=not hosts.is_first(), dynamic_ncols=True)
+    with Pictures(job.config, job.options.layout in ("loader", "vqa"), sources) as pictures, progress:
+        for wave, loaded in pictures.of_waves(waves):
+            lines = _answer_wave(job, llava, params, wave, loaded, numbers, answer)
+            part.append(lines)
+            progress.update(len(lines))
+
+
+def _plan(job: Job, llava, params, groups, sizes):
+    """(the waves, what answers one of them)"""
+    decoding = llava.plan_decode(job.options.new_tokens, job.sampling)
+    return plan(llava, params, groups, sizes, decoding[0], None), answerer(llava, params, decoding)
+
+
+def _answer_wave(job: Job, llava, params, wave, loaded, numbers: list[int], answer) -> list[str]:
+    """The lines of a wave's questions; a picture that turned out to be damaged takes its own questions along only."""
+    lines, good = [], []
+    for group in wave.groups:
+        picture = loaded[group.images]
+        if isinstance(picture, ValueError):
+            lines += [job.failure(numbers[place], str(picture)) for place in group.places]
+        else:
+            good.append(group)
+    if good:
+        for place, tokens in run_wave(llava, params, replace(wave, groups=tuple(good)), loaded, answer):
+            lines.append(job.line(numbers[place], as_text(llava, tokens)))
+    return lines
+
+
+def by_image(questions: Sequence[Question]) -> list[list[int]]:
+    """The numbers of the questions, those on one image together; of those without an image, a few together."""
+    together: dict[object, list[int]] = {}
+    for number, question in enumerate(questions):
+        together.setdefault(question.image, []).append(number)
+    without = together.pop(None, [])
+    return [*together.values(), *(without[i : i + TEXT_ONLY] for i in range(0, len(without), TEXT_ONLY))]
+
+
+def mesh_for(options: EvaluateOptions, config: LlavaConfig):
+    """Over this process's own devices: as asked, or all of them, dividing the heads as far as they can be divided."""
+    devices, axes = jax.local_devices(), dict(options.mesh)
+    if not axes and len(devices) > 1:
+        tensor = math.gcd(len(devices), config.text.num_key_value_heads)
+        axes = {"data": len(devices) // tensor, "tensor": tensor}
+    return make_mesh(devices, **axes) if axes else None
+
+
+def _failures(job: Job) -> list[str]:
+    lines = sorted(job.file.answered().items())
+    return [f"question {job.questions[n].question_id}: {why}" for n, line in lines if (why := failure_of(line))]

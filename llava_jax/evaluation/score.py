@@ -1,0 +1,84 @@
+"""`llava-jax score`: what a benchmark's answers are worth, by its own rules, beside LLaVA's published score."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Collection, Mapping
+
+from etils import epath
+
+from llava_jax.evaluation.published import MODEL, PUBLISHED, SOURCE, Published
+from llava_jax.evaluation.scores.checked import SCORERS, Files, read_answers
+
+# What becomes of the answers that GPT judges.
+JUDGED = {
+    "llava-bench": "hand {answers} itself to LLaVA's llava/eval/eval_gpt_review_bench.py",
+    "mm-vet": "make its file with llava-jax submit --task mm-vet --answers-file {answers} --output mm-vet.json, "
+    "and hand that to MM-Vet's evaluator",
+}
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `llava-jax score`, and below them what --annotations is for each task."""
+    parser.add_argument("--task", required=True, choices=[*SCORERS, *JUDGED])
+    parser.add_argument("--answers-file", required=True, help="what llava-jax evaluate, or LLaVA's own program, wrote")
+    parser.add_argument("--annotations", metavar="PATH", help="the true answers: a file or folder, by task (see below)")
+    parser.add_argument(
+        "--question-file", help="pope: the questions (llava_pope_test.jsonl beside coco); vizwiz: if ids are no images"
+    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON, with all figures")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = [f"  {task:<12}{scorer.annotations}" for task, scorer in SCORERS.items()]
+    parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the scores of `args.answers_file`: a table, or one line of JSON.
+
+    Raises:
+        FileNotFoundError: a file cannot be read.
+        ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
+    """
+    if args.task in JUDGED:
+        instead = JUDGED[args.task].format(answers=args.answers_file)
+        raise ValueError(f"{args.task} has no scorer, its answers are judged by GPT; {instead}")
+    scorer = SCORERS[args.task]
+    if args.annotations is None:
+        raise ValueError(f"--task {args.task} needs --annotations: {scorer.annotations}")
+    answers = read_answers(args.answers_file, scorer.keys)
+    figures = scorer.score(answers, Files(args.answers_file, args.annotations, args.question_file))
+    published = published_beside(args.task, args.annotations)
+    if args.json:
+        scores = {name: entry.score for name, entry in published.items()}
+        print(json.dumps({"task": args.task, "answers": len(answers), "published": scores, **figures}))
+    else:
+        print(table(f"{args.task}, {len(answers)} answers", figures, published, scorer.table))
+
+
+def published_beside(task: str, annotations: str) -> dict[str, Published]:
+    """What was published for a task; MMBench's Chinese file is known by its name."""
+    chinese = task == "mmbench" and "_cn" in epath.Path(annotations).name.lower()
+    return PUBLISHED["mmbench-cn" if chinese else task]
+
+
+def table(title: str, figures: Mapping, published: Mapping[str, Published], groups: Collection[str]) -> str:
+    """The figures as lines, with the published ones beside them; of figures that are dicts only `groups`."""
+    rows = []
+    for name, value in figures.items():
+        if not isinstance(value, Mapping):
+            rows.append((name.replace("_", " "), value, published.get(name)))
+        elif name in groups:
+            rows += [(f"{name} {kind}".replace("_", " "), inner, None) for kind, inner in value.items()]
+    width = max(len(text) for text in (title, *(name for name, _, _ in rows)))
+    lines = [f"{title:<{width}} {'ours':>9} {'published':>10}"]
+    for name, value, beside in rows:
+        theirs = "" if beside is None else f"{beside.score:>10}  on {beside.measured_on}"
+        lines.append(f"{name:<{width}} {_shown(value):>9} {theirs}".rstrip())
+    return "\n".join([*lines, f"published: {MODEL}, {SOURCE}"])
+
+
+def _shown(value: float | int | Mapping | None) -> str:
+    if isinstance(value, Mapping):  # one kind of a figure that has several of its own, the main one first
+        value = next(iter(value.values()))
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

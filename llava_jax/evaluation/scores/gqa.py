@@ -1,0 +1,82 @@
+"""GQA: what eval.py prints from the questions alone.
+
+Left out is what needs more than testdev_balanced_questions.json: validity and plausibility (the choices file, which the
+1.2 release lacks), consistency (answers to all questions, not only the balanced ones) and grounding (attention maps).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+NO_STEP = ("exist", "query: name", "choose name")
+
+
+def prediction(text: str) -> str:
+    """What is handed to eval.py for a text; LLaVA's scripts/convert_gqa_for_eval.py."""
+    return text.rstrip(".").lower()
+
+
+def score_gqa(answers: Sequence[Mapping], questions: Mapping[str, Mapping]) -> dict:
+    """Accuracies in percent: of all, "binary", "open" and by type; "distribution", lower is better.
+
+    Only questions with `isBalanced` count, and each must have an answer. Where there is no question the figure is 0,
+    as in eval.py; "distribution" is None where eval.py divides by zero, no question having a group.
+
+    Args:
+        questions: testdev_balanced_questions.json, question_id → question.
+    """
+    said = {answer["question_id"]: prediction(answer["text"]) for answer in answers}
+    balanced = {number: question for number, question in questions.items() if question["isBalanced"]}
+    right = {number: said[number] == question["answer"] for number, question in balanced.items()}
+    groups = {name: defaultdict(list) for name in ("kind", "structural", "semantic", "steps", "words")}
+    for number, question in balanced.items():
+        structural = question["types"]["structural"]
+        kinds = {
+            "kind": "open" if structural == "query" else "binary",
+            "structural": structural,
+            "semantic": question["types"]["semantic"],
+            "steps": steps(question),
+            "words": len(question["question"].split()),
+        }
+        for name, kind in kinds.items():
+            groups[name][kind].append(right[number])
+    kind = groups.pop("kind")
+    return {
+        "accuracy": _percent(list(right.values())),
+        "binary": _percent(kind["binary"]),
+        "open": _percent(kind["open"]),
+        "distribution": distribution(said, balanced),
+        **{
+            name: {key: {"accuracy": _percent(group[key]), "questions": len(group[key])} for key in sorted(group)}
+            for name, group in groups.items()
+        },
+    }
+
+
+def steps(question: Mapping) -> int:
+    """How many reasoning steps a question takes; eval.py's getStepsNum."""
+    # Quirk: "exist" and the others are looked for anywhere in an operation and its argument.
+    written = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
+    return sum(not any(word in step for word in NO_STEP) for step in written)
+
+
+def distribution(said: Mapping[str, str], questions: Mapping[str, Mapping]) -> float | None:
+    """How far the answers to a group of questions are from the true ones, by groups' size; chiSquare / 100."""
+    truth, predicted = defaultdict(Counter), defaultdict(Counter)
+    for number, question in questions.items():
+        group = question["groups"]["global"]
+        if group is not None:
+            truth[group][question["answer"]] += 1
+            predicted[group][said[number]] += 1
+    weighted = total = 0
+    for group, counts in truth.items():
+        # Quirk: only answers that are true somewhere in the group count, whatever else was said.
+        score = sum((predicted[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        weighted += score * counts.total()
+        total += counts.total()
+    return weighted / total / 100 if total else None
+
+
+def _percent(right: Sequence[bool]) -> float:
+    return 100 * (sum(right) / len(right)) if right else 0

@@ -1,0 +1,105 @@
+"""MME: accuracy and accuracy+ of its 14 subtasks. LLaVA's convert_answer_to_mme.py, then MME's calculation.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SHORT = "Answer the question using a single word or phrase."
+YES_OR_NO = " Please answer yes or no."
+
+Key = tuple[str, str, str]  # subtask, the image's text file, the question as that file has it
+
+
+def read_truth(folder) -> dict[Key, str]:
+    """What MME_Benchmark_release_version says about its subtasks; get_gt of convert_answer_to_mme.py.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        ValueError: a line is not a question, a tab and Yes or No.
+    """
+    folder, truth = epath.Path(folder), {}
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; --annotations is MME_Benchmark_release_version")
+    for category in sorted(path for path in folder.iterdir() if path.is_dir()):
+        texts = category / "questions_answers_YN" if (category / "images").exists() else category
+        for path in sorted(texts.glob("*.txt")):
+            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+                question, _, answer = line.strip().rpartition("\t")
+                if not question or answer.lower() not in ("yes", "no"):
+                    raise ValueError(f"{path}: {line!r} is not a question, a tab and Yes or No")
+                truth[category.name, path.name, question] = answer
+    return truth
+
+
+def said(text: str) -> str:
+    """yes, no or other, from the first four characters, in lower case; calculation.py's parse_pred_ans."""
+    # Quirks: "not sure" and "nothing" are no; "  yes" is other; an answer of several lines, which breaks the
+    # reference's file of results, is read by its beginning.
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def truth_key(answer: Mapping, truth: Mapping[Key, str]) -> Key:
+    """Where the true answer of an answer line stands in `truth` (it may be missing); convert_answer_to_mme.py."""
+    parts = str(answer["question_id"]).split("/")
+    category, file = parts[0], parts[-1]
+    question = answer["prompt"]
+    if SHORT in question:
+        question = question.replace(SHORT, "").strip()
+    file = file.split(".")[0] + ".txt"
+    if YES_OR_NO.strip() not in question:
+        question += YES_OR_NO
+        if (category, file, question) not in truth:
+            question = question.replace(YES_OR_NO, " " + YES_OR_NO)  # some of MME's files have two spaces
+    return category, file, question
+
+
+def score_mme(answers: Sequence[Mapping], truth: Mapping[Key, str]) -> dict:
+    """Sums over subtasks, "perception" and "cognition", and "subtasks", each one's {score, acc, acc_plus, other}.
+
+    A subtask's score is acc + acc_plus, each in percent. Nothing is rounded, as in calculation.py.
+
+    Args:
+        answers: answer lines in the order of the questions: two of each image, one after the other.
+        truth: (subtask, file, question) → "Yes" or "No".
+
+    Raises:
+        ValueError: a subtask has no answers or an odd number of them (the reference: no such file, AssertionError).
+    """
+    pairs = {category: [] for category in PERCEPTION + COGNITION}
+    for answer in answers:
+        key = truth_key(answer, truth)
+        if key[0] in pairs:
+            pairs[key[0]].append((truth[key].lower(), said(answer["text"])))
+    scores = {category: _subtask(category, found) for category, found in pairs.items()}
+    return {
+        "perception": sum(scores[category]["score"] for category in PERCEPTION),
+        "cognition": sum(scores[category]["score"] for category in COGNITION),
+        "subtasks": scores,
+    }
+
+
+def _subtask(category: str, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    if not pairs or len(pairs) % 2:
+        raise ValueError(f"MME's {category} has {len(pairs)} answers; there must be two of each of its images")
+    right = [true == answer for true, answer in pairs]
+    # Quirk: the two questions of an image are two answers that follow one another, whatever their images.
+    both = [first and second for first, second in zip(right[::2], right[1::2], strict=True)]
+    acc, acc_plus = sum(right) / len(right) * 100, sum(both) / len(both) * 100
+    other = sum(answer == "other" for _, answer in pairs)
+    return {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus, "other": other}

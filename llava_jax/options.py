@@ -1,0 +1,26 @@
+"""What the flags of several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import fsspec
+
+
+def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
+    """A mesh as `--mesh` takes it, like data=2,fsdp=4."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return tuple((name, int(size)) for name, size in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None
+
+
+def check_paths(values: Iterable[object]) -> None:
+    """ValueError if one of them is a gs:// path and there is nothing here to read it with."""
+    if any(isinstance(value, str) and value.startswith("gs://") for value in values):
+        try:
+            fsspec.get_filesystem_class("gcs")
+        except ImportError:
+            raise ValueError('gs:// paths need gcsfs: pip install "llava-jax[gcs]"') from None

@@ -1,0 +1,282 @@
+"""Question files to answer files in one process: what is written, what cannot be asked, what a stopped run leaves."""
+
+import base64
+import json
+import re
+import shutil
+from concurrent.futures import Future
+
+import fsspec
+import pytest
+import scenes
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+import llava_jax
+from llava_jax.cli import main
+from llava_jax.evaluation import pictures
+from llava_jax.evaluation.answers import Part
+from llava_jax.evaluation.options import EvaluateOptions
+from llava_jax.evaluation.questions import Question
+from llava_jax.evaluation.run import by_image, prepare
+
+
+@pytest.fixture(scope="session")
+def benchmark(tmp_path_factory):
+    """(flags, questions, the finished answer file)"""
+    folder = tmp_path_factory.mktemp("benchmark")
+    flags, questions = scenes.write(folder, 5)
+    assert main(scenes.command(flags, answers_file=folder / "answers.jsonl")) == 0
+    return flags, questions, folder / "answers.jsonl"
+
+
+def test_answers_are_those_of_one_question_at_a_time(benchmark):
+    flags, questions, answers = benchmark
+    answers = scenes.read_lines(answers)
+    assert [a["question_id"] for a in answers] == [q["question_id"] for q in questions]
+    assert [a["prompt"] for a in answers] == [q["text"] for q in questions]
+    assert list(answers[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert all(a["model_id"] == "llava-v1.6-scenes" and a["metadata"] == {} for a in answers)
+    assert len({a["answer_id"] for a in answers}) == len(answers) and all(len(a["answer_id"]) == 22 for a in answers)
+    llava, params = llava_jax.load(flags["--model-path"])
+    for question, answer in list(zip(questions, answers, strict=True))[::7]:
+        picture = flags["--image-folder"] / question["image"]
+        assert answer["text"] == llava.generate(params, picture, question["text"], max_new_tokens=24)
+    right = [q["answer"] == a["text"] for q, a in zip(questions, answers, strict=True)]
+    assert sum(right) > 0.8 * len(right)
+
+
+def test_a_chunk_is_answered_to_a_file_of_its_own(benchmark, tmp_path):
+    flags, questions, answers = benchmark
+    out = tmp_path / "new" / "1.jsonl"
+    assert main(scenes.command(flags, answers_file=out, num_chunks=4, chunk_idx=1)) == 0
+    size = -(-len(questions) // 4)
+    texts = [a["text"] for a in scenes.read_lines(answers)]
+    assert [a["text"] for a in scenes.read_lines(out)] == texts[size : 2 * size]
+
+
+@pytest.fixture
+def damaged(benchmark, tmp_path):
+    """A question of every kind that cannot be asked, among those that can."""
+    flags, questions, _ = benchmark
+    images = tmp_path / "images"
+    shutil.copytree(flags["--image-folder"], images)
+    (images / "no_picture.png").write_text("no picture")
+    whole = (images / "0.png").read_bytes()
+    (images / "cut_off.png").write_bytes(whole[: len(whole) // 2])
+    entries = [dict(questions[0]) for _ in range(6)]
+    entries[1]["image"], entries[2]["image"], entries[3]["image"] = "missing.png", "no_picture.png", "cut_off.png"
+    entries[4]["text"] = "Is it? " * 400
+    lines = [json.dumps(entry) for entry in entries] + ['{"question_id": 7, "image": "0.png"}', '{"question_id"']
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return flags | {"--image-folder": images, "--question-file": tmp_path / "questions.jsonl"}
+
+
+def test_what_cannot_be_asked_is_listed_and_the_order_stays(damaged, benchmark, tmp_path, capsys):
+    wanted = scenes.read_lines(benchmark[2])[0]["text"]
+    out = tmp_path / "answers.jsonl"
+    assert main(scenes.command(damaged, answers_file=out)) == 3
+    answers = scenes.read_lines(out)
+    assert [a["text"] for a in answers] == [wanted, "", "", "", "", wanted, "", ""]
+    problems = ["missing.png': no such file", "no_picture.png' is not a picture", "cut_off.png' is damaged"]
+    problems += ["more than this model's tokenizer_model_max_length=512", "line 7: has no 'text'", "line 8: not JSON"]
+    listed = capsys.readouterr().err.splitlines()
+    assert listed[-1] == "6 questions could not be asked; metadata.error says why"
+    failed = [a["metadata"]["error"] for a in answers if a["metadata"]]
+    for problem, error, line in zip(problems, failed, listed[-7:-1], strict=True):
+        assert problem in error and problem in line
+    assert answers[6]["question_id"] == 7 and answers[7]["question_id"] is None
+
+    shutil.copy(damaged["--image-folder"] / "0.png", damaged["--image-folder"] / "missing.png")
+    before = out.read_text().splitlines()
+    assert main(scenes.command(damaged, answers_file=out)) == 3  # asks again what could not be asked, and nothing else
+    after = out.read_text().splitlines()
+    assert [n for n in range(8) if before[n] != after[n]] == [1] and json.loads(after[1])["text"] == wanted
+    assert sorted(path.name for path in tmp_path.glob("answers*")) == ["answers.jsonl"]
+
+
+def test_strict_stops_before_the_model_is_loaded(damaged, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llava_jax, "load", lambda *args: pytest.fail("loaded"))
+    assert main(scenes.command(damaged, answers_file=tmp_path / "answers.jsonl", strict=True)) == 1
+    assert "question 0: image " in capsys.readouterr().err
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--image-folder": "/nowhere"}, "--image-folder '/nowhere': no such directory"),
+        ({"--question-file": "/nowhere.jsonl"}, "/nowhere.jsonl: cannot be read"),
+        ({"--model-path": "/nowhere"}, "/nowhere: no such directory"),
+        ({"--max_new_tokens": 0}, "--max_new_tokens 0 must be at least 1"),
+        ({"--temperature": -1}, "temperature=-1.0 "),
+        ({"--num-chunks": 2, "--chunk-idx": 2}, "chunk 2 of 2"),
+        ({"--mesh": "fsdp=2"}, "--mesh: fsdp is none of data, tensor"),
+        ({"--task": "pope", "--lang": "cn"}, "--lang cn: pope has en"),
+    ],
+)
+def test_bad_options_are_one_line_and_nothing_is_written(benchmark, tmp_path, capsys, change, message):
+    assert main(scenes.command(benchmark[0] | change, answers_file=tmp_path / "answers.jsonl")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1] and lines[-1].startswith("llava-jax: error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_run_goes_on_where_it_was(benchmark, tmp_path, capsys):
+    flags, _, answers = benchmark
+    lines, out = answers.read_bytes().splitlines(keepends=True), tmp_path / "answers.jsonl"
+    (tmp_path / "answers.jsonl.part-0").write_bytes(b"".join(lines[3:9]) + lines[9][:20])  # cut off within a line
+    (tmp_path / "answers.jsonl.part-3").write_bytes(lines[20] + lines[21][:-1])  # of a run on more hosts
+    assert main(scenes.command(flags, answers_file=out)) == 0
+    assert out.read_bytes() == answers.read_bytes() and len(list(tmp_path.iterdir())) == 1
+    assert f"{len(lines) - 7} questions on" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(benchmark, tmp_path, monkeypatch):
+    flags, _, answers = benchmark
+    out = tmp_path / "answers.jsonl"
+    shutil.copy(answers, out)
+    monkeypatch.setattr(llava_jax, "load", lambda *args: pytest.fail("loaded"))
+    assert main(scenes.command(flags, answers_file=out)) == 0
+    assert out.read_bytes() == answers.read_bytes() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.part-0"])
+def test_answers_of_another_run_are_not_touched(benchmark, tmp_path, capsys, name):
+    flags, _, answers = benchmark
+    shutil.copy(answers, tmp_path / name)
+    other = scenes.command(flags, answers_file=tmp_path / "answers.jsonl", conv_mode="llava_v0")
+    assert main(other) == 1
+    assert f"{name}, line 1: not an answer to these questions by this model" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == answers.read_bytes()
+
+
+def _stop_after(append, times):
+    """Ctrl-C after so many appends of anything."""
+
+    def stopping(part, lines):
+        nonlocal times
+        lines = list(lines)
+        append(part, lines)
+        times -= bool(lines)
+        if not times:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+def test_ctrl_c_keeps_what_is_answered(benchmark, tmp_path, capsys, monkeypatch):
+    flags, _, answers = benchmark
+    monkeypatch.setattr(Part, "append", _stop_after(Part.append, 1))
+    out = tmp_path / "answers.jsonl"
+    assert main(scenes.command(flags, answers_file=out)) == 130
+    assert "start it again" in capsys.readouterr().err
+    kept = (tmp_path / "answers.jsonl.part-0").read_text().splitlines()
+    assert kept and set(kept) < set(answers.read_text().splitlines())
+
+
+def test_science_and_mmbench(benchmark, tmp_path, capsys):
+    """Text alone, and a picture within the file; the bundled model has nothing to say to either."""
+    flags, _, _ = benchmark
+    picture = flags["--image-folder"] / "0.png"
+    asked = [{"id": "a", "conversations": [{"from": "human", "value": "<image>\nWhat color is the heart?"}]}] * 2
+    asked[1] = asked[1] | {"image": "0.png"}
+    (tmp_path / "science.json").write_text(json.dumps(asked))
+    science = flags | {"--question-file": tmp_path / "science.json", "--task": "scienceqa"}
+    assert main(scenes.command(science, answers_file=tmp_path / "science.jsonl")) == 0
+    alone, shown = scenes.read_lines(tmp_path / "science.jsonl")
+    assert alone["prompt"].startswith("What color is the heart?\nAnswer with the option's letter")
+    assert shown["prompt"] == "<image>\n" + alone["prompt"] and shown["question_id"] == "a"
+    llava, params = llava_jax.load(flags["--model-path"])
+    assert shown["text"] == llava.generate(params, picture, alone["prompt"], max_new_tokens=24)
+
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    table = f"index\tquestion\thint\tA\tB\tC\tD\timage\n5\tWhich?\t\tred\tblue\t\t\t{encoded}\n"
+    (tmp_path / "mmbench.tsv").write_text(table)
+    mmbench = flags | {"--question-file": tmp_path / "mmbench.tsv", "--all-rounds": True}
+    assert main(scenes.command(mmbench, answers_file=tmp_path / "mmbench.jsonl")) == 0
+    first, second = scenes.read_lines(tmp_path / "mmbench.jsonl")
+    keys = ["question_id", "round_id", "prompt", "text", "options", "option_char", "answer_id", "model_id", "metadata"]
+    assert list(first) == keys and first["prompt"] == "Which?\nA. red\nB. blue"
+    assert second["round_id"] == 1 and second["options"] == ["blue", "red"] and second["option_char"] == ["B", "A"]
+
+
+def test_pictures_are_seen_as_the_references_programs_see_them(model, tmp_path):
+    """No EXIF; science and mmbench in the file's own mode."""
+    config = model("vicuna")[0].config
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert pictures.load_tiles(config, True, str(tmp_path / "turned.jpg"))[1] == [(40, 20)]
+    glass = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    glass.paste((0, 0, 255, 255), (0, 0, 20, 20))
+    glass.save(tmp_path / "glass.png")
+    (smooth,), (sharp,) = (pictures.load_tiles(config, rgb, str(tmp_path / "glass.png"))[0] for rgb in (True, False))
+    assert 100 < smooth[0, 0, 168, 0] < 155 and sharp[0, 0, 168, 0] < 20
+
+
+def test_questions_on_one_image_are_together_and_text_in_sixteens():
+    images = ["a", "b", "a", b"c", None, b"c", *[None] * 20]
+    questions = [Question(n, "?", "?", image) for n, image in enumerate(images)]
+    assert by_image(questions) == [[0, 2], [1], [3, 5], [4, *range(6, 21)], [*range(21, 26)]]
+
+
+def test_a_plain_model_gets_the_mmtag_template(benchmark, tmp_path):
+    flags, _, _ = benchmark
+    plain = tmp_path / "llava-plain"
+    shutil.copytree(flags["--model-path"], plain)
+    manifest = json.loads((plain / "llava_jax.json").read_text())
+    (plain / "llava_jax.json").write_text(json.dumps(manifest | {"name": "llava-plain"}))
+    others = dict(question_file=str(flags["--question-file"]), image_folder=str(flags["--image-folder"]))
+    options = EvaluateOptions(str(plain), answers_file=str(tmp_path / "a.jsonl"), conv_mode="v1", **others)
+    assert prepare(options).conv_mode == "v1_mmtag"
+
+
+class _NoProcesses:
+    def __init__(self, work, count):
+        self.work = work
+
+    def submit(self, *task):
+        future = Future()
+        future.set_result(self.work(*task))
+        return future
+
+    def close(self):
+        pass
+
+
+class _Bucket(MemoryFileSystem):
+    """As gcsfs names things: without a slash in front."""
+
+    protocol = "gs"
+    store = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(re.sub("^gs://", "", str(path)))
+
+    def glob(self, path, **kwargs):
+        return [found.lstrip("/") for found in super().glob(path, **kwargs)]
+
+
+def test_files_in_a_bucket(benchmark, tmp_path, monkeypatch):
+    """Questions, pictures, tokenizer, config and answers of an object store; its weights Orbax reads by itself."""
+
+    flags, _, answers = benchmark
+    fsspec.register_implementation("gs", _Bucket, clobber=True)
+    fsspec.register_implementation("gcs", _Bucket, clobber=True)
+    bucket = fsspec.filesystem("gs")
+    bucket.put(str(flags["--image-folder"]), "gs://bucket/images", recursive=True)
+    bucket.put(str(flags["--question-file"]), "gs://bucket/questions.jsonl")
+    flags = flags | {"--image-folder": "gs://bucket/images", "--question-file": "gs://bucket/questions.jsonl"}
+    monkeypatch.setattr(pictures, "Workers", _NoProcesses)  # they would not know this bucket
+    out = "gs://bucket/out/answers.jsonl"
+    monkeypatch.setattr(Part, "append", _stop_after(Part.append, 2))
+    assert main(scenes.command(flags, answers_file=out)) == 130
+    assert len(bucket.ls("gs://bucket/out")) == 3  # the part's beginning, and what was answered
+    monkeypatch.undo()
+    monkeypatch.setattr(pictures, "Workers", _NoProcesses)
+    assert main(scenes.command(flags, answers_file=out)) == 0
+    assert bucket.cat("gs://bucket/out/answers.jsonl") == answers.read_bytes()
+    assert [path.split("/")[-1] for path in bucket.ls("gs://bucket/out", detail=False)] == ["answers.jsonl"]
