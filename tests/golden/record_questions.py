@@ -1,7 +1,6 @@
 """Records data/questions.npz: what the reference's evaluation programs ask and echo, and what its converters write.
 
-Runs where the original LLaVA is installed (setup.sh makes such an environment), with pandas 2.2.3 and openpyxl 3.1.5,
-which its evaluation imports, besides:
+Runs where the original LLaVA is installed (setup.sh makes such an environment):
 
     python tests/golden/record_questions.py --scripts LLaVA/scripts --mme convert_answer_to_mme.py
 
