@@ -10,7 +10,7 @@ from llava_jax.constants import DTYPES
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation.options import add_evaluate_arguments
 from llava_jax.evaluation.options import options_from as evaluate_options
-from llava_jax.evaluation.score import add_score_arguments
+from llava_jax.evaluation.score import add_score_arguments, check_scorable
 from llava_jax.evaluation.score import run as score_answers
 from llava_jax.evaluation.submission import add_submit_arguments
 from llava_jax.evaluation.submission import run as write_submission
@@ -138,19 +138,27 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(args) -> int:
     options = evaluate_options(args)
+    if args.annotations is not None:
+        if args.num_chunks > 1:
+            raise ValueError("--annotations: a chunk is not scored; join the chunks' files and use llava-jax score")
+        check_scorable(args)
     if args.distributed:
         import jax
 
         jax.distributed.initialize()
+    from llava_jax import hosts
     from llava_jax.evaluation.run import evaluate
 
     failures = evaluate(options)
-    for failure in failures[:LISTED]:
-        print(failure, file=sys.stderr)
-    more = f", {len(failures) - LISTED} of them not listed here," if len(failures) > LISTED else ""
-    if failures:
-        print(f"{len(failures)} questions{more} could not be asked; metadata.error says why", file=sys.stderr)
-    print(f"wrote {options.answers_file}")
+    if hosts.is_first():
+        for failure in failures[:LISTED]:
+            print(failure, file=sys.stderr)
+        more = f", {len(failures) - LISTED} of them not listed here," if len(failures) > LISTED else ""
+        if failures:
+            print(f"{len(failures)} questions{more} could not be asked; metadata.error says why", file=sys.stderr)
+        print(f"wrote {options.answers_file}")
+        if args.annotations is not None:
+            score_answers(args)
     return 3 if failures else 0
 
 

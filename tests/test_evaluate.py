@@ -175,6 +175,26 @@ def test_ctrl_c_keeps_what_is_answered(benchmark, tmp_path, capsys, monkeypatch)
     assert kept and set(kept) < set(answers.read_text().splitlines())
 
 
+def test_one_command_gives_the_answers_and_the_score(benchmark, tmp_path, capsys):
+    flags, questions, _ = benchmark
+    asked = [q for q in questions if q["answer"] in ("Yes", "No", "yes", "no")]
+    labels = [{"image": q["image"], "label": q["answer"].lower()} for q in asked]
+    scenes.write_lines(
+        tmp_path / "pope.jsonl", [{**q, "question_id": n, "category": "random"} for n, q in enumerate(asked)]
+    )
+    (tmp_path / "coco").mkdir()
+    scenes.write_lines(tmp_path / "coco" / "coco_pope_random.json", labels)
+    flags = flags | {"--question-file": tmp_path / "pope.jsonl", "--task": "pope"}
+    assert main(scenes.command(flags, answers_file=tmp_path / "a.jsonl", annotations=tmp_path / "coco")) == 0
+    answers = scenes.read_lines(tmp_path / "a.jsonl")
+    right = sum(a["text"].lower() == label["label"] for a, label in zip(answers, labels, strict=True))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["wrote", str(tmp_path / "a.jsonl")] and lines[1][:3] == ["pope,", str(len(asked)), "answers"]
+    assert ["random", "accuracy", f"{100 * right / len(asked):.2f}"] in [line[:3] for line in lines]
+    assert main(scenes.command(flags, answers_file=tmp_path / "b.jsonl", annotations=tmp_path / "none")) == 1
+    assert "none: not there; pope needs the folder" in capsys.readouterr().err and not (tmp_path / "b.jsonl").exists()
+
+
 def test_science_and_mmbench(benchmark, tmp_path, capsys):
     """Text alone, and a picture within the file; the bundled model has nothing to say to either."""
     flags, _, _ = benchmark

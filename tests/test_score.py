@@ -270,7 +270,7 @@ def test_mme_is_checked(place, capsys):
     (folder / "OCR" / "0.txt").write_text("Is it?\tPerhaps\n")
     with pytest.raises(ValueError, match=r"0.txt: 'Is it.*Perhaps' is not a question, a tab and Yes or No"):
         place.score("mme", answers, folder, capsys=capsys)
-    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+    with pytest.raises(FileNotFoundError, match="none: not there; mme needs the folder"):
         place.score("mme", answers, place.folder / "none", capsys=capsys)
 
 

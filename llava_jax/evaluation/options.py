@@ -79,6 +79,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", default="", help="where the images named in it stand")
     parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
     parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
+    parser.add_argument("--annotations", metavar="PATH", help="score the answers too; see llava-jax score --help")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (the checkpoint's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
     parser.add_argument("--top_p", type=float, help="(the checkpoint's, or 1)")
@@ -92,6 +93,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
     parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
     parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    parser.set_defaults(json=False)
     parser.add_argument(
         "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
     )

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from etils import epath
 
 from llava_jax.evaluation.published import MODEL, PUBLISHED, SOURCE, Published
-from llava_jax.evaluation.scores.checked import SCORERS, Files, read_answers
+from llava_jax.evaluation.scores.checked import SCORERS, Files, Scorer, read_answers
 
 # What becomes of the answers that GPT judges.
 JUDGED = {
@@ -40,12 +40,7 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError: a file cannot be read.
         ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
     """
-    if args.task in JUDGED:
-        instead = JUDGED[args.task].format(answers=args.answers_file)
-        raise ValueError(f"{args.task} has no scorer, its answers are judged by GPT; {instead}")
-    scorer = SCORERS[args.task]
-    if args.annotations is None:
-        raise ValueError(f"--task {args.task} needs --annotations: {scorer.annotations}")
+    scorer = check_scorable(args)
     answers = read_answers(args.answers_file, scorer.keys)
     figures = scorer.score(answers, Files(args.answers_file, args.annotations, args.question_file))
     published = published_beside(args.task, args.annotations)
@@ -54,6 +49,26 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"task": args.task, "answers": len(answers), "published": scores, **figures}))
     else:
         print(table(f"{args.task}, {len(answers)} answers", figures, published, scorer.table))
+
+
+def check_scorable(args: argparse.Namespace) -> Scorer:
+    """What scores these answers; before there are any, too.
+
+    Raises:
+        FileNotFoundError: the annotations are not there.
+        ValueError: there is no task, it is judged by GPT, or it has no annotations.
+    """
+    if args.task is None:
+        raise ValueError("--annotations needs --task, which says how they are read")
+    if args.task in JUDGED:
+        instead = JUDGED[args.task].format(answers=args.answers_file)
+        raise ValueError(f"{args.task} has no scorer, its answers are judged by GPT; {instead}")
+    scorer = SCORERS[args.task]
+    if args.annotations is None:
+        raise ValueError(f"--task {args.task} needs --annotations: {scorer.annotations}")
+    if not epath.Path(args.annotations).exists():
+        raise FileNotFoundError(f"--annotations {args.annotations}: not there; {args.task} needs {scorer.annotations}")
+    return scorer
 
 
 def published_beside(task: str, annotations: str) -> dict[str, Published]:
