@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
 import shlex
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import jax
@@ -20,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DTYPES
 from llava_jax.models.llava import param_shapes
+from llava_jax.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
 from llava_jax.sharding import param_shardings
 
 VERSION = 1
@@ -40,8 +44,12 @@ def _context() -> ocp.Context:
 
 
 def save_params(path: str | Path, params: dict) -> None:
-    """Write a tree of parameters as the Orbax directory `path` (a checkpoint's is DIR/params), which must be new."""
-    with _context():
+    """Write a tree of parameters as the Orbax directory `path` (a checkpoint's is DIR/params), which must be new.
+
+    Raises:
+        OSError: it cannot be written (a full disk).
+    """
+    with _writable(path), _context():
         ocp.save(Path(path).absolute(), params)
 
 
@@ -53,11 +61,28 @@ def stream_params(path: str | Path, leaves: Iterable[tuple[str, np.ndarray]]) ->
         for name, array in leaves:
             held[name] = array
             if sum(a.nbytes for a in held.values()) >= BATCH_BYTES:
-                ocp.partial.save(path, unflatten_dict(held, sep="/"))
+                _save_some(path, held)
                 held = {}
         if held:
-            ocp.partial.save(path, unflatten_dict(held, sep="/"))
-        ocp.partial.finalize(path)
+            _save_some(path, held)
+        with _writable(path):
+            ocp.partial.finalize(path)
+
+
+def _save_some(path: Path, leaves: dict[str, np.ndarray]) -> None:
+    with _writable(path):
+        ocp.partial.save(path, unflatten_dict(leaves, sep="/"))
+
+
+@contextlib.contextmanager
+def _writable(path: str | Path):
+    """A failed write's exception as the OSError that it was before tensorstore made it a text."""
+    try:
+        yield
+    except ValueError as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def _read_json(path: Path) -> dict:
@@ -122,7 +147,14 @@ def load_config(directory: str | Path) -> LlavaConfig:
     return config.replace(reading=manifest.get("reading", "original"))
 
 
-def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Mesh | None = None) -> dict:
+def load_params(
+    directory: str | Path,
+    config: LlavaConfig,
+    dtype=None,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
+    quantize_also=(),
+) -> dict:
     """The parameters, restored straight into the mesh's shardings (no mesh: onto the first device) and cast.
 
     Args:
@@ -130,27 +162,56 @@ def load_params(directory: str | Path, config: LlavaConfig, dtype=None, mesh: Me
         config: its config (`load_config`), which says what must be there.
         dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 elsewhere.
         mesh: see `llava_jax.sharding.make_mesh`.
+        quantize: "int8" makes int8 kernels of what is stored otherwise, a layer at a time; None is as stored.
+        quantize_also: see `llava_jax.quantize.OTHERS`.
 
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version, or not this config's parameters.
     """
     directory = epath.Path(directory).expanduser()
+    check_quantize(quantize, quantize_also)
     _manifest(directory)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if dtype is None:
         dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
-    shapes = param_shapes(config)
+    path = directory / PARAMS
+    remedy = f"delete {directory} and convert the checkpoint again with convert/from_hf.py"
+    stored = stored_tree(path, remedy)
+    shapes = with_scales(param_shapes(config), quantized_paths(stored))
+    check_tree(directory, stored, shapes)
+
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
     else:
         shardings = param_shardings(shapes, mesh)
-    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), shapes, shardings)
-    path = directory / PARAMS
-    remedy = f"delete {directory} and convert the checkpoint again with convert/from_hf.py"
-    check_tree(directory, stored_tree(path, remedy), shapes)
-    return load_tree(path, abstract, remedy)
+    placed, wanted = flatten_dict(shardings, sep="/"), {}
+    for name, leaf in flatten_dict(shapes, sep="/").items():
+        cast = leaf.dtype if leaf.dtype == jnp.int8 or name.endswith(SCALE) else dtype
+        wanted[name] = jax.ShapeDtypeStruct(leaf.shape, cast, sharding=placed[name])
+    if quantize is None:
+        return load_tree(path, unflatten_dict(wanted, sep="/"), remedy)
+    return _load_quantized(path, wanted, quantize_also, remedy)
+
+
+def _load_quantized(path: Path, wanted: dict, also, remedy: str) -> dict:
+    """The parameters with int8 kernels, as few of which as belong to one layer are ever there in another dtype."""
+
+    def load_some(some: dict) -> dict:
+        tree = {name: some.get(name, ocp.PLACEHOLDER) for name in wanted}
+        loaded = flatten_dict(load_tree(path, unflatten_dict(tree, sep="/"), remedy), sep="/")
+        return {name: loaded[name] for name in some}
+
+    def layer_of(name: str) -> str:
+        return name.rsplit("/", 3)[0]
+
+    kernels = [name for name in wanted if is_quantized(name, also) and wanted[name].dtype != jnp.int8]
+    out = load_some({name: leaf for name, leaf in wanted.items() if name not in kernels})
+    for _, layer in groupby(sorted(kernels, key=layer_of), layer_of):
+        exact = {n: jax.ShapeDtypeStruct(wanted[n].shape, jnp.float32, sharding=wanted[n].sharding) for n in layer}
+        out.update(quantize_leaves(load_some(exact).items(), also))
+    return unflatten_dict(out, sep="/")
 
 
 def stored_tree(path: Path, remedy: str) -> dict:
@@ -193,6 +254,10 @@ def _readable(path: Path, remedy: str):
 
 def check_tree(directory: Path, stored: dict, shapes: dict) -> None:
     """ValueError unless what is stored (`stored_tree`) has the config's paths and shapes (`param_shapes`)."""
+    if quantized_paths(stored) and not quantized_paths(shapes):
+        raise ValueError(
+            f"{directory}: its kernels are int8, for inference only; use the checkpoint that it was made of"
+        )
     stored = {k: tuple(v.shape) for k, v in flatten_dict(stored, sep="/").items()}
     wanted = {k: tuple(v.shape) for k, v in flatten_dict(shapes, sep="/").items()}
     problems = [f"{k} is missing" for k in sorted(wanted.keys() - stored.keys())]

@@ -16,7 +16,7 @@ from llava_jax.evaluation.submission import add_submit_arguments
 from llava_jax.evaluation.submission import run as write_submission
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
-from llava_jax.options import check_paths
+from llava_jax.options import add_int8_arguments, check_paths
 from llava_jax.training.arguments import add_train_arguments
 from llava_jax.training.arguments import options_from as train_options
 
@@ -41,6 +41,7 @@ def _add_ask(commands) -> None:
     ask.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
     ask.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     ask.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    add_int8_arguments(ask)
     ask.set_defaults(run=_ask)
 
 
@@ -48,7 +49,8 @@ def _ask(args) -> None:
     import llava_jax  # JAX is imported once the command line is known to be good
 
     images = [load_image(path) for path in _image_files(args.image_file, args.sep)]
-    llava, params = llava_jax.load(args.model_path, dtype=args.dtype)
+    held = dict(dtype=args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
+    llava, params = llava_jax.load(args.model_path, **held)
     names = ("conv_mode", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
     for piece in llava.stream(params, images, args.query, **{name: getattr(args, name) for name in names}):
         print(piece, end="", flush=True)

@@ -17,6 +17,12 @@ def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None
 
 
+def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint is held."""
+    parser.add_argument("--quantize", choices=("int8",), help="hold the kernels so, whatever is stored (as stored)")
+    parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
+
+
 def check_paths(values: Iterable[object]) -> None:
     """ValueError if one of them is a gs:// path and there is nothing here to read it with."""
     if any(isinstance(value, str) and value.startswith("gs://") for value in values):

@@ -19,6 +19,9 @@ LOGICAL_AXES = (
     (r".*/(gate_proj|up_proj|fc1)/kernel", ("embed", "mlp")),
     (r".*/fc1/bias", ("mlp",)),
     (r".*/(down_proj|fc2)/kernel", ("mlp", "embed")),
+    (r"language_model/lm_head/kernel_scale", ("vocab",)),
+    (r".*/(q_proj|k_proj|v_proj)/kernel_scale", ("heads",)),
+    (r".*/(gate_proj|up_proj|fc1)/kernel_scale", ("mlp",)),
     (r"mm_projector/linear_\d/kernel", (None, "embed")),
     (r".*/(q_proj|k_proj|v_proj)/b", ("rank", "heads")),  # a LoRA adapter is a [in, rank] and b [rank, out]
     (r".*/(gate_proj|up_proj)/b", ("rank", "mlp")),

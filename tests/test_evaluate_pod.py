@@ -119,6 +119,7 @@ def test_when_one_of_several_is_killed_the_others_stop(benchmark, tmp_path, vict
     started = start(answers.parent, env, command, processes=2)
     part = tmp_path / f"answers.jsonl.part-{victim}"
     while not part.exists() or not part.read_bytes():
+        assert started[victim].poll() is None, started[victim].stderr.read()
         time.sleep(0.01)
     started[victim].kill()
     _, error = started[1 - victim].communicate(timeout=60)

@@ -10,7 +10,7 @@ from llava_jax.constants import DTYPES
 from llava_jax.evaluation.questions import LANGUAGES
 from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
 from llava_jax.inputs.conversation import conv_templates
-from llava_jax.options import mesh_axes
+from llava_jax.options import add_int8_arguments, mesh_axes
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class EvaluateOptions:
             scripts pass the first have it anyway.
         strict: stop at the first question that cannot be asked.
         mesh: of each process's own devices; empty is all of them.
+        dtype, quantize, int8_prefix: see `llava_jax.load`.
     """
 
     model_path: str
@@ -46,6 +47,8 @@ class EvaluateOptions:
     strict: bool = False
     mesh: tuple[tuple[str, int], ...] = ()
     dtype: str | None = None
+    quantize: str | None = None
+    int8_prefix: bool = False
 
     def __post_init__(self):
         if self.new_tokens < 1:
@@ -93,6 +96,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
     parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
     parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    add_int8_arguments(parser)
     parser.set_defaults(json=False)
     parser.add_argument(
         "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"

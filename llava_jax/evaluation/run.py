@@ -77,9 +77,9 @@ def evaluate(options: EvaluateOptions) -> list[str]:
             `strict`, also the first question that cannot be asked.
         KeyboardInterrupt: SIGINT; what is answered stays answered.
     """
-    job = prepare(options)
-    kept = f"what was answered is kept beside {job.file.path}: start it again, everywhere, to go on"
+    kept = f"what was answered is kept beside {options.answers_file}: start it again, everywhere, to go on"
     with hosts.watched(kept):
+        job = prepare(options)
         answered = job.file.answered()
         part = Part(job.file.part(jax.process_index()))
         hosts.wait_for_all("every process has its part")
@@ -119,7 +119,7 @@ def prepare(options: EvaluateOptions) -> Job:
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config.name)
     settings = (config.name, config.reading, conv_mode, options.new_tokens)
-    settings += (options.temperature, options.top_p, options.seed)
+    settings += (options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix)
     ids = tuple(answer_id(settings, number, question) for number, question in enumerate(questions))
     return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
 
@@ -156,7 +156,7 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
         shares[i] = [n for n, error in errors.items() if not error]
     part.append(lines)
 
-    llava, params = llava_jax.load(job.options.model_path, job.options.dtype, mesh_for(job.options, job.config))
+    llava, params = _load(job)
     requests = [(size, [job.prompt(n) for n in numbers]) for size, numbers in zip(sizes, shares, strict=True)]
     groups, errors = make_groups(llava, requests)
     numbers = [n for numbers in shares for n in numbers]
@@ -169,6 +169,12 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
             lines = _answer_wave(job, llava, params, wave, loaded, numbers, answer)
             part.append(lines)
             progress.update(len(lines))
+
+
+def _load(job: Job):
+    options = job.options
+    held = dict(dtype=options.dtype, quantize=options.quantize, int8_prefix=options.int8_prefix)
+    return llava_jax.load(options.model_path, mesh=mesh_for(options, job.config), **held)
 
 
 def _plan(job: Job, llava, params, groups, sizes):

@@ -58,9 +58,10 @@ def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | No
     """
     lengths = [group.prefix_length(sizes[group.images], llava.config) for group in groups]
     budget = memory_budget(params) if budget is None else budget
-    itemsize = jax.tree.leaves(params)[0].dtype.itemsize
+    itemsize = params["language_model"]["embed_tokens"]["embedding"].dtype.itemsize
     tensor = 1 if llava.mesh is None else llava.mesh.shape.get("tensor", 1)
-    waves = plan_waves(groups, lengths, llava.config, slots, itemsize, budget, num_shards(llava.mesh), tensor)
+    divided = num_shards(llava.mesh), tensor
+    waves = plan_waves(groups, lengths, llava.config, slots, itemsize, budget, *divided, llava.model.int8_prefix)
     if waves:
         _announce(waves, groups, budget)
     return waves

@@ -15,7 +15,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 class Prefix:
     """Written once by prefill, read-only afterwards: G prompts of up to P positions."""
 
-    keys_values: list[KeysValues]  # for each layer, k and v [G, K, P, D]: as decoding reads them
+    keys_values: list[KeysValues]  # for each layer, k and v [G, K, P, D], as decoding reads them; arrays or Int8
     valid: jax.Array  # bool [G, P]
     lengths: jax.Array  # int32 [G]
 

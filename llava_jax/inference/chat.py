@@ -13,6 +13,7 @@ from llava_jax.inference.cache import Prefix, Suffix
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_length, pack
 from llava_jax.inputs.groups import common_length, pack_questions
+from llava_jax.quantize import Int8, to_int8
 
 
 class Chat:
@@ -90,8 +91,12 @@ def fold(capacity: int, question_slots: int, prefix: Prefix, suffix: Suffix, que
     start = prefix.lengths[0]
 
     def join(whole, part):
-        whole = jnp.pad(whole, ((0, 0), (0, 0), (0, capacity - whole.shape[2]), (0, 0)))
         part = part[:, 0].swapaxes(1, 2)
+        return jax.tree.map(write, whole, to_int8(part, -1) if isinstance(whole, Int8) else part)
+
+    def write(whole, part):
+        more = [(0, 0), (0, 0), (0, capacity - whole.shape[2]), (0, 0)]
+        whole = jnp.pad(whole, more[: whole.ndim])
         question, new = part[:, :, :question_slots], part[:, :, question_slots:]
         whole = jax.lax.dynamic_update_slice_in_dim(whole, question, start, axis=2)
         return jax.lax.dynamic_update_slice_in_dim(whole, new, start + question_length, axis=2)

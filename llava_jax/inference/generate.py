@@ -52,6 +52,11 @@ def join(shards: int, parts):
     return jax.tree.map(one, *parts)
 
 
+def _dtype(params):
+    """Of the activations."""
+    return params["language_model"]["embed_tokens"]["embedding"].dtype
+
+
 def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questions: Questions):
     """Prefill each row's question after its prefix.
 
@@ -62,8 +67,7 @@ def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questi
         (the suffix with Q + slots slots, hidden states [G, R, Q, E])
     """
     groups, rows, length = questions.ids.shape
-    dtype = prefix.keys_values[0][0].dtype
-    suffix = empty_suffix(model.config.text, groups, rows, length + slots, dtype)
+    suffix = empty_suffix(model.config.text, groups, rows, length + slots, _dtype(params))
     valid = jnp.arange(length + slots) < questions.lengths[..., None]
     suffix = suffix.replace(valid=valid)
     positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
@@ -79,7 +83,7 @@ def first(model, slots: int, params, prefix: Prefix, last: jax.Array, questions:
         last = jnp.take_along_axis(hidden, jnp.maximum(questions.lengths - 1, 0)[..., None, None], axis=2)[:, :, 0]
     else:
         groups, rows, _ = questions.ids.shape
-        suffix = empty_suffix(model.config.text, groups, rows, slots, prefix.keys_values[0][0].dtype)
+        suffix = empty_suffix(model.config.text, groups, rows, slots, _dtype(params))
         last = jnp.broadcast_to(last[:, None], (groups, rows, last.shape[-1]))
     state = DecodeState(
         suffix=suffix,

@@ -60,11 +60,11 @@ class Llava:
     Images are given as a path, URL, bytes, PIL image, uint8 array, a list of those, or None.
     """
 
-    def __init__(self, config: LlavaConfig, tokenizer, mesh=None):
+    def __init__(self, config: LlavaConfig, tokenizer, mesh=None, int8_prefix: bool = False):
         self.config = config
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.model = model = LlavaLlamaForCausalLM(config)
+        self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
 
         def jitted(name: str, function, **options) -> Announced:
             return Announced(name, jax.jit(partial(function, model), **options), mesh)
@@ -359,7 +359,15 @@ class Llava:
         return process_images(pictures, self.config), [picture.size for picture in pictures]
 
 
-def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[Llava, dict]:
+def load(
+    directory,
+    dtype=None,
+    mesh=None,
+    reading: str | None = None,
+    quantize: str | None = None,
+    quantize_also=(),
+    int8_prefix: bool = False,
+) -> tuple[Llava, dict]:
     """A converted checkpoint, ready to use.
 
     Args:
@@ -367,6 +375,9 @@ def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[
         dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU.
         mesh: a `jax.sharding.Mesh` to shard the parameters over (see `llava_jax.make_mesh`); None is one device.
         reading: "llava-hf" for transformers' reading of the same weights (see `LlavaConfig`); None is the original's.
+        quantize: "int8" to hold the kernels of the decoder's and the tower's layers so, whatever is stored; None is as
+            stored. quantize_also: of "lm_head" and "mm_projector", those to be made int8 too.
+        int8_prefix: cache the keys and values of prompts as int8.
 
     Returns:
         (Llava, params)
@@ -378,7 +389,7 @@ def load(directory, dtype=None, mesh=None, reading: str | None = None) -> tuple[
     config = load_config(directory)
     config = config if reading is None else config.replace(reading=reading)
     tokenizer = load_tokenizer(directory, config.name, config.reading)
-    params = load_params(directory, config, dtype=dtype, mesh=mesh)
+    params = load_params(directory, config, dtype, mesh, quantize, quantize_also)
     if config.mm_use_im_start_end:  # in case its tokenizer files lack them, as the original's builder does
         params, config, tokenizer = initialize_vision_tokenizer(params, config, tokenizer)
-    return Llava(config, tokenizer, mesh), params
+    return Llava(config, tokenizer, mesh, int8_prefix), params

@@ -85,7 +85,15 @@ class Wave:
 
 
 def plan_waves(
-    groups, lengths, config: LlavaConfig, slots: int, itemsize: int, budget: int, shards: int = 1, tensor: int = 1
+    groups,
+    lengths,
+    config: LlavaConfig,
+    slots: int,
+    itemsize: int,
+    budget: int,
+    shards: int = 1,
+    tensor: int = 1,
+    int8_prefix: bool = False,
 ) -> list[Wave]:
     """Groups of like length together, as many, and as many of their rows at a time, as the budget holds.
 
@@ -107,7 +115,7 @@ def plan_waves(
         same = [i for i in order[start : start + MAX_GROUPS * shards] if padded_lengths[i] == padded]
         count = max([n for n in range(1, len(same) // shards + 1) if bucket_count(n) == n], default=1)
         question = max(len(ids) for i in same for ids in groups[i].questions)
-        cost = Cost(config, padded, bucket_count(question), slots, itemsize, tensor)
+        cost = Cost(config, padded, bucket_count(question), slots, itemsize, tensor, int8_prefix)
         while count > 1 and cost.bytes(count, 1) > budget:
             count = max(n for n in range(1, count) if bucket_count(n) == n)
         taken = [groups[i] for i in same[: count * shards]]
@@ -129,6 +137,7 @@ class Cost:
     slots: int
     itemsize: int
     tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
+    int8_prefix: bool = False
 
     def at_once(self, groups: int) -> int:
         """How many prefixes are prefilled together: the largest divisor of `groups` within PREFILL_POSITIONS."""
@@ -138,11 +147,13 @@ class Cost:
     def bytes(self, groups: int, rows: int) -> int:
         text = self.config.text
         by = self.tensor if text.num_key_value_heads % self.tensor == 0 else 1
-        position = 2 * text.num_hidden_layers * text.num_key_value_heads // by * text.head_dim * self.itemsize
-        cache = groups * (self.prefix + rows * (self.question + self.slots)) * position
+        heads = 2 * text.num_hidden_layers * text.num_key_value_heads // by
+        new = heads * text.head_dim * self.itemsize  # bytes of a position
+        kept = heads * (text.head_dim + 4) if self.int8_prefix else new  # and of one of the prefix: with its scale
+        cache = groups * (self.prefix * kept + rows * (self.question + self.slots) * new)
         wide = (4 * text.hidden_size + 3 * text.intermediate_size // by) * self.itemsize
         heads = 4 * text.num_attention_heads // by  # float32 scores
         prefill = self.at_once(groups) * (self.prefix * wide + heads * PREFILL_CHUNK * self.prefix)
-        prefill = max(prefill, groups * self.prefix * position)  # prefixes before and after they are joined
+        prefill = max(prefill, groups * self.prefix * kept)  # prefixes before and after they are joined
         asking = groups * rows * self.question * (wide + heads * (self.prefix + self.question + self.slots))
         return cache + max(prefill, asking) + 8 * groups * rows * text.vocab_size

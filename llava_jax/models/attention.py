@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llava_jax.quantize import Int8
 from llava_jax.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
@@ -200,13 +201,13 @@ def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, 
 
     Args:
         q: [G, R, L, H, D], the new positions.
-        prefix_k, prefix_v: [G, K, P, D]; prefix_valid: bool [G, P].
+        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_valid: bool [G, P].
         suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
 
     Returns:
         [G, R, L, H, D]; exact: the weights on both parts are normalised together.
     """
-    heads = q.reshape(*q.shape[:3], prefix_k.shape[1], -1, q.shape[-1])
+    heads = q.reshape(*q.shape[:3], suffix_k.shape[3], -1, q.shape[-1])
     heads = heads.transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
     suffix = suffix_k.transpose(0, 3, 1, 2, 4), suffix_v.transpose(0, 3, 1, 2, 4)  # [G, K, R, S, D]
     arguments = heads, prefix_k, prefix_v, *suffix, prefix_valid, suffix_valid
@@ -225,15 +226,24 @@ def _two_parts_mapped(*arguments):
 
 
 def _two_parts(q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid):
-    """One kv head of one group: q [R, L, h, D], prefix [P, D], suffix [R, S, D], valid [P] and [R, L, S]."""
+    """One kv head of one group: q [R, L, h, D], prefix [P, D], suffix [R, S, D], valid [P] and [R, L, S].
+
+    An int8 position's scale meets its score, or its weight, instead of its D numbers.
+    """
     wide = dict(preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
-    over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide) * scale
+    prefix_k, k_scale = _with_scale(prefix_k, q.dtype)
+    prefix_v, v_scale = _with_scale(prefix_v, q.dtype)
+    over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide) * (scale * k_scale)
     over_suffix = jnp.einsum("rlhd,rsd->rlhs", q, suffix_k, **wide) * scale
     over_prefix = jnp.where(prefix_valid, over_prefix, MASKED)
     over_suffix = jnp.where(suffix_valid[:, :, None], over_suffix, MASKED)
     largest = jnp.maximum(over_prefix.max(-1, keepdims=True), over_suffix.max(-1, keepdims=True))
     on_prefix, on_suffix = jnp.exp(over_prefix - largest), jnp.exp(over_suffix - largest)
-    out = jnp.einsum("rlhp,pd->rlhd", on_prefix.astype(prefix_v.dtype), prefix_v, **wide)
+    out = jnp.einsum("rlhp,pd->rlhd", (on_prefix * v_scale).astype(prefix_v.dtype), prefix_v, **wide)
     out += jnp.einsum("rlhs,rsd->rlhd", on_suffix.astype(suffix_v.dtype), suffix_v, **wide)
     return (out / (on_prefix.sum(-1, keepdims=True) + on_suffix.sum(-1, keepdims=True))).astype(q.dtype)
+
+
+def _with_scale(x, dtype):
+    return (x.values.astype(dtype), x.scale) if isinstance(x, Int8) else (x, 1)

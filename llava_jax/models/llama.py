@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from llava_jax.config import TextConfig
+from llava_jax.models.linear import Linear
 from llava_jax.models.ops import apply_rotary, rms_norm, rotary_embedding
 from llava_jax.sharding import rows_divided
 
@@ -37,14 +38,14 @@ class LlamaAttention(nn.Module):
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            out = nn.Dense(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x)
+            out = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x)
             return out.reshape(*x.shape[:-1], heads, config.head_dim)
 
         q = apply_rotary(project("q_proj", config.num_attention_heads), cos, sin)
         k = apply_rotary(project("k_proj", config.num_key_value_heads), cos, sin)
         out, state = attend(q, k, project("v_proj", config.num_key_value_heads))
         out = out.reshape(*x.shape[:-1], -1)
-        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(out), state
+        return Linear(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(out), state
 
 
 class LlamaMLP(nn.Module):
@@ -53,9 +54,9 @@ class LlamaMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = self.config.intermediate_size
-        gate = nn.Dense(wide, use_bias=False, name="gate_proj")(x)
-        up = nn.Dense(wide, use_bias=False, name="up_proj")(x)
-        return nn.Dense(self.config.hidden_size, use_bias=False, name="down_proj")(jax.nn.silu(gate) * up)
+        gate = Linear(wide, use_bias=False, name="gate_proj")(x)
+        up = Linear(wide, use_bias=False, name="up_proj")(x)
+        return Linear(self.config.hidden_size, use_bias=False, name="down_proj")(jax.nn.silu(gate) * up)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -84,7 +85,7 @@ class LlamaModel(nn.Module):
         self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = LlamaRMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False)
+            self.lm_head = Linear(config.vocab_size, use_bias=False)
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, seq_len: jax.Array, max_seq_len: int, attends: Sequence[Attend]

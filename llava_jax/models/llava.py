@@ -18,6 +18,7 @@ from llava_jax.models.attention import (
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.vision import build_vision_tower
+from llava_jax.quantize import to_int8
 
 
 class LlavaLlamaForCausalLM(nn.Module):
@@ -25,6 +26,7 @@ class LlavaLlamaForCausalLM(nn.Module):
 
     config: LlavaConfig
     remat: bool = False  # of the decoder's layers, for training
+    int8_prefix: bool = False  # what prefill gives: keys and values as Int8
 
     def setup(self):
         self.vision_tower = build_vision_tower(self.config)
@@ -96,12 +98,15 @@ class LlavaLlamaForCausalLM(nn.Module):
         """Prompts (right-padded) to their last hidden state, [B, E], and every layer's keys and values.
 
         Returns:
-            (normed hidden state at each row's last position [B, E], one (k, v) of [B, K, L, D] for each layer)
+            (normed hidden state at each row's last position [B, E], one (k, v) of [B, K, L, D] for each layer, arrays
+            or Int8)
         """
 
         def attend(q, k, v):
-            # padding is on the right, where causality hides it
-            return causal_attention(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+            keys_values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            if self.int8_prefix:
+                keys_values = tuple(to_int8(x, -1) for x in keys_values)
+            return causal_attention(q, k, v), keys_values  # padding is on the right, where causality hides it
 
         hidden, keys_values, _ = self._decode_whole(self.embed_multimodal(batch), batch, attend)
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]

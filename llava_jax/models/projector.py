@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from llava_jax.config import LlavaConfig
+from llava_jax.models.linear import Linear
 
 
 class VisionProjector(nn.Module):
@@ -18,7 +19,7 @@ class VisionProjector(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """features [..., mm_hidden_size] → [..., E]."""
         for i in range(1, self.depth + 1):
-            features = nn.Dense(self.hidden_size, name=f"linear_{i}")(features)
+            features = Linear(self.hidden_size, name=f"linear_{i}")(features)
             if i < self.depth:
                 features = jax.nn.gelu(features, approximate=False)
         return features

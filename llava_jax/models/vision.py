@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import LlavaConfig, VisionConfig
+from llava_jax.models.linear import Linear
 from llava_jax.models.ops import divide_exactly, quick_gelu
 from llava_jax.sharding import rows_divided
 
@@ -60,11 +61,11 @@ class CLIPAttention(nn.Module):
         """x [T, 1 + N, E] → the same shape."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         q, k, v = (
-            nn.Dense(width, name=name)(x).reshape(*x.shape[:2], heads, -1) for name in ("q_proj", "k_proj", "v_proj")
+            Linear(width, name=name)(x).reshape(*x.shape[:2], heads, -1) for name in ("q_proj", "k_proj", "v_proj")
         )
         scores = jnp.einsum("tqhd,tkhd->thqk", q * (width // heads) ** -0.5, k)
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
-        return nn.Dense(width, name="out_proj")(jnp.einsum("thqk,tkhd->tqhd", weights, v).reshape(x.shape))
+        return Linear(width, name="out_proj")(jnp.einsum("thqk,tkhd->tqhd", weights, v).reshape(x.shape))
 
 
 class CLIPMLP(nn.Module):
@@ -72,10 +73,10 @@ class CLIPMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.Dense(self.config.intermediate_size, name="fc1")(x)
+        hidden = Linear(self.config.intermediate_size, name="fc1")(x)
         exact_gelu = self.config.hidden_act == "gelu"
         hidden = jax.nn.gelu(hidden, approximate=False) if exact_gelu else quick_gelu(hidden)
-        return nn.Dense(self.config.hidden_size, name="fc2")(hidden)
+        return Linear(self.config.hidden_size, name="fc2")(hidden)
 
 
 def _layer_norm(config: VisionConfig, name: str) -> nn.LayerNorm:

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from llava_jax import hosts
 from llava_jax.batch import Batch, Targets
-from llava_jax.checkpoint import load_config, load_params
+from llava_jax.checkpoint import check_tree, load_config, load_params
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inputs.batch import Room, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
 from llava_jax.sharding import make_mesh, num_shards, param_shardings
 from llava_jax.training.data import check_examples, load_examples
 from llava_jax.training.loader import Loader
@@ -146,6 +146,7 @@ def count_micro_steps(examples: int, rows: int, options: TrainOptions) -> int:
 def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None, optimizer):
     """(TrainState before the first step, the frozen parameters)."""
     params = load_params(options.model_path, config, dtype="float32", mesh=mesh)
+    check_tree(options.model_path, params, param_shapes(config))
     if options.pretrain_mm_mlp_adapter is not None:
         params = read_projector(options.pretrain_mm_mlp_adapter, config, params)
     pattern = trainable_pattern(options.stage, config, options.unfreeze_mm_vision_tower)
