@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -30,8 +31,9 @@ VERSION = 1
 MANIFEST = "llava_jax.json"
 PARAMS = "params"
 ADAPTERS, TRAIN_OPTIONS = "lora", "train_options.json"  # what a training run leaves beside them
-BATCH_BYTES = 512 << 20  # of tensors in memory at once while streaming
+BATCH_BYTES = 512 << 20  # of tensors that are read, or written, at once while streaming
 CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
+WRITE_BYTES = 128 << 20  # in flight while saving: more is memory beside the parameters, and is no faster
 READ_BYTES = 128 << 20  # in flight while loading: more is slower, and is memory beside the parameters
 
 
@@ -40,6 +42,7 @@ def _context() -> ocp.Context:
     context.array_options.saving.use_compression = False  # weights hardly compress, and it costs minutes
     context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory_options.deepcopy_host_arrays = False
+    context.memory_options.write_concurrent_bytes = WRITE_BYTES
     return context
 
 
@@ -54,24 +57,40 @@ def save_params(path: str | Path, params: dict) -> None:
 
 
 def stream_params(path: str | Path, leaves: Iterable[tuple[str, np.ndarray]]) -> None:
-    """`save_params` for a model that is larger than memory: ("a/b/kernel", array) pairs, written as they come."""
-    path = Path(path).absolute()
-    held: dict[str, np.ndarray] = {}
-    with _context():
-        for name, array in leaves:
-            held[name] = array
-            if sum(a.nbytes for a in held.values()) >= BATCH_BYTES:
-                _save_some(path, held)
-                held = {}
-        if held:
-            _save_some(path, held)
+    """`save_params` for a model that is larger than memory: ("a/b/kernel", array) pairs, written as they come.
+
+    Arrays are copied, so that they may be filled anew when the next one is asked for. A batch is made (in a thread)
+    while the one before it is written: two are in memory.
+    """
+    path, batches = Path(path).absolute(), _batches(leaves)
+    with _context(), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while batch := coming.result():
+            coming = thread.submit(next, batches, None)
+            with _writable(path):
+                ocp.partial.save(path, unflatten_dict(batch, sep="/"))
         with _writable(path):
             ocp.partial.finalize(path)
 
 
-def _save_some(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    with _writable(path):
-        ocp.partial.save(path, unflatten_dict(leaves, sep="/"))
+def _batches(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """As many as fit in a buffer. One of two, in turn: memory that is used again costs a third of what new one does."""
+    buffers, held, end = [np.empty(BATCH_BYTES, np.uint8) for _ in range(2)], {}, 0
+    for name, array in leaves:
+        if held and end + array.nbytes > BATCH_BYTES:
+            yield held
+            buffers, held, end = buffers[::-1], {}, 0
+        held[name] = _copy(array, buffers[0][end : end + array.nbytes])
+        end += -(-array.nbytes // 64) * 64
+    if held:
+        yield held
+
+
+def _copy(array: np.ndarray, room: np.ndarray) -> np.ndarray:
+    if room.nbytes < array.nbytes:  # a batch of its own
+        return np.array(array)
+    room[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return room.view(array.dtype).reshape(array.shape)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,11 @@ import sys
 
 from llava_jax.constants import DTYPES
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
+from llava_jax.conversion.verify import DESCRIPTION as VERIFY
+from llava_jax.conversion.verify import add_verify_arguments
+from llava_jax.conversion.verify import run as verify_converted
+from llava_jax.evaluation.ahead import add_ahead_arguments
+from llava_jax.evaluation.ahead import run as report_ahead
 from llava_jax.evaluation.options import add_evaluate_arguments
 from llava_jax.evaluation.options import options_from as evaluate_options
 from llava_jax.evaluation.score import add_score_arguments, check_scorable
@@ -164,6 +169,29 @@ def _evaluate(args) -> int:
     return 3 if failures else 0
 
 
+def _add_ahead(commands) -> None:
+    ahead = commands.add_parser(
+        "ahead",
+        help="what batch evaluation needs on a TPU that is not there",
+        description="Compile batch evaluation's programs for TPU slices that are not there, with libtpu alone, and "
+        "say what fits, what is copied, and how fast it is at best. Minutes for each slice.",
+        epilog="example: llava-jax ahead --topology v5e-1 --quantize int8 --int8-prefix",
+    )
+    add_ahead_arguments(ahead)
+    ahead.set_defaults(run=report_ahead)
+
+
+def _add_verify(commands) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="whether a converted checkpoint is the same model as the published one",
+        description=VERIFY,
+        epilog="example: llava-jax verify llava-v1.6-vicuna-7b --reference liuhaotian/llava-v1.6-vicuna-7b",
+    )
+    add_verify_arguments(verify)
+    verify.set_defaults(run=verify_converted)
+
+
 def _add_score(commands) -> None:
     score = commands.add_parser(
         "score",
@@ -231,7 +259,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; an error of the user's is one line on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_convert, _add_export, _add_train, _add_evaluate, _add_score, _add_submit, _add_demo):
+    for add in (
+        _add_ask,
+        _add_convert,
+        _add_export,
+        _add_train,
+        _add_verify,
+        _add_evaluate,
+        _add_score,
+        _add_submit,
+        _add_ahead,
+        _add_demo,
+    ):
         add(commands)
     args = parser.parse_args(argv)
     try:

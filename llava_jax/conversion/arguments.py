@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="mlp2x_gelu",
         help="make a LLaVA to be trained, of a plain Llama (the source), --vision-tower and a random projector",
     )
+    parser.add_argument("--quantize", choices=("int8",), help="store kernels so, for inference on half the memory")
+    parser.add_argument(
+        "--quantize-also",
+        nargs="+",
+        default=(),
+        choices=("lm_head", "mm_projector"),
+        help="kernels that stay otherwise",
+    )
     parser.add_argument("--anyres", action="store_true", help="with --new-projector: see pictures as 1.6, not as 1.5")
 
 

@@ -33,6 +33,7 @@ from llava_jax.demo.score import held_out_scene, score
 from llava_jax.inference.batching import prefill_wave
 from llava_jax.inference.generate import ask
 from llava_jax.inputs.groups import Group, Wave, pack_questions
+from llava_jax.inputs.tokenizer import tokenizer_image_token
 
 FORMS = {  # how it is converted, and loaded
     "float32": (dict(dtype="float32"), dict(dtype="float32")),
@@ -66,11 +67,13 @@ def next_tokens(llava, params, scenes, texts) -> list[np.ndarray]:
     for scene, text in zip(scenes, texts, strict=True):
         tiles, sizes = llava.load_images(draw(scene))
         prompt = np.asarray(llava.prompt_ids(DESCRIBE, sizes))
-        answer = np.asarray(llava.tokenizer.encode(text, add_special_tokens=False), np.int64)
-        group = Group(prompt[:-1], (np.concatenate([prompt[-1:], answer]),), (0,), 0)
+        said = llava.conversation(DESCRIBE, 1)
+        said = said.replace_last(said.messages[-1][0], text).get_prompt()
+        ids = np.asarray(tokenizer_image_token(said, llava.tokenizer))  # </s> at its end
+        group = Group(prompt[:-1], (ids[len(prompt) - 1 : -1],), (0,), 0)
         prefix, _ = prefill_wave(llava, params, Wave((group,), 1, 1, 1, 0), [(tiles, sizes)])
         given = log_probs(params, prefix, pack_questions([group.questions], 1, 1))
-        out.append(np.asarray(given)[0, 0, : len(answer) + 1])
+        out.append(np.asarray(given)[0, 0, : len(group.questions[0])])
     return out
 
 

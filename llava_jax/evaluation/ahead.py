@@ -1,0 +1,150 @@
+"""`llava-jax ahead`: batch evaluation on TPU slices that are not there. What fits, what is copied, how fast at best.
+
+Everything it says is compiled or computed, and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+
+from llava_jax.config import PRESETS, LlavaConfig
+from llava_jax.evaluation import roofline
+from llava_jax.evaluation.roofline import BENCHMARKS, GIB, SLICES, Held, Slice
+from llava_jax.inputs.batch import bucket_count
+from llava_jax.inputs.groups import MAX_GROUPS
+from llava_jax.options import add_int8_arguments, mesh_axes
+
+NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+QUESTION = 64  # positions of a question, padded
+ASSUMED = "assumed: " + "; ".join(
+    f"{name} has {b.questions:,} questions on {b.images:,} images of {b.size[0]} x {b.size[1]}, {b.question} tokens "
+    f"each, answers of up to {b.answer}"
+    for name, b in BENCHMARKS.items()
+)
+
+
+def add_ahead_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `llava-jax ahead`."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=PRESETS, default="1.6-vicuna-7b", help="published shapes (%(default)s)")
+    model.add_argument("--model-path", help="a converted checkpoint, of which the config alone is read")
+    parser.add_argument("--topology", nargs="+", choices=SLICES, default=list(SLICES), help="TPU slices (all of these)")
+    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="(as llava-jax evaluate)")
+    parser.add_argument("--prefix", type=int, default=3072, help="positions of a prefix, padded (%(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="questions on each prefix (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="(%(default)s)")
+    add_int8_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each slice")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile for each slice and print.
+
+    Raises:
+        ValueError: a number is not positive, the mesh is none of a slice's, or libtpu is missing.
+        FileNotFoundError: there is no checkpoint at --model-path.
+    """
+    for name in ("prefix", "rows", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the compiler for TPUs is not there: pip install libtpu")
+    os.environ.update(NO_TPU)  # before JAX is imported and libtpu is loaded
+    config = LlavaConfig.preset(args.model)
+    if args.model_path:
+        from llava_jax.checkpoint import load_config
+
+        config = load_config(args.model_path)
+    held = Held(args.quantize, args.int8_prefix)
+    for name in args.topology:
+        report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, held)
+        print(json.dumps(report) if args.json else describe(report), flush=True)
+    if not args.json:
+        print(ASSUMED)
+
+
+def measure(
+    config: LlavaConfig, name: str, axes: dict[str, int], prefix: int, rows: int, max_new_tokens: int, held: Held
+) -> dict:
+    """What one slice makes of it, as plain values; `describe` puts it into words."""
+    from llava_jax.evaluation.programs import Engine, Shapes, largest_wave, slice_mesh
+
+    where = SLICES[name]
+    most = math.gcd(where.chips, config.text.num_key_value_heads)
+    axes = axes or {"data": where.chips // most, "tensor": most}
+    if set(axes) - {"data", "tensor"} or math.prod(axes.values()) != where.chips:
+        raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
+    data, tensor = axes.get("data", 1), axes.get("tensor", 1)
+    shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
+    fit = largest_wave(Engine(config, slice_mesh(where, **axes), shapes, held), where.chip.hbm)
+    report = dict(
+        topology=name,
+        mesh=axes,
+        shapes=dataclasses.asdict(shapes),
+        **dataclasses.asdict(held),
+        hbm=where.chip.hbm,
+        **dataclasses.asdict(fit),
+    )
+    if fit.groups:
+        usual = min(MAX_GROUPS, fit.groups // data)
+        report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, held))
+    return report
+
+
+def at_best(config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, held: Held) -> dict:
+    """The roofline: seconds of each program, and questions a second."""
+    after = shapes.question + shapes.slots
+    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, tensor=tensor, held=held)
+    works = {
+        "encode": roofline.encode(config, config.max_tiles_per_image, tensor, held),
+        "prefill": roofline.prefill(config, shapes.prefix, tensor, held),
+        "question": roofline.extend(config, length=shapes.question, suffix=after, **wave),
+        "step": roofline.extend(config, length=1, suffix=after, **wave),
+    }
+    seconds = {name: work.seconds(where.chip, tensor) for name, work in works.items()}
+    rates = {
+        name: roofline.questions_a_second(benchmark, config, where.chip, data, tensor, groups, shapes.rows, held)
+        for name, benchmark in BENCHMARKS.items()
+    }
+    return dict(seconds=seconds, questions_a_second=rates)
+
+
+def describe(report: dict) -> str:
+    """A slice's report in words."""
+    shapes, room = report["shapes"], report["hbm"] / GIB
+    title = f"{report['topology']}, " + ", ".join(f"{name}={size}" for name, size in report["mesh"].items())
+    one = f"one prefix of {shapes['prefix']} positions with {shapes['rows']} rows"
+    if not report["groups"]:
+        remedy = "" if report["quantize"] else "; --quantize int8 halves them"
+        parameters = f"{report['params'] / GIB:.2f} GiB of parameters a chip"
+        return f"{title}: {parameters} leave no room for {one} in {room:.2f} GiB{remedy}"
+    lines = [
+        f"{title}: room for {report['groups']} prefixes of {shapes['prefix']} positions with {shapes['rows']} rows of "
+        f"{shapes['question']} + {shapes['slots']}",
+        f"  a chip: {report['params'] / GIB:.2f} GiB of parameters, {report['prefix'] / GIB:.3f} GiB of each prefix",
+        *(_describe_program(name, program) for name, program in report["programs"].items()),
+    ]
+    for groups, wave in report["waves"].items():
+        lines.append(f"  {groups} prefixes need {wave['needed'] / GIB:.2f} of {room:.2f} GiB a chip")
+        written = ", ".join(f"{count} of a {part}" for part, count in wave["answer"]["whole_writes"].items())
+        lines.append(f"  {_describe_program('answer', wave['answer'])}; whole writes at each step: {written}")
+    usual, rates = report["at_best_with"], report["questions_a_second"].items()
+    times = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in report["seconds"].items())
+    lines.append(f"  at best (roofline, nothing measured), {usual} prefixes: {times}")
+    lines.append("  at best: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates) + " questions a second")
+    return "\n".join(lines)
+
+
+def _describe_program(name: str, program: dict) -> str:
+    arguments, made, results, code = (program[key] / GIB for key in ("arguments", "temporaries", "outputs", "code"))
+    meetings = program["collectives"]
+    others = "".join(f", {count} {what}" for what, count in meetings["others"].items())
+    return (
+        f"  {name}: arguments {arguments:.2f}, temporaries {made:.2f}, results {results:.2f}, program {code:.2f} GiB; "
+        f"collectives: {meetings['decoder']} a decoder layer, {meetings['tower']} a tower layer{others}"
+    )

@@ -1,0 +1,351 @@
+"""Batch evaluation's programs, compiled for a TPU slice that is not there, and what the compiler made of them.
+
+libtpu alone is needed. It must not look for a TPU: see NO_TPU in `llava_jax.evaluation.ahead`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from llava_jax.batch import Batch, Questions
+from llava_jax.config import LlavaConfig
+from llava_jax.evaluation.roofline import Held, Slice, position_bytes
+from llava_jax.inference import generate
+from llava_jax.inference.sampling import Greedy
+from llava_jax.inputs.groups import MAX_GROUPS
+from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.quantize import is_quantized, with_scales
+from llava_jax.sharding import make_mesh, num_shards, param_shardings, rows_sharding
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """R rows after each prefix of P positions: Q of a question, and slots for new tokens."""
+
+    prefix: int
+    rows: int
+    question: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program, in bytes of HBM on one chip. Its arguments are all the parameters, and its own."""
+
+    seconds: float  # of compiling
+    arguments: int
+    temporaries: int
+    outputs: int  # that are not arguments given back
+    code: int
+    collectives: Collectives
+    whole_writes: dict[str, int] = field(default_factory=dict)  # decode: see `whole_writes`
+
+    @property
+    def total(self) -> int:
+        """Without its code, which stays while other programs run."""
+        return self.arguments + self.temporaries + self.outputs
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """How often the chips meet: in the layer of the decoder, and of the tower, that does so most, and besides."""
+
+    decoder: int
+    tower: int
+    others: dict[str, int]
+
+
+# ---- compiling
+
+
+def slice_mesh(where: Slice, **axes: int) -> Mesh:
+    """A mesh over a slice's chips, e.g. `slice_mesh(SLICES["v5e-8"], data=1, tensor=8)`."""
+    named = dict(topology_name=where.topology, chip_config_name=where.chip_config)
+    return make_mesh(topologies.get_topology_desc(platform="tpu", **named).devices, **axes)
+
+
+def abstract_params(config: LlavaConfig, mesh: Mesh, quantize: str | None = None):
+    """The parameters as `ShapeDtypeStruct`s in bfloat16, or int8, divided as the rules table has it."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes(config))
+    if quantize is not None:
+        shapes = with_scales(shapes, [path for path in flatten_dict(shapes, sep="/") if is_quantized(path)])
+    return jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), shapes, param_shardings(shapes, mesh))
+
+
+def _array(sharding, *shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def chip_bytes(tree) -> int:
+    """What one chip holds of a tree of placed arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_for(mesh: Mesh, function, *arguments, **options):
+    """`jax.jit(function)` for abstract arguments.
+
+    Returns:
+        (the compiled program, its results, abstract and placed as the compiler placed them, seconds of compiling)
+    """
+    began = time.perf_counter()
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):  # "highest" has no splash in bfloat16
+        lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
+        compiled = lowered.compile()
+    out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
+    return compiled, out, time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The programs of waves of any number of prefixes, for one model on one mesh."""
+
+    config: LlavaConfig
+    mesh: Mesh
+    shapes: Shapes
+    held: Held
+
+    @property
+    def model(self) -> LlavaLlamaForCausalLM:
+        return LlavaLlamaForCausalLM(self.config, int8_prefix=self.held.int8_prefix)
+
+    def params(self):
+        return abstract_params(self.config, self.mesh, self.held.quantize)
+
+    def once(self) -> tuple[dict[str, Program], tuple]:
+        """(encode and prefill of one picture for each shard of the rows, the prefixes and hidden states they give)."""
+        rows, side, at = num_shards(self.mesh), self.config.tile_size, rows_sharding(self.mesh)
+        tiles = _array(at, rows * self.config.max_tiles_per_image, side, side, 3, dtype=jnp.uint8)
+        text = _array(at, rows, 128) if rows > 1 else _array(at, 128)
+        whole = (rows, self.shapes.prefix)
+        mask = _array(at, *whole, dtype=bool)
+        batch = Batch(tiles, text, _array(at, *whole), _array(at, *whole), mask, _array(at, *whole), _array(at, rows))
+
+        def encode(params, tiles):
+            return self.model.apply({"params": params}, tiles, method="encode_images")
+
+        encoded = compile_for(self.mesh, encode, self.params(), tiles)
+        prefilled = compile_for(self.mesh, partial(generate.prefill, self.model), self.params(), batch)
+        return {"encode": _read("encode", encoded), "prefill": _read("prefill", prefilled)}, prefilled[1]
+
+    def answer(self, groups: int, prefixes) -> Program | None:
+        """What evaluation runs for a wave of that many of those prefixes: question prefill and decode in one.
+
+        None where the compiler finds that a chip has no room for it.
+        """
+        answer = partial(generate.answer, self.model, self.shapes.slots)
+        try:
+            answered = compile_for(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+        return _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
+
+    def halves(self, groups: int, prefixes) -> dict[str, Program]:
+        """The same as two programs, to be looked at one by one."""
+        arguments = self._asked(groups, prefixes)
+        asked = compile_for(self.mesh, partial(generate.first, self.model, self.shapes.slots), *arguments)
+        params, prefix, *_, sampling = arguments
+        decode = partial(generate.run, self.model)
+        decoded = compile_for(self.mesh, decode, params, prefix, asked[1], sampling, _LIMIT, donate_argnums=2)
+        parts = self._parts(groups, prefixes)
+        return {"question": _read("question", asked), "decode": _read("decode", decoded, parts)}
+
+    def _asked(self, groups: int, prefixes):
+        prefix, last = jax.tree.map(lambda x: _array(x.sharding, groups, *x.shape[1:], dtype=x.dtype), prefixes)
+        at, rows = rows_sharding(self.mesh), (groups, self.shapes.rows)
+        ids, mask = _array(at, *rows, self.shapes.question), _array(at, *rows, dtype=bool)
+        return self.params(), prefix, last, Questions(ids, _array(at, *rows), mask), Greedy()
+
+    def _parts(self, groups: int, prefixes) -> dict[str, tuple[int, ...]]:
+        """What one chip has of a layer's keys."""
+        prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_shards(self.mesh)
+        _, heads, length, width = prefix.sharding.shard_shape(prefix.shape)
+        groups, shapes = groups // shards, self.shapes
+        suffix = groups, shapes.rows, shapes.question + shapes.slots, heads, width
+        return {"prefix": (groups, heads, length, width), "suffix": suffix}
+
+
+_LIMIT = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _read(name: str, result, parts=None) -> Program:
+    compiled, _, seconds = result
+    print(f"{name}: {seconds:.0f} s of compiling", file=sys.stderr)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Program(
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        collectives=collectives(text),
+        whole_writes=whole_writes(text, parts) if parts else {},
+    )
+
+
+# ---- how many prefixes fit
+
+TRIES = 6  # waves compiled on the way to the largest
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a slice has room for. Bytes are of HBM on one chip."""
+
+    params: int
+    prefix: int  # of one prefix (of one on each of the mesh's shards of rows)
+    groups: int  # the most prefixes that fit; 0: not even one, and there are no programs
+    programs: dict[str, Program]  # encode, prefill; question and decode of a usual wave, as two programs
+    waves: dict[int, Wave]  # by their number of prefixes
+
+
+@dataclass(frozen=True)
+class Wave:
+    needed: int  # the most that a chip holds at any time, the code of all programs included
+    answer: Program
+
+
+def largest_wave(engine: Engine, room: float) -> Fit:
+    """The most that fit, of those that parameters and cache alone leave room for, and what was compiled on the way."""
+    shards, shapes = num_shards(engine.mesh), engine.shapes
+    params = chip_bytes(engine.params())
+    text, tensor = engine.config.text, engine.mesh.shape.get("tensor", 1)
+    prefix = shapes.prefix * engine.held.prefix(text) // tensor
+    suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
+    bound = int((room - params) // (prefix + suffix))
+    if bound < 1:
+        return Fit(params, prefix, 0, {}, {})
+    once, prefixes = engine.once()
+    prefix = chip_bytes(prefixes[0].keys_values)
+
+    def compiled(size: int) -> Wave | None:
+        answer = engine.answer(size * shards, prefixes)
+        return answer and Wave(needed(once["prefill"], answer, params, prefix, size), answer)
+
+    tried = search(compiled, room, params, bound)
+    groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
+    halves = engine.halves(min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
+    return Fit(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
+
+
+def search(compiled, room: float, params: int, bound: int) -> dict[int, Wave]:
+    """Waves of up to `bound` prefixes, the largest that fits among them: first the usual one, then again and again
+    where the line through the two that are nearest to the room meets it.
+
+    Args:
+        compiled: number of prefixes → their Wave, or None where the compiler itself finds no room.
+    """
+    size, tried = min(MAX_GROUPS, bound), {}
+    while size not in tried and len(tried) < TRIES:
+        wave = compiled(size)
+        if wave is None:
+            bound, size = size - 1, (max(tried, default=0) + size) // 2
+            if size:
+                continue
+            break
+        tried[size] = wave
+        near, far = (sorted(tried, key=lambda size: abs(tried[size].needed - room)) * 2)[:2]
+        origin, at_origin = (0, params) if near == far else (far, tried[far].needed)
+        each = max(1, (tried[near].needed - at_origin) / (near - origin))
+        size = min(bound, max(1, int(near + (room - tried[near].needed) // each)))
+        if size in tried and len(tried) == 1:  # one point is no line
+            size = min(bound, size + 1)
+    return dict(sorted(tried.items()))
+
+
+def needed(prefill: Program, answer: Program, params: int, prefix: int, size: int) -> int:
+    """The most that one chip holds at any time for a wave of `size` prefixes on each shard.
+
+    That is one of: the last prefill, with the other prefixes there; all of them being joined; answering.
+    """
+    at_most = max(prefill.total + (size - 1) * prefix, params + 2 * size * prefix, answer.total)
+    return at_most + prefill.code + answer.code
+
+
+# ---- the compiled text
+
+_COLLECTIVE = re.compile(r"[)}\]] (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = (.*?[)}\]]) ([\w-]+)\((.*)")
+_ARRAY = re.compile(r"\w+\[([\d,]*)\](\{[^{}]*\})?")
+_MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "dynamic-update-slice")
+
+
+def collectives(text: str) -> Collectives:
+    """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
+    met = Counter()
+    for name, lines in _computations(text).items():
+        for kind, path in filter(None, map(_collective, lines)):
+            layer = re.search(r"/layers_\d+/", path)
+            if layer:
+                met[name, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
+            else:
+                met[name, f"{kind} of {'embeddings' if 'embed' in path else 'token choice'}"] += 1
+    most = Counter()
+    for (_, what, *_), count in met.items():
+        most[what] = max(most[what], count)
+    return Collectives(most.pop("decoder", 0), most.pop("tower", 0), dict(most))
+
+
+def _collective(line: str) -> tuple[str, str] | None:
+    """(its kind, its `op_name`) of an instruction that is one."""
+    found, path = _COLLECTIVE.search(line), re.search(r'op_name="([^"]*)"', line)
+    return (found.group(1), path.group(1) if path else "") if found else None
+
+
+def whole_writes(text: str, parts: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """How many times the loops of a program write an array of a part's shape, whole, to HBM at each step.
+
+    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read.
+
+    Args:
+        parts: name → what a chip holds of one array of it.
+    """
+    computations = _computations(text)
+    bodies = re.findall(r" while\(.*?body=%?([\w.-]+)", text)
+    written = Counter(dict.fromkeys(parts, 0))
+    for line in (line for body in bodies for line in computations[body]):
+        _, _, result, operation, rest = _INSTRUCTION.match(line).groups()
+        if operation in _MOVES_NOTHING or operation.endswith("-start") or _updates_in_place(rest, computations):
+            continue
+        for dims, layout in _ARRAY.findall(result):
+            if "S(" not in layout:
+                written.update(_alike(tuple(map(int, dims.split(","))) if dims else (), parts))
+    return dict(written)
+
+
+def _alike(shape: tuple[int, ...], parts) -> list[str]:
+    """The parts of that shape, in any order of its axes, or else of that size."""
+    same = [name for name, part in parts.items() if sorted(part) == sorted(shape)]
+    return same or [name for name, part in parts.items() if math.prod(part) == math.prod(shape)]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Name → the lines of its instructions."""
+    out, lines = {}, []
+    for line in text.splitlines():
+        if line.endswith("{") and "(" in line and not line.startswith(" "):
+            name = line.removeprefix("ENTRY ").removeprefix("%").split(" ")[0].split("(")[0]
+            lines = out[name] = []
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+    return out
+
+
+def _updates_in_place(rest: str, computations) -> bool:
+    """Whether a fusion's result is an operand with one slice of it replaced."""
+    called = re.search(r"calls=%?([\w.-]+)", rest)
+    lines = computations[called.group(1)] if called else []
+    return any(line.lstrip().startswith("ROOT") and " dynamic-update-slice(" in line for line in lines)

@@ -1,0 +1,202 @@
+"""What a TPU cannot be faster than: operations, bytes of HBM and bytes between chips, from the config alone.
+
+A bound and no measurement: every chip works at its peak, nothing waits for the host, and only what is counted here is
+done. A program takes the longer of its operations and its HBM reads, and then its all-reduces, which nothing hides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llava_jax.config import LlavaConfig, TextConfig
+from llava_jax.inputs.anyres import num_image_tokens, num_tiles
+from llava_jax.inputs.batch import bucket_count, bucket_length
+from llava_jax.inputs.groups import bucket_rows
+
+GIB = 2**30
+BF16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is int8 instead of bfloat16: the layers' kernels, the keys and values of prefixes."""
+
+    quantize: str | None = None
+    int8_prefix: bool = False
+
+    @property
+    def kernel(self) -> int:
+        """Bytes of a number of a kernel."""
+        return BF16 if self.quantize is None else 1
+
+    def prefix(self, text: TextConfig) -> int:
+        """Bytes of one position of a prefix, in every layer."""
+        if not self.int8_prefix:
+            return position_bytes(text)
+        return 2 * text.num_hidden_layers * text.num_key_value_heads * (text.head_dim + 4)  # with its scale
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks as docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} give them; a link is the bidirectional ICI bandwidth a
+    chip of those pages over its ports (4 of v5e and v6e, 6 of v4 and v5p), one way. `hbm` is what XLA lets a program
+    have, by its own message about one that wants more."""
+
+    flops: float  # bfloat16, a second
+    hbm: float  # bytes
+    bandwidth: float  # HBM bytes a second
+    link: float  # bytes a second
+
+
+V4 = Chip(275e12, 30.75 * GIB, 1200e9, 50e9)
+V5E = Chip(197e12, 15.75 * GIB, 819e9, 50e9)
+V5P = Chip(459e12, 95.73 * GIB, 2765e9, 100e9)
+V6E = Chip(918e12, 31.24 * GIB, 1638e9, 100e9)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A TPU slice: its chips, and what libtpu calls it."""
+
+    chip: Chip
+    chips: int
+    topology: str
+    chip_config: str = "default"
+
+
+# The names count chips, but v4's and v5p's count TensorCores: two to a chip, which are one device as a "megacore".
+SLICES = {
+    "v5e-1": Slice(V5E, 1, "v5e:1x1"),
+    "v5e-4": Slice(V5E, 4, "v5e:2x2"),
+    "v5e-8": Slice(V5E, 8, "v5e:2x4"),
+    "v4-8": Slice(V4, 4, "v4:2x2x1", "megacore"),
+    "v5p-8": Slice(V5P, 4, "v5p:2x2x1", "megacore"),
+    "v6e-8": Slice(V6E, 8, "v6e:2x4"),
+}
+
+
+# ---- what each program does, on one of the `tensor` chips that share a model
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    read: float  # bytes of HBM
+    reduced: float  # bytes of the arrays that the chips add up
+
+    def seconds(self, chip: Chip, tensor: int) -> float:
+        """An all-reduce is a ring in both directions: of its bytes, 2 (n - 1) / n leave each chip by two links."""
+        alone = max(self.flops / chip.flops, self.read / chip.bandwidth)
+        return alone + (tensor - 1) / tensor * self.reduced / chip.link
+
+
+def layer_weights(text: TextConfig) -> int:
+    """Parameters of one decoder layer's kernels."""
+    heads = text.num_attention_heads + text.num_key_value_heads
+    return 2 * text.hidden_size * text.head_dim * heads + 3 * text.hidden_size * text.intermediate_size
+
+
+def head_weights(text: TextConfig) -> int:
+    return text.hidden_size * text.vocab_size
+
+
+def position_bytes(text: TextConfig) -> int:
+    """Keys and values of one position in every layer."""
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * BF16
+
+
+def encode(config: LlavaConfig, tiles: int, tensor: int, held: Held = Held()) -> Work:
+    """`encode_images`. The projector is not divided over `tensor`: each chip does the whole of it."""
+    vision, width = config.vision, config.vision.hidden_size
+    layers = config.mm_vision_select_layer % (vision.num_hidden_layers + 1)  # those that are run
+    kernels = layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    views = sum((scale // vision.image_size) ** 2 for scale in config.s2_scales) if config.s2 else 1
+    positions = tiles * views * (vision.num_patches + 1)
+    attention = 4 * layers * positions * (vision.num_patches + 1) * width
+    tower = 2 * positions * (kernels + 3 * vision.patch_size**2 * width) + attention
+    depth, wide = config.projector_depth or 0, config.text.hidden_size
+    projector = config.mm_hidden_size * wide + (depth - 1) * wide**2 if depth else 0
+    flops = tower / tensor + 2 * tiles * config.tokens_per_tile * projector
+    read = held.kernel * kernels / tensor + BF16 * projector
+    return Work(flops, read, 2 * layers * positions * width * BF16)
+
+
+def prefill(config: LlavaConfig, positions: int, tensor: int, held: Held = Held()) -> Work:
+    """The decoder over one prefix; each position sees half of them."""
+    text = config.text
+    kernels = text.num_hidden_layers * layer_weights(text)
+    flops = 2 * positions * kernels + 2 * positions**2 * _attention_width(text)
+    read = held.kernel * kernels + positions * held.prefix(text)
+    return Work(flops / tensor, read / tensor, _reduced(text, positions))
+
+
+def extend(
+    config: LlavaConfig, groups: int, rows: int, length: int, prefix: int, suffix: int, tensor: int, held: Held = Held()
+) -> Work:
+    """`length` new positions in each of groups x rows, after that many positions: a question, or a step of decoding."""
+    text, new = config.text, groups * rows * length
+    kernels = text.num_hidden_layers * layer_weights(text)
+    flops = 2 * new * kernels + 4 * new * (prefix + suffix) * _attention_width(text)
+    flops += 2 * groups * rows * head_weights(text)  # of the last position alone
+    read = held.kernel * kernels + BF16 * head_weights(text)
+    read += groups * (prefix * held.prefix(text) + rows * suffix * position_bytes(text))
+    return Work(flops / tensor, read / tensor, _reduced(text, new))
+
+
+def _attention_width(text: TextConfig) -> int:
+    return text.num_hidden_layers * text.num_attention_heads * text.head_dim
+
+
+def _reduced(text: TextConfig, positions: int) -> int:
+    """Two all-reduces a layer, and one of the embeddings."""
+    return (2 * text.num_hidden_layers + 1) * positions * text.hidden_size * BF16
+
+
+# ---- benchmarks
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A question file of LLaVA's eval folder. Counts are the data set's; sizes and lengths are assumed."""
+
+    questions: int
+    images: int
+    size: tuple[int, int]  # (width, height) of the usual picture
+    question: int  # tokens after the picture, instruction included
+    answer: int  # tokens of a wave's longest answer, </s> included
+
+
+BEFORE_IMAGE = 36  # tokens of vicuna_v1's prompt in front of the picture
+BENCHMARKS = {
+    "POPE": Benchmark(8910, 500, (640, 480), 30, 2),
+    "GQA": Benchmark(12578, 398, (640, 480), 32, 4),
+    "TextVQA": Benchmark(5000, 3166, (1024, 768), 96, 12),  # with its reference OCR tokens
+    "VQAv2": Benchmark(107394, 36807, (640, 480), 32, 6),
+}
+
+
+def questions_a_second(
+    benchmark: Benchmark,
+    config: LlavaConfig,
+    chip: Chip,
+    data: int,
+    tensor: int,
+    groups: int,
+    rows: int,
+    held: Held = Held(),
+) -> float:
+    """Each image encoded and prefilled once, its questions asked up to `rows` at a time, in waves of `groups` images;
+    `data` such waves at once."""
+    tiles = int(num_tiles(benchmark.size, config))
+    prefix = bucket_length(BEFORE_IMAGE + int(num_image_tokens(*benchmark.size, config)), config)
+    question, per_image = bucket_count(benchmark.question), benchmark.questions / benchmark.images
+    passes = math.ceil(per_image / rows)
+    rows = bucket_rows(math.ceil(per_image / passes))
+    slots = question + benchmark.answer
+    asked = extend(config, groups, rows, question, prefix, question, tensor, held).seconds(chip, tensor)
+    step = extend(config, groups, rows, 1, prefix, slots, tensor, held).seconds(chip, tensor)
+    image = encode(config, tiles, tensor, held).seconds(chip, tensor)
+    image += prefill(config, prefix, tensor, held).seconds(chip, tensor)
+    wave = groups * image + passes * (asked + (benchmark.answer - 1) * step)
+    return data * groups * per_image / wave

@@ -1,0 +1,281 @@
+"""Batch evaluation's programs compiled for TPU slices that are not there (libtpu alone is needed), and the roofline."""
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from llava_jax.config import LlavaConfig
+from llava_jax.evaluation import ahead, programs, roofline
+from llava_jax.evaluation.programs import Collectives, Engine, Fit, Program, Shapes, Wave, compile_for, slice_mesh
+from llava_jax.evaluation.roofline import BENCHMARKS, SLICES, V5E, Work
+from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def no_tpu(monkeypatch):
+    for name, value in ahead.NO_TPU.items():
+        monkeypatch.setenv(name, value)
+
+
+def small(config: LlavaConfig) -> LlavaConfig:
+    """Two layers of each kind, a head for each of eight chips: each layer is the same program again."""
+    text = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, num_key_value_heads=8)
+    vision = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=8, num_hidden_layers=3)
+    return config.replace(
+        text=dataclasses.replace(config.text, num_hidden_layers=2, **text),
+        vision=dataclasses.replace(config.vision, **vision),
+        mm_hidden_size=256,
+    )
+
+
+# ---- the programs
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_has_its_chips(name):
+    where = SLICES[name]
+    named = dict(topology_name=where.topology, chip_config_name=where.chip_config)
+    assert len(topologies.get_topology_desc(platform="tpu", **named).devices) == where.chips
+
+
+def test_programs_of_a_wave():
+    """Over a v5e-8, 256 prefixes of 1024: a cache that is too large for a core's own memory."""
+    config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 256
+    engine = Engine(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Held())
+    once, prefixes = engine.once()
+    wave = engine.halves(groups, prefixes)
+    params, prefix = programs.chip_bytes(engine.params()), programs.chip_bytes(prefixes[0].keys_values)
+    assert prefix == 1024 * roofline.position_bytes(config.text) // 8
+    assert once["encode"].arguments == pytest.approx(params, abs=4 * MIB)  # and the tiles
+    assert wave["question"].arguments == pytest.approx(params + groups * prefix, abs=4 * MIB)
+    suffix = groups * 16 * 128 * prefix // 1024
+    assert wave["question"].outputs == pytest.approx(suffix, abs=4 * MIB)
+    assert wave["decode"].arguments == pytest.approx(params + groups * prefix + suffix, abs=4 * MIB)
+    assert wave["decode"].outputs < MIB  # the suffix is written where it was
+
+    assert once["encode"].collectives == Collectives(0, 2, {})
+    assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (2, 2)
+    extras = {"all-reduce of embeddings": 1, "all-gather of token choice": 2}
+    assert wave["question"].collectives == wave["decode"].collectives == Collectives(2, 0, extras)
+    assert wave["decode"].whole_writes == {"prefix": 0, "suffix": 0}
+    answer = engine.answer(groups, prefixes)
+    assert answer.whole_writes == {"prefix": 0, "suffix": 0}
+    assert answer.collectives == wave["decode"].collectives
+    assert answer.total < wave["question"].total + wave["decode"].temporaries
+    needed = programs.needed(once["prefill"], answer, params, prefix, groups)
+    assert needed >= max(answer.total, params + 2 * groups * prefix)
+
+
+def test_a_cache_that_is_rewritten_is_seen():
+    """A loop that changes one of two arrays whole, reads the other, and updates a slot of a third."""
+    mesh = slice_mesh(SLICES["v5e-1"], tensor=1)
+    shape = (32, 4096, 1024)
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+
+    def loop(read, rewritten, updated, by):
+        def body(i, carried):
+            rewritten, updated = carried
+            slot = jax.lax.dynamic_slice_in_dim(rewritten, i, 1, axis=1) + read.sum(1, keepdims=True)
+            return rewritten * by + read, jax.lax.dynamic_update_slice_in_dim(updated, slot, i, axis=1)
+
+        return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
+
+    by = jax.ShapeDtypeStruct((), jnp.float32)
+    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2))[0].as_text()
+    assert programs.whole_writes(text, {"any": shape}) == {"any": 1}
+
+
+def test_only_what_reaches_hbm_whole_counts():
+    text = """HloModule loops
+
+%updates (p: bf16[4,8], q: bf16[1,8], i: s32[]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %q = bf16[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %dus = bf16[4,8]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %q, %i, %i)
+}
+
+%body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {
+  %t = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) parameter(0)
+  %whole = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
+  %fetched = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
+  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %x, %y), kind=kLoop, calls=%updates
+  %turned = bf16[8,4]{1,0:T(8,128)(2,1)} transpose(%in_place), dimensions={1,0}
+  %flat = (f32[3]{0}, bf16[6]{0:T(128)}) fusion(%other), kind=kLoop, calls=%adds
+  ROOT %out = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) tuple(%whole, %other)
+}
+
+%adds (p: bf16[2,3]) -> (f32[3], bf16[6]) {
+  ROOT %sum = (f32[3]{0}, bf16[6]{0}) reduce(%p)
+}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %copied = bf16[4,8]{1,0} copy(%p)
+  ROOT %while.1 = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) while(%tuple), condition=%cond, body=%body
+}
+"""
+    assert programs.whole_writes(text, {"prefix": (4, 8), "suffix": (2, 3)}) == {"prefix": 1, "suffix": 1}
+
+
+def test_collectives_by_layer():
+    def lines(*instructions):
+        return "".join(
+            f'  %x.{n} = {array} {kind}(%y), metadata={{op_name="jit(run)/while/body/{path}/dot_general"}}\n'
+            for n, (array, kind, path) in enumerate(instructions)
+        )
+
+    body = lines(
+        ("bf16[4]{0}", "all-reduce-start", "language_model/layers_0/self_attn/o_proj"),
+        ("bf16[4]{0}", "all-reduce-done", "language_model/layers_0/self_attn/o_proj"),
+        ("(bf16[4]{0}, bf16[2]{0})", "all-reduce", "language_model/layers_0/mlp/down_proj"),
+        ("bf16[4]{0}", "all-gather", "language_model/layers_0/mlp/gate_proj"),
+        ("bf16[4]{0}", "all-reduce", "language_model/layers_11/mlp/down_proj"),
+        ("bf16[4]{0}", "collective-permute", "vision_tower/layers_0/fc1"),
+        ("bf16[4]{0}", "all-gather", "reduce"),
+    )
+    before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
+    text = f"%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
+    assert programs.collectives(text) == Collectives(3, 1, {"all-gather of token choice": 1})
+
+
+# ---- what fits
+
+
+@pytest.mark.parametrize("room", [79, 99, 101, 130, 140, 240, 1000, 1600])
+@pytest.mark.parametrize("less", [0, 5, -5])
+@pytest.mark.parametrize("refused", [1.01, 1.2, 9])
+def test_the_largest_wave_is_found(room, less, refused):
+    """Of waves that need 80 bytes and 20 for each prefix, or some less or more for each after the twentieth; the
+    compiler refuses those that need much more than there is."""
+
+    def compiled(size):
+        wave = Wave(80 + 20 * size - less * max(0, size - 20), None)
+        return wave if wave.needed < refused * room else None
+
+    tried = programs.search(compiled, room, params=60, bound=70)
+    fits = [size for size, wave in tried.items() if wave.needed <= room]
+    assert max(fits, default=0) == max(n for n in range(71) if n == 0 or 80 + 20 * n - less * max(0, n - 20) <= room)
+
+
+# ---- the roofline
+
+
+def test_weights_are_those_of_the_parameters():
+    config = LlavaConfig.preset("1.6-mistral-7b")
+    shapes = param_shapes(config)
+
+    def kernels(tree):
+        return sum(x.size for x in jax.tree.leaves(tree) if x.ndim > 1)
+
+    text = config.text
+    decoder = {name: part for name, part in shapes["language_model"].items() if name.startswith("layers")}
+    assert kernels(decoder) == text.num_hidden_layers * roofline.layer_weights(text)
+    tower = {n: part for n, part in shapes["vision_tower"].items() if n.startswith("layers") and n != "layers_23"}
+    read = roofline.encode(config, 5, 1).read
+    assert read == 2 * (kernels(tower) + kernels(shapes["mm_projector"]))
+
+
+def test_operations_are_those_that_are_lowered():
+    """XLA counts them in the unoptimized programs; what it has besides products is little."""
+    config = small(LlavaConfig.preset("1.6-vicuna-7b"))
+    model, params = LlavaLlamaForCausalLM(config), param_shapes(config)
+    tiles = jax.ShapeDtypeStruct((5, 336, 336, 3), jnp.uint8)
+    encode = jax.jit(lambda params, tiles: model.apply({"params": params}, tiles, method="encode_images"))
+    counted = encode.lower(params, tiles).cost_analysis()["flops"]
+    assert roofline.encode(config, 5, 1).flops == pytest.approx(counted, rel=0.03)
+
+
+def test_seconds():
+    assert Work(197e12, 1, 0).seconds(V5E, 1) == 1
+    assert Work(1, 2 * 819e9, 0).seconds(V5E, 8) == 2
+    assert Work(0, 0, 50e9).seconds(V5E, 4) == 0.75
+    assert Work(197e12, 819e9, 50e9).seconds(V5E, 2) == 1.5  # only what chips say to each other adds to it
+
+
+def test_a_step_reads_weights_and_cache():
+    text = LlavaConfig.preset("1.6-vicuna-7b").text
+    weights = 2 * (32 * roofline.layer_weights(text) + 4096 * 32000)
+    work = roofline.extend(LlavaConfig.preset("1.6-vicuna-7b"), 4, 16, 1, 3072, 192, 8)
+    assert work.read == (weights + 4 * (3072 + 16 * 192) * 2**19) / 8
+
+
+def test_more_chips_and_larger_waves_are_never_slower():
+    config = LlavaConfig.preset("1.6-vicuna-7b")
+    for benchmark in BENCHMARKS.values():
+        rates = [
+            roofline.questions_a_second(benchmark, config, V5E, data, tensor, groups, 16)
+            for data, tensor, groups in [(1, 4, 1), (1, 4, 8), (1, 8, 8), (2, 8, 8)]
+        ]
+        assert rates == sorted(rates)
+
+
+# ---- the command
+
+
+def run(*flags):
+    parser = argparse.ArgumentParser()
+    ahead.add_ahead_arguments(parser)
+    ahead.run(parser.parse_args(flags))
+
+
+def test_one_chip_needs_int8(capsys):
+    run("--topology", "v5e-1")
+    assert "13.16 GiB of parameters a chip leave no room" in capsys.readouterr().out
+    config, mesh = LlavaConfig.preset("1.6-vicuna-7b"), slice_mesh(SLICES["v5e-1"], tensor=1)
+    params = programs.abstract_params(config, mesh, "int8")
+    assert programs.chip_bytes(params) / 2**30 == pytest.approx(6.85, abs=0.1)  # but for embeddings, head and projector
+
+
+def test_an_int8_wave_on_one_chip():
+    """Half the bytes of kernels and prefix, and no copy of either in another dtype."""
+    held, shapes, groups = roofline.Held("int8", True), Shapes(1024, 2, 32, 64), 64
+    config, mesh = small(LlavaConfig.preset("1.6-vicuna-7b")), slice_mesh(SLICES["v5e-1"], tensor=1)
+    engine = Engine(config, mesh, shapes, held)
+    _, prefixes = engine.once()
+    prefix = programs.chip_bytes(prefixes[0].keys_values)
+    assert prefix == 1024 * held.prefix(config.text) < 0.52 * 1024 * roofline.position_bytes(config.text)
+    answer = engine.answer(groups, prefixes)
+    assert answer.temporaries < groups * prefix
+    assert answer.whole_writes["prefix"] == 0
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--mesh", "tensor=4"], "must make up the 8 chips of a v5e-8"),
+        (["--mesh", "fsdp=8"], "must make up the 8 chips"),
+        (["--rows", "0"], "--rows 0 must be above 0"),
+    ],
+)
+def test_a_wrong_flag_is_one_error(flags, said):
+    with pytest.raises(ValueError, match=said):
+        run("--topology", "v5e-8", *flags)
+
+
+def test_the_report(monkeypatch, capsys):
+    program = Program(1.0, 3 << 30, 1 << 30, 0, 1 << 29, Collectives(2, 0, {"all-reduce of embeddings": 1}))
+    decode = dataclasses.replace(program, whole_writes={"prefix": 0, "suffix": 5})
+    fit = Fit(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: Wave(7 << 30, decode)})
+    monkeypatch.setattr(programs, "largest_wave", lambda engine, room: fit)
+    run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
+    out = capsys.readouterr().out
+    for said in (
+        "v5e-8, data=1, tensor=8: room for 8 prefixes of 2560",
+        "7.00 of 15.75 GiB",
+        "0 of a prefix, 5 of a suffix",
+    ):
+        assert said in out
+    assert out.count("2 a decoder layer, 0 a tower layer, 1 all-reduce of embeddings") == 6
+    run("--topology", "v5p-8", "--mesh", "data=2,tensor=2", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["groups"] == 8 and report["waves"]["8"]["answer"]["whole_writes"]["suffix"] == 5
+    assert set(report["questions_a_second"]) == set(BENCHMARKS)
+    assert math.isclose(report["seconds"]["step"], 0.0061, rel_tol=0.5)
