@@ -54,7 +54,7 @@ def test_liuhaotian_values_and_files(tiny, tmp_path):
         "published": {"dtype": "bfloat16", "vision_tower": "inside"},
     }
     files = {"config.json", "generation_config.json", "tokenizer.model", "vision_config.json", "llava_jax.json"}
-    assert {p.name for p in output.iterdir()} == files | {"preprocessor_config.json", "params"}
+    assert {p.name for p in output.iterdir()} == files | {"preprocessor_config.json", "checksums.json", "params"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip", "llava-v1.6-tiny", "out"]
 
 

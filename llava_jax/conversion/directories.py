@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_jax import checkpoint
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, the largest file that a disk or a limit allows
 
 
 def check_output(output: Path) -> None:
@@ -33,7 +36,7 @@ def new_directory(output: Path, nbytes: int) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `output` is there, or another process is writing it.
-        OSError: not enough disk space.
+        OSError: not enough disk space, now or part-way.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.parent / f".{output.name}.converting"
@@ -57,8 +60,13 @@ def new_directory(output: Path, nbytes: int) -> Iterator[Path]:
             yield temporary
             check_output(output)
             temporary.rename(output)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise OSError(
+                    f"{output}: the disk became full ({os.strerror(error.errno)}); free {nbytes / 2**30:.1f} GiB, or "
+                    "give another place with --output"
+                ) from error
             raise
     finally:
         os.close(handle)

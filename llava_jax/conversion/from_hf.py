@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from tqdm import tqdm
 
 from llava_jax import checkpoint
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
-from llava_jax.conversion import key_table, sources
+from llava_jax.conversion import checksums, key_table, sources
 from llava_jax.conversion.arguments import add_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
-from llava_jax.conversion.safetensors_files import DTYPE_NAMES, write_safetensors
+from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
 from llava_jax.conversion.sources import Location, Tensor, write_json
+from llava_jax.conversion.stored import quiet_orbax
 from llava_jax.models.llava import param_shapes
+from llava_jax.quantize import check_quantize, quantize_leaves
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -82,6 +85,8 @@ def convert(
     model_base: str | None = None,
     new_projector: str | None = None,
     anyres: bool = False,
+    quantize: str | None = None,
+    quantize_also: Sequence[str] = (),
     progress: bool = True,
 ) -> Path:
     """Convert a published checkpoint, of either layout, into a directory that `llava_jax.load` takes.
@@ -98,6 +103,8 @@ def convert(
         model_base: the language model under a stage-1 `mm_projector.bin`, as in the original's loader.
         new_projector: `mm_projector_type` of a LLaVA yet to be trained, of a plain Llama (`source`) and `vision_tower`.
         anyres: that one is to see pictures as 1.6 does; otherwise as 1.5.
+        quantize: "int8" stores the kernels of the decoder's and the tower's layers so; quantize_also: of "lm_head" and
+            "mm_projector", those too. Such a directory is for inference only.
         progress: print what is done, with a bar over bytes.
 
     Returns:
@@ -108,6 +115,7 @@ def convert(
     """
     source = os.fspath(source)
     key_table.check_dtype(dtype)
+    check_quantize(quantize, quantize_also)
     name = checkpoint_name(source)
     output = Path(output if output is not None else name).expanduser().absolute()
     check_output(output)
@@ -123,8 +131,14 @@ def convert(
         say(f"the vision tower is in the checkpoint; {published.config.mm_vision_tower} gives its known settings only")
     with new_directory(output, plan.nbytes) as temporary:
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not progress) as bar:
-            checkpoint.stream_params(temporary / checkpoint.PARAMS, _leaves(plan, bar))
+            record: dict[str, dict] = {}
+            leaves = _leaves(plan, bar)
+            if quantize is not None:
+                leaves = ((path, np.asarray(x)) for path, x in quantize_leaves(leaves, quantize_also))
+            leaves = checksums.recorded(leaves, record)
+            checkpoint.stream_params(temporary / checkpoint.PARAMS, leaves)
         _write_small_files(temporary, published, plan)
+        checksums.write_record(temporary, record)
     say(f"wrote {output}: {len(plan.tensors)} parameters, {plan.nbytes / 2**30:.2f} GiB")
     return output
 
@@ -282,12 +296,28 @@ def _open_projector(location: Location) -> dict[str, Tensor]:
 
 
 def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, parameter), file after file."""
-    for path in sorted(plan.tensors, key=lambda p: str(plan.tensors[p].file)):
-        array = key_table.cast(plan.tensors[path].read(), plan.dtypes[path], path)
-        array = key_table.apply_transform(plan.transforms[path], array)
-        yield path, array
-        bar.update(array.nbytes)
+    """(path, parameter), file after file; each is gone when the next is asked for."""
+    paths = sorted(plan.tensors, key=lambda path: str(plan.tensors[path].file))
+    largest = 4 * max(int(np.prod(t.shape)) for t in plan.tensors.values())  # float32 has the most bytes
+    read, turned = np.empty(largest, np.uint8), np.empty(largest, np.uint8)
+    for file, in_file in itertools.groupby(paths, key=lambda path: plan.tensors[path].file):
+        sources.check_blob(file)
+        for path in in_file:
+            tensor = plan.tensors[path]
+            array = tensor.read_into(read) if tensor.read_into else tensor.read()
+            _check_finite(array, path, file)
+            array = key_table.apply_transform(plan.transforms[path], key_table.cast(array, plan.dtypes[path], path))
+            yield path, in_order(array, turned)
+            bar.update(array.nbytes)
+
+
+def _check_finite(array: np.ndarray, path: str, file: Path) -> None:
+    """ValueError for NaN or Inf: an exponent of ones, looked for in blocks that the cache holds, for speed."""
+    exponent = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+    mask = exponent[array.dtype.name]
+    bits = array.reshape(-1).view(mask.dtype)
+    if any((bits[start : start + (1 << 17)] & mask).max() == mask for start in range(0, bits.size, 1 << 17)):
+        raise ValueError(f"{file}: {path} holds NaN or Inf, as no published weights do; download it again")
 
 
 def _write_small_files(directory: Path, published: Published, plan: Plan) -> None:
@@ -329,6 +359,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert as the flags say."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
     given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
+    given += args.quantize, args.quantize_also
+    quiet_orbax()
     convert(args.source, args.output, *given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -30,10 +31,14 @@ SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 
 @dataclass(frozen=True)
 class Tensor(TensorInfo):
-    """A published tensor: what its header says, its file, and how to read it."""
+    """A published tensor: what its header says, its file, and how to read it.
+
+    `read_into`, where there is one, takes a buffer (uint8) of at least its bytes: new memory costs more than reading.
+    """
 
     file: Path
     read: Callable[[], np.ndarray]
+    read_into: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def open_checkpoint(location: Location) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index lists is absent.
-        ValueError: a file is truncated or damaged, or the index lists a tensor that its shard does not hold.
+        ValueError: a file is truncated or damaged, or the index and its shards disagree.
     """
     for name in WEIGHT_FILES:
         location.fetch([name])
@@ -158,14 +163,16 @@ def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
     if absent:
         raise FileNotFoundError(f"{location.path}: {index.name} lists {', '.join(absent)}, absent; download it again")
     tensors: dict[str, Tensor] = {}
-    lies = []
+    lies, unlisted = [], []
     for shard in shards:
         held = open_file(location.path / shard)
         lies += [f"{n} ({shard})" for n, file in weight_map.items() if file == shard and n not in held]
-        tensors |= {n: t for n, t in held.items() if weight_map.get(n, shard) == shard}
-    if lies:
-        more = f" and {len(lies) - 5} more" if len(lies) > 5 else ""
-        raise ValueError(f"{index}: lists tensors that their files do not hold: {', '.join(lies[:5])}{more}")
+        tensors |= {n: t for n, t in held.items() if weight_map.get(n) == shard}
+        unlisted += [f"{n} ({shard})" for n in held if n not in weight_map]
+    for what, names in (("lists tensors that their files do not hold", lies), ("leaves out tensors", unlisted)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{index}: {what}: {', '.join(names[:5])}{more}; download it and its files again")
     return tensors
 
 
@@ -176,28 +183,55 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         if size < 8 or length > min(size - 8, 100 << 20):
             raise ValueError(f"{path}: truncated, or not a safetensors file (a git-lfs pointer?); download it again")
         try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            entries = _read_entries(json.loads(file.read(length)))
         except (ValueError, AttributeError, TypeError, KeyError):
             raise ValueError(f"{path}: its safetensors header is damaged; download it again") from None
     start = 8 + length
-    if size < start + end:
-        raise ValueError(f"{path}: truncated: {size} bytes of {start + end}; download it again")
+    end = start + max((stop for *_, stop in entries.values()), default=0)
+    if size != end:
+        what = "truncated" if size < end else "damaged"
+        raise ValueError(f"{path}: {what}: {size} bytes of {end}; download it again")
     tensors = {}
-    for name, entry in header.items():
-        dtype, shape = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
-        read = partial(_read_safetensors, path, dtype, shape, start + entry["data_offsets"][0])
-        tensors[name] = Tensor(shape, dtype, path, read)
+    for name, (dtype, shape, begin, _) in entries.items():
+        read_into = partial(_read_safetensors, path, dtype, shape, start + begin)
+        tensors[name] = Tensor(shape, dtype, path, partial(_read_new, read_into, shape, dtype), read_into)
     return tensors
 
 
-def _read_safetensors(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    count = int(np.prod(shape, dtype=np.int64))
-    array = np.fromfile(path, np.dtype(dtype).newbyteorder("<"), count, offset=offset)
-    if len(array) != count:
-        raise ValueError(f"{path}: became shorter while it was read; download it again")
-    return array.reshape(shape)
+def _read_entries(header: dict) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Name → (dtype, shape, first byte, end) of each tensor.
+
+    Raises:
+        ValueError, AttributeError, TypeError, KeyError: damaged; tensors fill their file without a gap, as in the
+            safetensors library.
+    """
+    header.pop("__metadata__", None)
+    entries, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+        begin, stop = entry["data_offsets"]
+        known = entry["dtype"] in SAFETENSORS_DTYPES
+        if begin != end or (known and stop - begin != TensorInfo(shape, dtype).nbytes):
+            raise ValueError(f"{name} is not where it should be")
+        entries[name], end = (dtype, shape, begin, stop), stop
+    return entries
+
+
+def _read_safetensors(path: Path, dtype: str, shape: tuple[int, ...], offset: int, buffer: np.ndarray) -> np.ndarray:
+    room = buffer[: TensorInfo(shape, dtype).nbytes]
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(room):  # a single read stops at 2 GiB
+            count = file.readinto(room[done:].data)
+            if not count:
+                raise ValueError(f"{path}: became shorter while it was read; download it again")
+            done += count
+    return room.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def _read_new(read_into: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return read_into(np.empty(TensorInfo(shape, dtype).nbytes, np.uint8))
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:
@@ -222,6 +256,21 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
         name: Tensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), path, partial(_read_torch, t))
         for name, t in state.items()
     }
+
+
+def check_blob(path: Path) -> None:
+    """See that a file in huggingface_hub's cache is what was published: a large one's blob is named by its SHA-256.
+
+    Raises:
+        ValueError: it is not.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    with blob.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
+        raise ValueError(f"{path}: damaged (its SHA-256 is not the hub's); delete {blob} and download it again")
 
 
 def _read_torch(tensor) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +96,7 @@ def as_tensor(stored: Stored, path: str, transform: str, dtype: str | None = Non
 
 def read_tensors(stored: Stored, tensors: Iterable[Written], bar: tqdm) -> Iterator[np.ndarray]:
     """The tensors, in this order."""
-    for batch in _batches(tensors):
+    for batch in batches(tensors):
         params = load(stored, {tensor.path for tensor in batch})
         for tensor in batch:
             array = _published(tensor, params[tensor.path])
@@ -103,7 +105,8 @@ def read_tensors(stored: Stored, tensors: Iterable[Written], bar: tqdm) -> Itera
         del params, array  # before the next ones are read
 
 
-def _batches(tensors: Iterable[Written]) -> Iterator[list[Written]]:
+def batches(tensors: Iterable[Written]) -> Iterator[list[Written]]:
+    """The tensors, as many together as may be in memory at once."""
     batch, size = [], 0
     for tensor in tensors:
         if batch and size + tensor.nbytes > checkpoint.BATCH_BYTES:
@@ -131,3 +134,16 @@ def _published(tensor: Written, param: np.ndarray) -> np.ndarray:
         return array
     mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
     return np.concatenate([array, np.broadcast_to(mean, (tensor.shape[0] - len(array), len(mean)))])
+
+
+def quiet_orbax() -> None:
+    """For a command: where Orbax fails it raises, and its threads no longer print that too, nor what comes of it."""
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

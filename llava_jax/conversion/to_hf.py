@@ -21,7 +21,7 @@ from llava_jax.conversion.from_hf import BUFFERS, PROCESSOR_FILES, TOKENIZER_FIL
 from llava_jax.conversion.key_table import TensorInfo
 from llava_jax.conversion.safetensors_files import write_checkpoint
 from llava_jax.conversion.sources import read_json, write_json
-from llava_jax.conversion.stored import Converted, Written, as_tensor, open_converted, read_tensors
+from llava_jax.conversion.stored import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has long had it
 EMBEDDING, HEAD = "language_model/embed_tokens/embedding", "language_model/lm_head/kernel"
@@ -180,12 +180,13 @@ def _write_small_files(directory: Path, converted: Converted, layout: str, confi
 def run(args: argparse.Namespace) -> None:
     """Export as the flags say."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
-    if not args.adapter:
-        export(args.directory, args.output, args.layout, args.dtype, args.vision_tower)
-        return
-    if args.layout == "llava-hf" or args.vision_tower is not None:
+    if args.adapter and (args.layout == "llava-hf" or args.vision_tower is not None):
         raise ValueError("--adapter goes with neither --layout llava-hf nor --vision-tower")
-    export_adapter(args.directory, args.output, args.dtype)
+    quiet_orbax()
+    if args.adapter:
+        export_adapter(args.directory, args.output, args.dtype)
+    else:
+        export(args.directory, args.output, args.layout, args.dtype, args.vision_tower)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -107,6 +107,16 @@ def compile_for(mesh: Mesh, function, *arguments, **options):
     return compiled, out, time.perf_counter() - began
 
 
+def compile_if_it_fits(*args, **options):
+    """`compile_for`, or None where the compiler finds that a chip has no room for the program."""
+    try:
+        return compile_for(*args, **options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
 @dataclass(frozen=True)
 class Engine:
     """The programs of waves of any number of prefixes, for one model on one mesh."""
@@ -145,23 +155,20 @@ class Engine:
         None where the compiler finds that a chip has no room for it.
         """
         answer = partial(generate.answer, self.model, self.shapes.slots)
-        try:
-            answered = compile_for(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return None
-        return _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
+        answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
+        return answered and _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
 
     def halves(self, groups: int, prefixes) -> dict[str, Program]:
-        """The same as two programs, to be looked at one by one."""
-        arguments = self._asked(groups, prefixes)
-        asked = compile_for(self.mesh, partial(generate.first, self.model, self.shapes.slots), *arguments)
-        params, prefix, *_, sampling = arguments
-        decode = partial(generate.run, self.model)
-        decoded = compile_for(self.mesh, decode, params, prefix, asked[1], sampling, _LIMIT, donate_argnums=2)
-        parts = self._parts(groups, prefixes)
-        return {"question": _read("question", asked), "decode": _read("decode", decoded, parts)}
+        """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
+        arguments, out = self._asked(groups, prefixes), {}
+        asked = compile_if_it_fits(self.mesh, partial(generate.first, self.model, self.shapes.slots), *arguments)
+        if asked:
+            out["question"] = _read("question", asked)
+            params, prefix, *_, sampling = arguments
+            run, decoding = partial(generate.run, self.model), (params, prefix, asked[1], sampling, _LIMIT)
+            if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
+                out["decode"] = _read("decode", decoded, self._parts(groups, prefixes))
+        return out
 
     def _asked(self, groups: int, prefixes):
         prefix, last = jax.tree.map(lambda x: _array(x.sharding, groups, *x.shape[1:], dtype=x.dtype), prefixes)

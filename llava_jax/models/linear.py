@@ -25,5 +25,25 @@ class Linear(nn.Module):
             out = x @ kernel
             return out if bias is None else out + bias
         scale = self.get_variable("params", SCALE)
-        out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
+        out = _matmul(x, kernel) * scale
         return (out if bias is None else out + bias).astype(x.dtype)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ int8 kernel [in, out] in float32."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once)
+
+
+def _matmul_at_once(x, kernel):
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_in_strips(x, kernel):
+    """A few outputs after another: a CPU converts a kernel before the product, and would keep all of them converted."""
+    strips = next(n for n in (16, 8, 4, 2, 1) if kernel.shape[1] % n == 0)
+    width = kernel.shape[1] // strips
+
+    def strip(i):
+        return _matmul_at_once(x, jax.lax.dynamic_slice_in_dim(kernel, i * width, width, axis=1))
+
+    return jnp.moveaxis(jax.lax.map(strip, jnp.arange(strips)), 0, -2).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,98 @@
+"""A converted checkpoint's checksums: recorded as it is written, compared when it is verified."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax import checkpoint
+from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.conversion.stored import Stored, as_tensor, batches, load, open_stored
+
+CHECKSUMS = "checksums.json"
+
+
+def checksum(array: np.ndarray) -> str:
+    """CRC-32 of an array's bytes in C order."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+
+
+def recorded(leaves: Iterable[tuple[str, np.ndarray]], record: dict[str, dict]) -> Iterator[tuple[str, np.ndarray]]:
+    """The (path, array) pairs as they come; `record` gets the dtype and checksum of each."""
+    for path, array in leaves:
+        record[path] = {"dtype": array.dtype.name, "crc32": checksum(array)}
+        yield path, array
+
+
+def write_record(directory: Path, record: dict[str, dict]) -> None:
+    """The record of the parameters, and the SHA-256 of the small files that stand beside them by now."""
+    files = {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    write_json(directory / CHECKSUMS, {"files": files, "parameters": dict(sorted(record.items()))})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(directory: str | os.PathLike) -> list[str]:
+    """What differs in a converted checkpoint from what was recorded when it was written: a line for each file or
+    parameter; none: all is well. A directory without a record (trained, or converted before there was one) gets one
+    line that says so. A batch of parameters is in memory at a time.
+
+    Raises:
+        FileNotFoundError: no such directory.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    if not (directory / CHECKSUMS).is_file():
+        return [f"{CHECKSUMS}: there is none (trained, or converted by an older llava_jax): nothing to compare with"]
+    try:
+        record = read_json(directory / CHECKSUMS)
+        files, parameters = dict(record["files"]), dict(record["parameters"])
+        stored = open_stored(directory / checkpoint.PARAMS)
+    except (KeyError, TypeError):
+        return [f"{CHECKSUMS}: damaged"]
+    except ValueError as error:
+        return [str(error)]
+    return _check_files(directory, files) + _check_parameters(stored, parameters)
+
+
+def _check_files(directory: Path, files: dict[str, str]) -> list[str]:
+    missing = [name for name in files if not (directory / name).is_file()]
+    changed = [name for name in files if name not in missing and _sha256(directory / name) != files[name]]
+    return [f"{name}: missing" for name in missing] + [
+        f"{name}: changed since it was written (its SHA-256 differs)" for name in changed
+    ]
+
+
+def _check_parameters(stored: Stored, parameters: dict[str, dict]) -> list[str]:
+    problems = [f"{path}: missing" for path in sorted(parameters.keys() - stored.infos.keys())]
+    problems += [
+        f"{path}: was not written by the conversion" for path in sorted(stored.infos.keys() - parameters.keys())
+    ]
+    both = sorted(parameters.keys() & stored.infos.keys())
+    for batch in batches(as_tensor(stored, path, "identity") for path in both):
+        problems += _differences(stored, [tensor.path for tensor in batch], parameters)
+    return problems
+
+
+def _differences(stored: Stored, paths: list[str], parameters: dict[str, dict]) -> list[str]:
+    try:
+        arrays = load(stored, set(paths))
+    except ValueError as error:
+        if len(paths) == 1:
+            return [f"{paths[0]}: cannot be read: {error}"]
+        return [line for path in paths for line in _differences(stored, [path], parameters)]
+    problems = []
+    for path in paths:
+        now = {"dtype": arrays[path].dtype.name, "crc32": checksum(arrays[path])}
+        if now != parameters[path]:
+            problems.append(f"{path}: changed since it was written (its dtype or CRC-32 differs)")
+    return problems
