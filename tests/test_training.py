@@ -166,6 +166,7 @@ def test_a_run_leaves_a_checkpoint_that_answers_and_a_curve(finished, pictures):
     flat, old = flatten_dict(params, sep="/"), flatten_dict(before, sep="/")
     changed = {path.split("/")[0] for path in flat if not np.array_equal(flat[path], old[path])}
     assert changed == {"language_model", "mm_projector"}
+    assert not (output / "checksums.json").exists()  # the source's are not its own
 
 
 def test_a_finished_run_is_not_trained_over(finished):

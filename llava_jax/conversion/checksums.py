@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax import checkpoint
+from llava_jax.checkpoint import CHECKSUMS
 from llava_jax.conversion.sources import read_json, write_json
 from llava_jax.conversion.stored import Stored, as_tensor, batches, load, open_stored
-
-CHECKSUMS = "checksums.json"
 
 
 def checksum(array: np.ndarray) -> str:

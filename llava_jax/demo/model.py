@@ -129,7 +129,8 @@ def write_published(directory: Path, config: LlavaConfig, params: dict, dtype: s
     vision = dataclasses.asdict(config.vision)
     statistics = {name: vision.pop(name) for name in ("image_mean", "image_std")}
     write_json(directory / TOWER / "config.json", {"model_type": "clip_vision_model", **vision})
-    write_json(directory / TOWER / "preprocessor_config.json", {"size": config.vision.image_size, **statistics})
+    sizes = dict.fromkeys(("crop_size", "size"), config.vision.image_size)
+    write_json(directory / TOWER / "preprocessor_config.json", sizes | statistics)
     write_json(directory / "config.json", config.to_hf())
     write_tokenizer(directory)
     tensors, kept = {}, np.dtype(getattr(ml_dtypes, dtype, dtype))

@@ -205,7 +205,7 @@ def _save(path: Path, params: dict) -> None:
 
 def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path, output: Path) -> None:
     """The config, the tokenizer and last, for with it the directory is a checkpoint, the manifest."""
-    of_its_own_run = (checkpoint.MANIFEST, checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
+    of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
             shutil.copyfile(file, output / file.name)
