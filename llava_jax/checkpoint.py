@@ -254,7 +254,7 @@ def load_tree(path: Path, abstract: dict, remedy: str) -> dict:
         ValueError: it is damaged, and the remedy.
     """
     context = ocp.Context()
-    largest = max(math.prod(x.shape) for x in jax.tree.leaves(stored_tree(path, remedy)))
+    largest = max(math.prod(x.shape) for x in jax.tree.leaves(abstract) if x is not ocp.PLACEHOLDER)
     context.memory_options.read_concurrent_bytes = max(READ_BYTES, 4 * largest + 1)  # Orbax refuses a larger array
     with _readable(path, remedy), context:
         return ocp.load(path.absolute(), abstract)

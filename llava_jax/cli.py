@@ -5,36 +5,36 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from llava_jax.constants import DTYPES
+from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
-from llava_jax.conversion.verify import DESCRIPTION as VERIFY
-from llava_jax.conversion.verify import add_verify_arguments
-from llava_jax.conversion.verify import run as verify_converted
-from llava_jax.evaluation.ahead import add_ahead_arguments
-from llava_jax.evaluation.ahead import run as report_ahead
-from llava_jax.evaluation.options import add_evaluate_arguments
-from llava_jax.evaluation.options import options_from as evaluate_options
-from llava_jax.evaluation.score import add_score_arguments, check_scorable
-from llava_jax.evaluation.score import run as score_answers
-from llava_jax.evaluation.submission import add_submit_arguments
-from llava_jax.evaluation.submission import run as write_submission
+from llava_jax.evaluation import ahead, score, submission
+from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
+from llava_jax.flags import add_int8_arguments, check_paths, options_from
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import load_image
-from llava_jax.options import add_int8_arguments, check_paths
 from llava_jax.training.arguments import add_train_arguments
-from llava_jax.training.arguments import options_from as train_options
+from llava_jax.training.options import TrainOptions
 
 LISTED = 100  # questions that could not be asked
 
 
-def _add_ask(commands) -> None:
-    ask = commands.add_parser(
-        "ask",
-        help="answer a question about one or more pictures",
-        description="Answer a question about one or more pictures, or none.",
-        epilog='example: llava-jax ask --model-path llava-v1.6-vicuna-7b --image-file me.jpg --query "What is this?"',
-    )
+@dataclass(frozen=True)
+class Command:
+    """One of `llava-jax`'s; `run` takes the parsed flags and may return an exit status."""
+
+    name: str
+    help: str
+    description: str
+    example: str | None  # what follows `llava-jax`; None: add_arguments says more below the flags
+    add_arguments: Callable
+    run: Callable
+
+
+def _add_ask_arguments(ask) -> None:
     ask.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
     ask.add_argument("--image-file", help="a path or URL, or several with --sep between")
     ask.add_argument("--query", required=True, help="the question; <image> may be placed by hand")
@@ -47,7 +47,6 @@ def _add_ask(commands) -> None:
     ask.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     ask.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
     add_int8_arguments(ask)
-    ask.set_defaults(run=_ask)
 
 
 def _ask(args) -> None:
@@ -69,32 +68,10 @@ def _image_files(image_file: str | None, sep: str) -> list[str]:
     return [image_file] if os.path.exists(image_file) else image_file.split(sep)
 
 
-def _add_convert(commands) -> None:
-    convert = commands.add_parser(
-        "convert",
-        help="turn a published checkpoint into an Orbax directory",
-        description="Turn a published checkpoint, local or on the hub, into an Orbax directory.",
-        epilog="example: llava-jax convert liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
-    )
-    add_arguments(convert)
-    convert.set_defaults(run=_convert)
-
-
 def _convert(args) -> None:
     from llava_jax.conversion.from_hf import run
 
     run(args)
-
-
-def _add_export(commands) -> None:
-    export = commands.add_parser(
-        "export",
-        help="write a converted or trained checkpoint in a published layout",
-        description="Write a converted or trained checkpoint as safetensors in a published layout.",
-        epilog="example: llava-jax export llava-v1.6-vicuna-7b --output exported --layout llava-hf --dtype bfloat16",
-    )
-    add_export_arguments(export)
-    export.set_defaults(run=_export)
 
 
 def _export(args) -> None:
@@ -103,56 +80,21 @@ def _export(args) -> None:
     run(args)
 
 
-def _add_train(commands) -> None:
-    train = commands.add_parser(
-        "train",
-        help="LLaVA's training stages",
-        description="Train a converted checkpoint on LLaVA's own data files. A killed run, started again with the same "
-        "flags, goes on where it was saved.",
-        epilog="example: llava-jax train --stage finetune --model-path llava-v1.6-vicuna-7b "
-        "--data-path llava_v1_5_mix665k.json --image-folder data --output-dir tuned --bf16 --mesh fsdp=8",
-    )
-    add_train_arguments(train)
-    train.add_argument(
-        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
-    )
-    train.set_defaults(run=_train)
-
-
 def _train(args) -> None:
-    options = train_options(args)
-    if args.distributed:
-        import jax
-
-        jax.distributed.initialize()
+    options = options_from(TrainOptions, args)
+    _initialize(args)
     from llava_jax.training.train import train
 
     print(f"wrote {train(options)}")
 
 
-def _add_evaluate(commands) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="answer a benchmark's question file",
-        description="Answer a question file of LLaVA's eval folder. Killed and started again with the same flags, it "
-        "goes on. Questions that cannot be asked get an empty answer, are listed, and make the exit status 3.",
-        epilog="example: llava-jax evaluate --task pope --model-path llava-v1.6-vicuna-7b --question-file "
-        "llava_pope_test.jsonl --image-folder val2014 --answers-file answers.jsonl",
-    )
-    add_evaluate_arguments(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-
 def _evaluate(args) -> int:
-    options = evaluate_options(args)
+    options = options_from(EvaluateOptions, args)
     if args.annotations is not None:
         if args.num_chunks > 1:
             raise ValueError("--annotations: a chunk is not scored; join the chunks' files and use llava-jax score")
-        check_scorable(args)
-    if args.distributed:
-        import jax
-
-        jax.distributed.initialize()
+        score.check_scorable(args.task, args.answers_file, args.annotations)
+    _initialize(args)
     from llava_jax import hosts
     from llava_jax.evaluation.run import evaluate
 
@@ -165,63 +107,18 @@ def _evaluate(args) -> int:
             print(f"{len(failures)} questions{more} could not be asked; metadata.error says why", file=sys.stderr)
         print(f"wrote {options.answers_file}")
         if args.annotations is not None:
-            score_answers(args)
+            score.print_scores(args.task, args.answers_file, args.annotations, args.question_file)
     return 3 if failures else 0
 
 
-def _add_ahead(commands) -> None:
-    ahead = commands.add_parser(
-        "ahead",
-        help="what batch evaluation needs on a TPU that is not there",
-        description="Compile batch evaluation's programs for TPU slices that are not there, with libtpu alone, and "
-        "say what fits, what is copied, and how fast it is at best. Minutes for each slice.",
-        epilog="example: llava-jax ahead --topology v5e-1 --quantize int8 --int8-prefix",
-    )
-    add_ahead_arguments(ahead)
-    ahead.set_defaults(run=report_ahead)
+def _initialize(args) -> None:
+    if args.distributed:
+        import jax
+
+        jax.distributed.initialize()
 
 
-def _add_verify(commands) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="whether a converted checkpoint is the same model as the published one",
-        description=VERIFY,
-        epilog="example: llava-jax verify llava-v1.6-vicuna-7b --reference liuhaotian/llava-v1.6-vicuna-7b",
-    )
-    add_verify_arguments(verify)
-    verify.set_defaults(run=verify_converted)
-
-
-def _add_score(commands) -> None:
-    score = commands.add_parser(
-        "score",
-        help="score an answer file",
-        description="Score an answer file as the benchmark's own program does.",
-    )
-    add_score_arguments(score)
-    score.set_defaults(run=score_answers)
-
-
-def _add_submit(commands) -> None:
-    submit = commands.add_parser(
-        "submit",
-        help="write an answer file in the form that a benchmark's server takes",
-        description="Write an answer file in the form that a benchmark's server, or its own evaluator, takes.",
-        epilog="example: llava-jax submit --task vizwiz --answers-file answers.jsonl --question-file llava_test.jsonl "
-        "--output vizwiz.json",
-    )
-    add_submit_arguments(submit)
-    submit.set_defaults(run=write_submission)
-
-
-def _add_demo(commands) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="the whole path with the small model that the package bundles",
-        description="Convert the bundled model, which this package trained on pictures that it draws, load it, ask it "
-        "about pictures that it has not seen, and save them with its answers as llava-jax-demo.png.",
-        epilog="example: llava-jax demo --score --scenes 500 --seed 0 --no-anyres",
-    )
+def _add_demo_arguments(demo) -> None:
     demo.add_argument(
         "--output", help="keep the converted checkpoint here (a temporary directory); of --train, the run"
     )
@@ -233,7 +130,6 @@ def _add_demo(commands) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of the pictures (%(default)s)")
     demo.add_argument("--no-anyres", action="store_true", help="with --score: show it the base tile alone")
     demo.add_argument("--json", action="store_true", help="with --score: as one line of JSON")
-    demo.set_defaults(run=_demo)
 
 
 def _demo(args) -> None:
@@ -255,23 +151,105 @@ def _demo(args) -> None:
         run(args.model, args.output, args.scenes or 6, args.seed)
 
 
+COMMANDS = (
+    Command(
+        "ask",
+        "answer a question about one or more pictures",
+        "Answer a question about one or more pictures, or none.",
+        'ask --model-path llava-v1.6-vicuna-7b --image-file me.jpg --query "What is this?"',
+        _add_ask_arguments,
+        _ask,
+    ),
+    Command(
+        "convert",
+        "turn a published checkpoint into an Orbax directory",
+        "Turn a published checkpoint, local or on the hub, into an Orbax directory.",
+        "convert liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
+        add_arguments,
+        _convert,
+    ),
+    Command(
+        "export",
+        "write a converted or trained checkpoint in a published layout",
+        "Write a converted or trained checkpoint as safetensors in a published layout.",
+        "export llava-v1.6-vicuna-7b --output exported --layout llava-hf --dtype bfloat16",
+        add_export_arguments,
+        _export,
+    ),
+    Command(
+        "train",
+        "LLaVA's training stages",
+        "Train a converted checkpoint on LLaVA's own data files. A killed run, started again with the same flags, goes "
+        "on where it was saved.",
+        "train --stage finetune --model-path llava-v1.6-vicuna-7b --data-path llava_v1_5_mix665k.json "
+        "--image-folder data --output-dir tuned --bf16 --mesh fsdp=8",
+        add_train_arguments,
+        _train,
+    ),
+    Command(
+        "verify",
+        "whether a converted checkpoint is the same model as the published one",
+        verify.DESCRIPTION,
+        "verify llava-v1.6-vicuna-7b --reference liuhaotian/llava-v1.6-vicuna-7b",
+        verify.add_verify_arguments,
+        verify.run,
+    ),
+    Command(
+        "evaluate",
+        "answer a benchmark's question file",
+        "Answer a question file of LLaVA's eval folder. Killed and started again with the same flags, it goes on. "
+        "Questions that cannot be asked get an empty answer, are listed, and make the exit status 3.",
+        "evaluate --task pope --model-path llava-v1.6-vicuna-7b --question-file llava_pope_test.jsonl "
+        "--image-folder val2014 --answers-file answers.jsonl",
+        add_evaluate_arguments,
+        _evaluate,
+    ),
+    Command(
+        "score",
+        "score an answer file",
+        "Score an answer file as the benchmark's own program does.",
+        None,
+        score.add_score_arguments,
+        score.run,
+    ),
+    Command(
+        "submit",
+        "write an answer file in the form that a benchmark's server takes",
+        "Write an answer file in the form that a benchmark's server, or its own evaluator, takes.",
+        "submit --task vizwiz --answers-file answers.jsonl --question-file llava_test.jsonl --output vizwiz.json",
+        submission.add_submit_arguments,
+        submission.run,
+    ),
+    Command(
+        "ahead",
+        "what batch evaluation needs on a TPU that is not there",
+        "Compile batch evaluation's programs for TPU slices that are not there, with libtpu alone, and say what fits, "
+        "what is copied, and how fast it is at best. Minutes for each slice.",
+        "ahead --topology v5e-1 --quantize int8 --int8-prefix",
+        ahead.add_ahead_arguments,
+        ahead.run,
+    ),
+    Command(
+        "demo",
+        "the whole path with the small model that the package bundles",
+        "Convert the bundled model, which this package trained on pictures that it draws, load it, ask it about "
+        "pictures that it has not seen, and save them with its answers as llava-jax-demo.png.",
+        "demo --score --scenes 500 --seed 0 --no-anyres",
+        _add_demo_arguments,
+        _demo,
+    ),
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; an error of the user's is one line on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        _add_ask,
-        _add_convert,
-        _add_export,
-        _add_train,
-        _add_verify,
-        _add_evaluate,
-        _add_score,
-        _add_submit,
-        _add_ahead,
-        _add_demo,
-    ):
-        add(commands)
+    for command in COMMANDS:
+        example = command.example and f"example: llava-jax {command.example}"
+        its = commands.add_parser(command.name, help=command.help, description=command.description, epilog=example)
+        command.add_arguments(its)
+        its.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
         check_paths(vars(args).values())

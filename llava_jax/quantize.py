@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ class Int8(NamedTuple):
     scale: jax.Array  # float32, without the axis that it is the same along
 
 
+@partial(jax.jit, static_argnums=1)
 def to_int8(x: jax.Array, axis: int) -> Int8:
     """The nearest of 255 levels between minus and plus the largest magnitude along the axis."""
     x = x.astype(jnp.float32)
@@ -52,10 +54,9 @@ def quantize_leaves(
     leaves: Iterable[tuple[str, np.ndarray]], also: Iterable[str] = ()
 ) -> Iterator[tuple[str, np.ndarray]]:
     """("a/b/kernel", array) pairs as they come, with int8 kernels and their scales."""
-    quantize = jax.jit(to_int8, static_argnums=1)
     for path, array in leaves:
         if is_quantized(path, also):
-            values, scale = quantize(array, 0)
+            values, scale = to_int8(array, 0)
             yield path, values
             yield _scale_of(path), scale
         else:

@@ -54,6 +54,12 @@ def make_mesh(devices=None, **axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed])
 
 
+def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
+    """Axes for so many devices, where nobody says it: `tensor` as far as it divides the heads, `data` the rest."""
+    tensor = math.gcd(devices, kv_heads)
+    return {"data": devices // tensor, "tensor": tensor}
+
+
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How one parameter lies on the mesh.
 

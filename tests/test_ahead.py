@@ -89,7 +89,7 @@ def test_a_cache_that_is_rewritten_is_seen():
         return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
 
     by = jax.ShapeDtypeStruct((), jnp.float32)
-    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2))[0].as_text()
+    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2))[1]
     assert programs.whole_writes(text, {"any": shape}) == {"any": 1}
 
 
@@ -251,7 +251,7 @@ def test_an_int8_wave_on_one_chip():
     "flags, said",
     [
         (["--mesh", "tensor=4"], "must make up the 8 chips of a v5e-8"),
-        (["--mesh", "fsdp=8"], "must make up the 8 chips"),
+        (["--mesh", "fsdp=8"], "--mesh: fsdp is none of data, tensor"),
         (["--rows", "0"], "--rows 0 must be above 0"),
     ],
 )

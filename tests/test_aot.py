@@ -4,33 +4,26 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax.config import LlavaConfig
+from llava_jax.evaluation.programs import abstract_params, chip_bytes, compile_for, slice_mesh
+from llava_jax.evaluation.roofline import SLICES
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import no_questions
-from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
-from llava_jax.sharding import param_shardings
+from llava_jax.models.llava import LlavaLlamaForCausalLM
 
 MIB = 2**20
 
 
 def compile_for_tpu(config, slots=128):
     """`generate` for one 672x672 picture (2,928 tokens) and its question, tensor-parallel over a v5e-8, bf16."""
-    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
-    mesh = Mesh(devices.reshape(1, 8), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    shapes = param_shapes(config)
-    params = jax.tree.map(
-        lambda shape, at: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16, sharding=at),
-        shapes,
-        param_shardings(shapes, mesh),
-    )
+    mesh = slice_mesh(SLICES["v5e-8"], data=1, tensor=8)
+    params = abstract_params(config, mesh)
     row, size = np.array([1, *[5] * 34, -200, *[5] * 40]), config.tile_size
     batch = pack([row], [np.zeros_like(row)], [np.zeros((5, size, size, 3), np.uint8)], [(672, 672)], config)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -38,14 +31,8 @@ def compile_for_tpu(config, slots=128):
         lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole),
         (batch, no_questions(1), Greedy(), np.int32(slots)),
     )
-    program = jax.jit(partial(generate.generate, LlavaLlamaForCausalLM(config)), static_argnums=0)
-    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):  # "highest" has no splash in bf16
-        return program.lower(slots, params, *arguments).compile(), params
-
-
-def bytes_per_chip(params):
-    held = jax.tree.map(lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize, params)
-    return sum(jax.tree.leaves(held))
+    program = partial(generate.generate, LlavaLlamaForCausalLM(config), slots)
+    return *compile_for(mesh, program, params, *arguments)[:2], params
 
 
 @pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
@@ -56,16 +43,14 @@ def test_generate_compiles_for_a_tpu_and_copies_nothing_large(monkeypatch, prese
     config = LlavaConfig.preset(preset)
     text = dataclasses.replace(config.text, num_hidden_layers=2)
     config = config.replace(text=text, vision=dataclasses.replace(config.vision, num_hidden_layers=3))
-    compiled, params = compile_for_tpu(config)
+    compiled, text, params = compile_for_tpu(config)
     memory = compiled.memory_analysis()
-    assert memory.argument_size_in_bytes == pytest.approx(bytes_per_chip(params), rel=0.02, abs=8 * MIB)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2  # splash, one a layer
+    assert memory.argument_size_in_bytes == pytest.approx(chip_bytes(params), rel=0.02, abs=8 * MIB)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2  # splash, one a layer
     assert memory.temp_size_in_bytes < 150 * MIB
 
 
-if (
-    __name__ == "__main__"
-):  # the whole of 7B, in minutes: TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/test_aot.py
+if __name__ == "__main__":  # the whole of 7B: TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/test_aot.py
     report = compile_for_tpu(LlavaConfig.preset("1.6-vicuna-7b"))[0].memory_analysis()
     print(f"arguments {report.argument_size_in_bytes / 2**30:.2f} GiB a chip, ", end="")
     print(f"temporaries {report.temp_size_in_bytes / 2**30:.2f} GiB a chip")

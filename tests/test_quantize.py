@@ -26,7 +26,7 @@ from llava_jax.models.attention import two_part_attention
 from llava_jax.models.linear import Linear
 from llava_jax.quantize import Int8, quantize_params, to_int8
 from llava_jax.training.options import TrainOptions
-from llava_jax.training.train import initial_state
+from llava_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -222,5 +222,5 @@ def test_it_is_for_inference_only(tmp_path):
     with pytest.raises(ValueError, match=message):
         export(folder, tmp_path / "exported")
     with pytest.raises(ValueError, match=message):
-        options = TrainOptions(stage="finetune", model_path=str(folder), data_path="-", output_dir="-")
-        initial_state(options, checkpoint.load_config(folder), None, None)
+        train(TrainOptions(stage="finetune", model_path=str(folder), data_path="-", output_dir=str(tmp_path / "tuned")))
+    assert not (tmp_path / "tuned").exists()

@@ -7,7 +7,6 @@ The whole of 7B, some ten minutes for each line of its report:
 
 import argparse
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from llava_jax.batch import Batch, Targets
 from llava_jax.config import LlavaConfig
+from llava_jax.evaluation.programs import chip_bytes
 from llava_jax.models.llava import param_shapes
 from llava_jax.sharding import param_shardings, rows_divided, rows_sharding
 from llava_jax.training.lora import init_lora
@@ -93,10 +93,6 @@ def _placed(tree, shardings):
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
-def bytes_per_chip(tree):
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def narrow(config: LlavaConfig) -> LlavaConfig:
     """The same lengths, tiles and vocabulary, with few and narrow layers."""
     text = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=4, num_key_value_heads=4)
@@ -122,7 +118,7 @@ def test_all_that_is_held_of_7b_is_divided(stage, no_tpu):
     options = options_of(stage, 1)
     held = _abstract_state(options, config, mesh, make_optimizer(options, 1000))
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-    assert bytes_per_chip(held) == pytest.approx(whole / mesh.size, abs=8 * MIB)
+    assert chip_bytes(held) == pytest.approx(whole / mesh.size, abs=8 * MIB)
 
 
 def test_a_chip_works_on_its_own_rows(no_tpu):
@@ -130,7 +126,7 @@ def test_a_chip_works_on_its_own_rows(no_tpu):
     config = narrow(LlavaConfig.preset("1.6-vicuna-7b"))
     compiled, held = compile_step("finetune", config, 1)
     memory = compiled.memory_analysis()
-    assert memory.argument_size_in_bytes == pytest.approx(bytes_per_chip(held), abs=4 * MIB)
+    assert memory.argument_size_in_bytes == pytest.approx(chip_bytes(held), abs=4 * MIB)
     assert memory.temp_size_in_bytes < 200 * MIB
     assert f"{LENGTH},{config.text.vocab_size}]" not in compiled.as_text()
 

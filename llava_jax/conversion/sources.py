@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
 from llava_jax.conversion.key_table import TensorInfo
+from llava_jax.files import write_atomically
 
 # In the order of preference, as in transformers: the file itself, or an index that lists the shards.
 WEIGHT_FILES = (
@@ -76,13 +76,6 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of it or, where the process is killed, what was there before."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def locate(source: str, revision: str | None = None) -> Location:

@@ -15,9 +15,9 @@ import os
 from llava_jax.config import PRESETS, LlavaConfig
 from llava_jax.evaluation import roofline
 from llava_jax.evaluation.roofline import BENCHMARKS, GIB, SLICES, Held, Slice
+from llava_jax.flags import add_int8_arguments, check_axes, mesh_axes
 from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
-from llava_jax.options import add_int8_arguments, mesh_axes
 
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 QUESTION = 64  # positions of a question, padded
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("prefix", "rows", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    check_axes(args.mesh, "data", "tensor")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the compiler for TPUs is not there: pip install libtpu")
     os.environ.update(NO_TPU)  # before JAX is imported and libtpu is loaded
@@ -73,11 +74,11 @@ def measure(
 ) -> dict:
     """What one slice makes of it, as plain values; `describe` puts it into words."""
     from llava_jax.evaluation.programs import Engine, Shapes, largest_wave, slice_mesh
+    from llava_jax.sharding import default_axes
 
     where = SLICES[name]
-    most = math.gcd(where.chips, config.text.num_key_value_heads)
-    axes = axes or {"data": where.chips // most, "tensor": most}
-    if set(axes) - {"data", "tensor"} or math.prod(axes.values()) != where.chips:
+    axes = axes or default_axes(where.chips, config.text.num_key_value_heads)
+    if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
     shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from etils import epath
 
 from llava_jax.evaluation.questions import Question
+from llava_jax.files import write_atomically
 
 SHORTUUID = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
@@ -90,7 +91,11 @@ class AnswerFile:
         missing = len(self.ids) - len(lines)
         if missing:
             raise ValueError(f"{self.path}: {missing} of {len(self.ids)} questions have no answer yet; start again")
-        _write_at_once(self.path, "".join(lines[number] for number in range(len(self.ids))))
+        text = "".join(lines[number] for number in range(len(self.ids)))
+        if is_local(self.path):
+            write_atomically(self.path, text)
+        else:  # an object appears whole
+            self.path.write_text(text)
         for part in self.parts():
             part.unlink()
 
@@ -148,15 +153,3 @@ def _id_of(line: str) -> str | None:
         return json.loads(line).get("answer_id")
     except (ValueError, AttributeError):
         return None
-
-
-def _write_at_once(path: epath.Path, text: str) -> None:
-    if not is_local(path):
-        path.write_text(text)
-        return
-    new = path.parent / f"{path.name}.merging"
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from dataclasses import dataclass
 
 from llava_jax.constants import DTYPES
 from llava_jax.evaluation.questions import LANGUAGES
 from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
+from llava_jax.flags import add_distributed_argument, add_int8_arguments, check_axes, mesh_axes
 from llava_jax.inputs.conversation import conv_templates
-from llava_jax.options import add_int8_arguments, mesh_axes
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class EvaluateOptions:
             raise ValueError(f"--max_new_tokens {self.new_tokens} must be at least 1")
         if self.task is not None and self.lang not in TASKS[self.task].langs:
             raise ValueError(f"--lang {self.lang}: {self.task} has {', '.join(TASKS[self.task].langs)}")
-        if unknown := {axis for axis, _ in self.mesh} - {"data", "tensor"}:
-            raise ValueError(f"--mesh: {', '.join(sorted(unknown))} is none of data, tensor")
+        check_axes(self.mesh, "data", "tensor")
 
     @property
     def layout(self) -> str:
@@ -97,16 +95,4 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
     parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
     add_int8_arguments(parser)
-    parser.set_defaults(json=False)
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
-    )
-
-
-def options_from(args: argparse.Namespace) -> EvaluateOptions:
-    """The options that the flags gave.
-
-    Raises:
-        ValueError: one of them is wrong.
-    """
-    return EvaluateOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateOptions)})
+    add_distributed_argument(parser)

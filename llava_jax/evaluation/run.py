@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,7 @@ from llava_jax.evaluation.questions import Question, get_chunk, read_questions, 
 from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
 from llava_jax.inference.sampling import Greedy, Sample, sampling_of
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
-from llava_jax.sharding import make_mesh
+from llava_jax.sharding import default_axes, make_mesh
 
 TEXT_ONLY = 16  # questions without a picture that share a prefix
 
@@ -211,8 +210,7 @@ def mesh_for(options: EvaluateOptions, config: LlavaConfig):
     """Over this process's own devices: as asked, or all of them, dividing the heads as far as they can be divided."""
     devices, axes = jax.local_devices(), dict(options.mesh)
     if not axes and len(devices) > 1:
-        tensor = math.gcd(len(devices), config.text.num_key_value_heads)
-        axes = {"data": len(devices) // tensor, "tensor": tensor}
+        axes = default_axes(len(devices), config.text.num_key_value_heads)
     return make_mesh(devices, **axes) if axes else None
 
 

@@ -34,40 +34,47 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the scores of `args.answers_file`: a table, or one line of JSON.
+    """Prints the scores of `args.answers_file`: a table, or one line of JSON."""
+    print_scores(args.task, args.answers_file, args.annotations, args.question_file, args.json)
+
+
+def print_scores(
+    task: str, answers_file: str, annotations: str | None, question_file: str | None = None, as_json: bool = False
+) -> None:
+    """The scores of an answer file.
 
     Raises:
         FileNotFoundError: a file cannot be read.
         ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
     """
-    scorer = check_scorable(args)
-    answers = read_answers(args.answers_file, scorer.keys)
-    figures = scorer.score(answers, Files(args.answers_file, args.annotations, args.question_file))
-    published = published_beside(args.task, args.annotations)
-    if args.json:
+    scorer = check_scorable(task, answers_file, annotations)
+    answers = read_answers(answers_file, scorer.keys)
+    figures = scorer.score(answers, Files(answers_file, annotations, question_file))
+    published = published_beside(task, annotations)
+    if as_json:
         scores = {name: entry.score for name, entry in published.items()}
-        print(json.dumps({"task": args.task, "answers": len(answers), "published": scores, **figures}))
+        print(json.dumps({"task": task, "answers": len(answers), "published": scores, **figures}))
     else:
-        print(table(f"{args.task}, {len(answers)} answers", figures, published, scorer.table))
+        print(table(f"{task}, {len(answers)} answers", figures, published, scorer.table))
 
 
-def check_scorable(args: argparse.Namespace) -> Scorer:
+def check_scorable(task: str | None, answers_file: str, annotations: str | None) -> Scorer:
     """What scores these answers; before there are any, too.
 
     Raises:
         FileNotFoundError: the annotations are not there.
         ValueError: there is no task, it is judged by GPT, or it has no annotations.
     """
-    if args.task is None:
+    if task is None:
         raise ValueError("--annotations needs --task, which says how they are read")
-    if args.task in JUDGED:
-        instead = JUDGED[args.task].format(answers=args.answers_file)
-        raise ValueError(f"{args.task} has no scorer, its answers are judged by GPT; {instead}")
-    scorer = SCORERS[args.task]
-    if args.annotations is None:
-        raise ValueError(f"--task {args.task} needs --annotations: {scorer.annotations}")
-    if not epath.Path(args.annotations).exists():
-        raise FileNotFoundError(f"--annotations {args.annotations}: not there; {args.task} needs {scorer.annotations}")
+    if task in JUDGED:
+        instead = JUDGED[task].format(answers=answers_file)
+        raise ValueError(f"{task} has no scorer, its answers are judged by GPT; {instead}")
+    scorer = SCORERS[task]
+    if annotations is None:
+        raise ValueError(f"--task {task} needs --annotations: {scorer.annotations}")
+    if not epath.Path(annotations).exists():
+        raise FileNotFoundError(f"--annotations {annotations}: not there; {task} needs {scorer.annotations}")
     return scorer
 
 

@@ -147,9 +147,9 @@ class Cost:
     def bytes(self, groups: int, rows: int) -> int:
         text = self.config.text
         by = self.tensor if text.num_key_value_heads % self.tensor == 0 else 1
-        heads = 2 * text.num_hidden_layers * text.num_key_value_heads // by
-        new = heads * text.head_dim * self.itemsize  # bytes of a position
-        kept = heads * (text.head_dim + 4) if self.int8_prefix else new  # and of one of the prefix: with its scale
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads // by  # keys and values, of all layers
+        new = cached * text.head_dim * self.itemsize  # bytes of a position
+        kept = cached * (text.head_dim + 4) if self.int8_prefix else new  # and of one of the prefix: with its scale
         cache = groups * (self.prefix * kept + rows * (self.question + self.slots) * new)
         wide = (4 * text.hidden_size + 3 * text.intermediate_size // by) * self.itemsize
         heads = 4 * text.num_attention_heads // by  # float32 scores

@@ -72,7 +72,10 @@ def _find(source) -> tuple[object, str]:
     if "://" in name:
         from etils import epath
 
-        return BytesIO(epath.Path(name).read_bytes()), f"image {name!r}"
+        try:
+            return epath.Path(name).open("rb"), f"image {name!r}"
+        except OSError as error:
+            raise FileNotFoundError(f"image {name!r}: cannot be read ({error})") from error
     path = os.path.expanduser(name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"image {name!r}: no such file")
@@ -84,7 +87,7 @@ def _opened(source):
     """Pillow's image of a file; what is wrong with it is one ValueError that names it."""
     file, name = _find(source)
     try:
-        with Image.open(file) as image:
+        with contextlib.nullcontext() if isinstance(file, str) else file, Image.open(file) as image:
             yield image
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture that Pillow can read") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from llava_jax.options import mesh_axes
+from llava_jax.flags import add_distributed_argument, mesh_axes
 from llava_jax.training.options import STAGES, TrainOptions
 
 HELP = {
@@ -43,15 +43,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*flags, type=_boolean, nargs="?", const=True, metavar="True|False", **told)
         else:
             parser.add_argument(*flags, type=TYPES[field.type], metavar=field.type.split()[0].upper(), **told)
-
-
-def options_from(args: argparse.Namespace) -> TrainOptions:
-    """The options that the flags gave.
-
-    Raises:
-        ValueError: one of them is wrong.
-    """
-    return TrainOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)})
+    add_distributed_argument(parser)
 
 
 def _boolean(text: str) -> bool:

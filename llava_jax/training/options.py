@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_jax.flags import check_axes
 from llava_jax.inputs.conversation import conv_templates
 
 # What each stage trains, by parameter path. `lora` trains its own parameters beside these (see lora.py).
@@ -76,8 +77,7 @@ class TrainOptions:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 0 and under 1")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max_steps {self.max_steps} must be above 0, or -1 for whole epochs")
-        if unknown := {axis for axis, _ in self.mesh} - {"data", "fsdp", "tensor"}:
-            raise ValueError(f"--mesh: {', '.join(sorted(unknown))} is none of data, fsdp, tensor")
+        check_axes(self.mesh, "data", "fsdp", "tensor")
 
     @property
     def dtype(self) -> str:

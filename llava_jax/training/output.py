@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax import checkpoint, hosts
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import key_table
-from llava_jax.conversion.sources import open_file, read_json, write_atomically, write_json
+from llava_jax.conversion.sources import open_file, read_json, write_json
+from llava_jax.files import write_atomically
 from llava_jax.models.llava import param_shapes
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llava_jax import hosts
 from llava_jax.batch import Batch, Targets
-from llava_jax.checkpoint import check_tree, load_config, load_params
+from llava_jax.checkpoint import PARAMS, check_tree, load_config, load_params, stored_tree
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inputs.batch import Room, pack, room_for, stack_shards
@@ -51,6 +51,8 @@ def train(options: TrainOptions) -> Path:
     enable_compilation_cache()
     mesh = make_mesh(**dict(options.mesh)) if options.mesh else None
     config = training_config(options)
+    stored = stored_tree(Path(options.model_path).expanduser() / PARAMS, f"convert {options.model_path} again")
+    check_tree(options.model_path, stored, param_shapes(config))
     template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config.name))
     examples = load_examples(options.data_path)
     check_examples(examples, options.image_folder, template)
@@ -146,7 +148,6 @@ def count_micro_steps(examples: int, rows: int, options: TrainOptions) -> int:
 def initial_state(options: TrainOptions, config: LlavaConfig, mesh: Mesh | None, optimizer):
     """(TrainState before the first step, the frozen parameters)."""
     params = load_params(options.model_path, config, dtype="float32", mesh=mesh)
-    check_tree(options.model_path, params, param_shapes(config))
     if options.pretrain_mm_mlp_adapter is not None:
         params = read_projector(options.pretrain_mm_mlp_adapter, config, params)
     pattern = trainable_pattern(options.stage, config, options.unfreeze_mm_vision_tower)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 
 import fsspec
@@ -15,6 +16,27 @@ def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
         return tuple((name, int(size)) for name, size in pairs)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None
+
+
+def check_axes(mesh: tuple[tuple[str, int], ...], *known: str) -> None:
+    """ValueError if a mesh has another axis than these."""
+    if unknown := {axis for axis, _ in mesh} - set(known):
+        raise ValueError(f"--mesh: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+
+
+def options_from(kind: type, args: argparse.Namespace):
+    """The dataclass of a command's options, of the flags that are named like its fields.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
+    )
 
 
 def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
