@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava_jax.constants import DTYPES
+from llava_jax import terminal
 from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation import ahead, score, submission
 from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
-from llava_jax.flags import add_int8_arguments, check_paths, options_from
-from llava_jax.inputs.conversation import conv_templates
-from llava_jax.inputs.image import load_image
+from llava_jax.flags import check_paths, options_from
 from llava_jax.training.arguments import add_train_arguments
 from llava_jax.training.options import TrainOptions
 
@@ -32,40 +29,6 @@ class Command:
     example: str | None  # what follows `llava-jax`; None: add_arguments says more below the flags
     add_arguments: Callable
     run: Callable
-
-
-def _add_ask_arguments(ask) -> None:
-    ask.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
-    ask.add_argument("--image-file", help="a path or URL, or several with --sep between")
-    ask.add_argument("--query", required=True, help="the question; <image> may be placed by hand")
-    ask.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (picked from the checkpoint)")
-    ask.add_argument("--sep", default=",", help="between several image files (%(default)r)")
-    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
-    ask.add_argument("--top_p", type=float, help="(as the checkpoint's generation_config.json, or 1)")
-    ask.add_argument("--top_k", type=int, help="0 is off (as the checkpoint's generation_config.json, or 50)")
-    ask.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
-    ask.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    ask.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
-    add_int8_arguments(ask)
-
-
-def _ask(args) -> None:
-    import llava_jax  # JAX is imported once the command line is known to be good
-
-    images = [load_image(path) for path in _image_files(args.image_file, args.sep)]
-    held = dict(dtype=args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
-    llava, params = llava_jax.load(args.model_path, **held)
-    names = ("conv_mode", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
-    for piece in llava.stream(params, images, args.query, **{name: getattr(args, name) for name in names}):
-        print(piece, end="", flush=True)
-    print()
-
-
-def _image_files(image_file: str | None, sep: str) -> list[str]:
-    """The reference's image_parser, but a file that has `sep` in its own name is one file."""
-    if image_file is None:
-        return []
-    return [image_file] if os.path.exists(image_file) else image_file.split(sep)
 
 
 def _convert(args) -> None:
@@ -157,8 +120,16 @@ COMMANDS = (
         "answer a question about one or more pictures",
         "Answer a question about one or more pictures, or none.",
         'ask --model-path llava-v1.6-vicuna-7b --image-file me.jpg --query "What is this?"',
-        _add_ask_arguments,
-        _ask,
+        terminal.add_ask_arguments,
+        terminal.ask,
+    ),
+    Command(
+        "chat",
+        "talk about a picture",
+        "Talk about a picture, or about none: each turn knows those before it, and answers come as they are made.",
+        "chat --model-path llava-v1.6-vicuna-7b --image-file me.jpg",
+        terminal.add_chat_arguments,
+        terminal.chat,
     ),
     Command(
         "convert",
@@ -252,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         its.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        check_paths(vars(args).values())
+        check_paths(vars(args))
         return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"llava-jax: error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import fsspec
 
@@ -45,8 +45,9 @@ def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
 
 
-def check_paths(values: Iterable[object]) -> None:
-    """ValueError if one of them is a gs:// path and there is nothing here to read it with."""
+def check_paths(flags: Mapping[str, object]) -> None:
+    """ValueError if one of them is a gs:// path, or has one, and there is nothing here to read it with."""
+    values = [part for value in flags.values() for part in (value if isinstance(value, list) else [value])]
     if any(isinstance(value, str) and value.startswith("gs://") for value in values):
         try:
             fsspec.get_filesystem_class("gcs")

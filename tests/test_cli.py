@@ -1,7 +1,9 @@
 """The command line, as a user types it."""
 
+import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import llava_jax
 from llava_jax.cli import main
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
+from llava_jax.inference.chat import Chat
 
 
 def test_ask_prints_what_generate_returns(converted, pictures, capsys):
@@ -34,6 +37,75 @@ def test_several_images_and_none(converted, pictures, capsys):
     assert main([*ask, "--image-file", f"{pictures['chelsea']};{pictures['chelsea']}", "--sep", ";"]) == 0
     outs = capsys.readouterr().out.splitlines()
     assert len(outs) >= 3
+
+
+def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, capsys):
+    folder, damaged = converted("vicuna"), tmp_path / "damaged.jpg"
+    damaged.write_bytes(Path(pictures["chelsea"]).read_bytes()[:2000])
+    files = [pictures["chelsea"], str(damaged), f"{pictures['chelsea']},{pictures['coffee']}"]
+    ask = ["ask", "--model-path", folder, "--query", "What?", "--max_new_tokens", "6", "--image-file", *files]
+    capsys.readouterr()
+    assert main([*ask, "--json"]) == 3
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    llava, params = llava_jax.load(folder)
+    for line, images in zip(lines, (files[0], files[2].split(",")), strict=True):
+        wanted = llava.generate(params, images, "What?", max_new_tokens=6)
+        image_file = images if isinstance(images, str) else ",".join(images)
+        assert line == {"image_file": image_file, "query": "What?", "answer": wanted}
+    assert f"llava-jax: error: {damaged}: " in err and "is damaged" in err
+    assert main([*ask[:-1], files[0]]) == 3
+    assert f"{files[0]}: {lines[0]['answer']}\n" in capsys.readouterr().out
+    assert main([*ask, "/nowhere.jpg"]) == 1  # before anything is asked
+    out, err = capsys.readouterr()
+    assert out == "" and "'/nowhere.jpg': no such file" in err
+
+
+def typed(monkeypatch, *lines):
+    """Standard input for `llava-jax chat`."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch, capsys):
+    folder, options = converted("vicuna"), dict(max_new_tokens=8)
+    llava, params = llava_jax.load(folder)
+    talk = llava.chat(params, pictures["chelsea"], **options)
+    wanted = [talk.send("What is it?"), talk.send("And behind it?"), llava.chat(params, [], **options).send("Hi")]
+    typed(
+        monkeypatch, "What is it?", "And behind it?", "/reset", "What is it?", "/image nowhere.jpg", "", "/image",
+        "Hi", f"/image '{pictures['chelsea']}'", "What is it?", "/help", "What? " * 2000, "And behind it?",
+    )  # fmt: skip
+    capsys.readouterr()
+    command = ["chat", "--model-path", folder, "--image-file", pictures["chelsea"], "--max_new_tokens", "8"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    answers = [line.split("ASSISTANT: ")[1] for line in out.splitlines() if "ASSISTANT: " in line]
+    first, second, alone = wanted
+    assert [a.strip() for a in answers[:4]] == [first, second, first, alone]
+    assert answers[4].strip() == first and answers[-1].strip() == second  # what was too long was not said
+    assert "image 'nowhere.jpg': no such file" in out and "more than this model's tokenizer_model_max_length" in out
+    assert out.count("/quit or Ctrl-D ends") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(converted, monkeypatch, capsys):
+    folder = converted("vicuna")
+    stream, given = Chat.stream, []
+
+    def pressed(talk, question, **options):
+        for number, piece in enumerate(stream(talk, question, **options)):
+            given.append((question, piece))
+            yield piece
+            if question == "Go on" and number == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Chat, "stream", pressed)
+    typed(monkeypatch, "Go on", "Hi", "/quit", "Never")
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["chat", "--model-path", folder, "--max_new_tokens", "40"]) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    out = capsys.readouterr().out
+    assert out.count("(stopped)") == 1 and out.count("ASSISTANT: ") == 2
+    assert len([1 for question, _ in given if question == "Go on"]) == 4 and ("Hi", given[-1][1]) == given[-1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Chat:
         """The answer to the next question; options as `generate` has them, over those of the chat."""
         return "".join(self.stream(question, **options))
 
-    def stream(self, question: str, **options) -> Iterator[str]:
+    def stream(self, question: str, **options) -> Generator[str]:
         """`send`, as it comes. If it is not read to its end, what was read is the answer."""
         ids = np.asarray(self.llava.prompt_ids([*self.turns, question], self.sizes, self.conv_mode))
         options = {**self.options, **options}
@@ -41,7 +41,7 @@ class Chat:
         state = self.llava._first(slots, self.params, self._prefix, None, questions, sampling)
         return self._stream(question, ids, questions, state, limit, sampling, stop)
 
-    def _stream(self, question, ids, questions, state, limit, sampling, stop) -> Iterator[str]:
+    def _stream(self, question, ids, questions, state, limit, sampling, stop) -> Generator[str]:
         pieces = []
         try:
             for piece, newest in self.llava.decode(self.params, self._prefix, state, limit, sampling, stop):

@@ -1,0 +1,194 @@
+"""`llava-jax ask` and `llava-jax chat`: the model at a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llava_jax.constants import DTYPES
+from llava_jax.flags import add_int8_arguments
+from llava_jax.inputs.conversation import conv_templates
+from llava_jax.inputs.image import image_size, load_image
+
+if TYPE_CHECKING:
+    from llava_jax.inference.chat import Chat
+
+HELP = """/image FILE shows it another picture (without FILE: none) and begins anew; /reset begins anew with the same
+picture; /quit or Ctrl-D ends; Ctrl-C stops an answer."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked."""
+    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (by the checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    add_int8_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How it answers."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
+    parser.add_argument("--top_p", type=float, help="(as the checkpoint's generation_config.json, or 1)")
+    parser.add_argument("--top_k", type=int, help="0 is off (as the checkpoint's generation_config.json, or 50)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+
+
+def load_model(args: argparse.Namespace) -> tuple:
+    """(Llava, params), as `add_model_arguments` has it."""
+    import llava_jax  # JAX is imported once the command line is known to be good
+
+    return llava_jax.load(args.model_path, args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
+
+
+def answer_options(args: argparse.Namespace) -> dict:
+    """What `add_sampling_arguments` gave, and the template, as `Llava.stream` takes them."""
+    names = ("conv_mode", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+# ---- ask
+
+
+def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `llava-jax ask`."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image-file",
+        nargs="+",
+        help="a path or URL; each of several is asked about alone, those with --sep between them together",
+    )
+    parser.add_argument("--query", required=True, help="the question; <image> may be placed by hand")
+    parser.add_argument("--sep", default=",", help="between files that are shown together (%(default)r)")
+    add_sampling_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each: image_file, query, answer")
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Answers one question about each picture. Of several, those that cannot be asked about are named, and make it 3.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or no picture, seen before the model is loaded; or the only
+            prompt cannot be asked.
+    """
+    shown = args.image_file or [None]
+    together = [_image_files(entry, args.sep) for entry in shown]
+    for path in (path for paths in together for path in paths if "://" not in path):
+        image_size(path)
+    llava, params = load_model(args)
+    failed = False
+    for entry, paths in zip(shown, together, strict=True):
+        try:
+            images = [load_image(path) for path in paths]
+            pieces = llava.stream(params, images, args.query, **answer_options(args))
+        except (ValueError, OSError) as error:
+            if len(shown) == 1:
+                raise
+            failed = True
+            print(f"llava-jax: error: {entry}: {error}", file=sys.stderr)
+            continue
+        if args.json:
+            print(json.dumps({"image_file": entry, "query": args.query, "answer": "".join(pieces)}), flush=True)
+        else:
+            print(f"{entry}: " if len(shown) > 1 else "", end="", flush=True)
+            _print_stream(pieces)
+    return 3 if failed else 0
+
+
+def _image_files(entry: str | None, sep: str) -> list[str]:
+    """The reference's image_parser, but a file that has `sep` in its own name is one file."""
+    if entry is None:
+        return []
+    return [entry] if os.path.exists(entry) else entry.split(sep)
+
+
+def _print_stream(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+# ---- chat
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `llava-jax chat`."""
+    add_model_arguments(parser)
+    parser.add_argument("--image-file", nargs="+", help="the picture, or several, as paths or URLs")
+    add_sampling_arguments(parser)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation of several turns, read from standard input.
+
+    Raises:
+        FileNotFoundError, ValueError: the first picture or the model cannot be read.
+    """
+    images = [load_image(path) for path in args.image_file or ()]
+    llava, params = load_model(args)
+    llava.plan_decode(**{name: value for name, value in answer_options(args).items() if name != "conv_mode"})
+
+    def begin(images):
+        return llava.chat(params, images, **answer_options(args))
+
+    talk = begin(images)
+    print(HELP)
+    while (line := _read_line()) is not None:
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/image":
+                file = rest.strip().strip("'\"")
+                images = [load_image(file)] if file else []
+                talk = begin(images)
+            elif command == "/reset":
+                talk = begin(images)
+            elif command.startswith("/"):
+                print(HELP)
+            elif line:
+                _print_answer(talk, line)
+        except (ValueError, OSError) as error:
+            print(error)
+
+
+def _read_line() -> str | None:
+    """What was typed; None at the end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` its editing and history)
+    try:
+        return input("USER: ").strip()
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("\n(/quit or Ctrl-D ends)")
+        return ""
+
+
+def _print_answer(talk: Chat, question: str) -> None:
+    """As it comes, until Ctrl-C, which takes effect at the next token; a second one does not wait for that."""
+    pressed: list[int] = []
+
+    def stop(signum, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with contextlib.closing(talk.stream(question)) as pieces:  # what was read is the answer that the next turn sees
+            print("ASSISTANT: ", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if pressed:
+                    break
+        print(" (stopped)" if pressed else "")
+    finally:
+        signal.signal(signal.SIGINT, before)
