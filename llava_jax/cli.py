@@ -26,7 +26,7 @@ class Command:
     name: str
     help: str
     description: str
-    example: str | None  # what follows `llava-jax`; None: add_arguments says more below the flags
+    example: str  # what follows `llava-jax`
     add_arguments: Callable
     run: Callable
 
@@ -179,7 +179,7 @@ COMMANDS = (
         "score",
         "score an answer file",
         "Score an answer file as the benchmark's own program does.",
-        None,
+        "score --task pope --answers-file answers.jsonl --annotations pope/coco",
         score.add_score_arguments,
         score.run,
     ),
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        example = command.example and f"example: llava-jax {command.example}"
+        example = f"example: llava-jax {command.example}"
         its = commands.add_parser(command.name, help=command.help, description=command.description, epilog=example)
         command.add_arguments(its)
         its.set_defaults(run=command.run)

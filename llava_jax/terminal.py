@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -137,6 +138,7 @@ def chat(args: argparse.Namespace) -> None:
     def begin(images):
         return llava.chat(params, images, **answer_options(args))
 
+    _compile(begin(images))
     talk = begin(images)
     print(HELP)
     while (line := _read_line()) is not None:
@@ -156,6 +158,13 @@ def chat(args: argparse.Namespace) -> None:
                 _print_answer(talk, line)
         except (ValueError, OSError) as error:
             print(error)
+
+
+def _compile(talk: Chat) -> None:
+    """Beforehand what every turn runs, or the lines that announce it would stand in the middle of the first answer."""
+    with contextlib.closing(talk.stream("What is in this image?")) as pieces:
+        for _ in itertools.islice(pieces, 2):
+            pass
 
 
 def _read_line() -> str | None:
@@ -189,6 +198,6 @@ def _print_answer(talk: Chat, question: str) -> None:
                 print(piece, end="", flush=True)
                 if pressed:
                     break
-        print(" (stopped)" if pressed else "")
+            print(" (stopped)" if pressed else "")
     finally:
         signal.signal(signal.SIGINT, before)

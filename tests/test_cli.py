@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import llava_jax
-from llava_jax.cli import main
+from llava_jax.cli import COMMANDS, main
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inference.chat import Chat
@@ -165,13 +165,16 @@ def test_the_readmes_names_exist():
     assert {"load", "Sample"} <= names and all(hasattr(llava_jax, name) for name in names)
 
 
-def test_help_imports_no_jax():
+def test_help_of_every_command_has_an_example_and_imports_no_jax():
     code = """
 import sys
-from llava_jax.cli import main
-try:
-    main(["ask", "--help"])
-except SystemExit:
-    assert "jax" not in sys.modules
+from llava_jax.cli import COMMANDS, main
+for command in COMMANDS:
+    try:
+        main([command.name, "--help"])
+    except SystemExit:
+        assert not {"jax", "matplotlib", "gradio"} & sys.modules.keys()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    examples = re.findall(r"^example: llava-jax (\w+) ", said, re.MULTILINE)
+    assert examples == [command.name for command in COMMANDS]

@@ -367,7 +367,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """`python convert/from_hf.py`."""
     parser = argparse.ArgumentParser(
-        prog="from_hf.py", description="Convert a published LLaVA checkpoint for llava_jax (Orbax)."
+        prog="from_hf.py",
+        description="Convert a published LLaVA checkpoint for llava_jax (Orbax).",
+        epilog="example: from_hf.py liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
     )
     add_arguments(parser)
     run_command(parser, run, argv)

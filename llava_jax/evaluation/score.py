@@ -30,7 +30,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON, with all figures")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lines = [f"  {task:<12}{scorer.annotations}" for task, scorer in SCORERS.items()]
-    parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines])
+    parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines, "", parser.epilog or ""])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,10 +47,10 @@ def print_scores(
         FileNotFoundError: a file cannot be read.
         ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
     """
-    scorer = check_scorable(task, answers_file, annotations)
+    scorer, truth = check_scorable(task, answers_file, annotations)
     answers = read_answers(answers_file, scorer.keys)
-    figures = scorer.score(answers, Files(answers_file, annotations, question_file))
-    published = published_beside(task, annotations)
+    figures = scorer.score(answers, Files(answers_file, truth, question_file))
+    published = published_beside(task, truth)
     if as_json:
         scores = {name: entry.score for name, entry in published.items()}
         print(json.dumps({"task": task, "answers": len(answers), "published": scores, **figures}))
@@ -58,8 +58,8 @@ def print_scores(
         print(table(f"{task}, {len(answers)} answers", figures, published, scorer.table))
 
 
-def check_scorable(task: str | None, answers_file: str, annotations: str | None) -> Scorer:
-    """What scores these answers; before there are any, too.
+def check_scorable(task: str | None, answers_file: str, annotations: str | None) -> tuple[Scorer, str]:
+    """What scores these answers, and the annotations that are there; before there are any answers, too.
 
     Raises:
         FileNotFoundError: the annotations are not there.
@@ -75,7 +75,7 @@ def check_scorable(task: str | None, answers_file: str, annotations: str | None)
         raise ValueError(f"--task {task} needs --annotations: {scorer.annotations}")
     if not epath.Path(annotations).exists():
         raise FileNotFoundError(f"--annotations {annotations}: not there; {task} needs {scorer.annotations}")
-    return scorer
+    return scorer, annotations
 
 
 def published_beside(task: str, annotations: str) -> dict[str, Published]:
