@@ -76,7 +76,8 @@ def stream_params(path: str | Path, leaves: Iterable[tuple[str, np.ndarray]]) ->
 
 def _batches(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     """As many as fit in a buffer. One of two, in turn: memory that is used again costs a third of what new one does."""
-    buffers, held, end = [np.empty(BATCH_BYTES, np.uint8) for _ in range(2)], {}, 0
+    buffers, end = [np.empty(BATCH_BYTES, np.uint8) for _ in range(2)], 0
+    held: dict[str, np.ndarray] = {}
     for name, array in leaves:
         if held and end + array.nbytes > BATCH_BYTES:
             yield held
@@ -154,13 +155,13 @@ def load_config(directory: str | Path) -> LlavaConfig:
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version; the message says what to do.
     """
-    directory = epath.Path(directory).expanduser()
-    manifest = _manifest(directory)
-    generation = directory / "generation_config.json"
+    files = epath.Path(directory).expanduser()
+    manifest = _manifest(files)
+    generation = files / "generation_config.json"
     config = LlavaConfig.from_hf(
-        _read_json(directory / "config.json"),
-        _read_json(directory / "vision_config.json"),
-        _read_json(directory / "preprocessor_config.json"),
+        _read_json(files / "config.json"),
+        _read_json(files / "vision_config.json"),
+        _read_json(files / "preprocessor_config.json"),
         _read_json(generation) if generation.is_file() else None,
         name=manifest.get("name", ""),
     )
@@ -188,19 +189,19 @@ def load_params(
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version, or not this config's parameters.
     """
-    directory = epath.Path(directory).expanduser()
+    files = epath.Path(directory).expanduser()
     check_quantize(quantize, quantize_also)
-    _manifest(directory)
+    _manifest(files)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if dtype is None:
         dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
-    path = directory / PARAMS
-    remedy = f"delete {directory} and convert the checkpoint again with convert/from_hf.py"
+    path = files / PARAMS
+    remedy = f"delete {files} and convert the checkpoint again with convert/from_hf.py"
     stored = stored_tree(path, remedy)
     shapes = with_scales(param_shapes(config), quantized_paths(stored))
-    check_tree(directory, stored, shapes)
+    check_tree(files, stored, shapes)
 
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
@@ -272,7 +273,7 @@ def _readable(path: Path, remedy: str):
         raise ValueError(f"{path}: half-written or damaged ({reason}); {remedy}") from error
 
 
-def check_tree(directory: Path, stored: dict, shapes: dict) -> None:
+def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:
     """ValueError unless what is stored (`stored_tree`) has the config's paths and shapes (`param_shapes`)."""
     if quantized_paths(stored) and not quantized_paths(shapes):
         raise ValueError(

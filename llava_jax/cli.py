@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava_jax import terminal
+from llava_jax import terminal, web
 from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation import ahead, score, submission
@@ -105,13 +105,13 @@ def _demo(args) -> None:
 
         print(f"wrote {train_demo(args.output)}")
     elif args.score:
-        from llava_jax.demo.score import run
+        from llava_jax.demo import score as demo_score
 
-        run(args.model, args.output, args.scenes or 500, args.seed, not args.no_anyres, args.json)
+        demo_score.run(args.model, args.output, args.scenes or 500, args.seed, not args.no_anyres, args.json)
     else:
-        from llava_jax.demo.show import run
+        from llava_jax.demo import show
 
-        run(args.model, args.output, args.scenes or 6, args.seed)
+        show.run(args.model, args.output, args.scenes or 6, args.seed)
 
 
 COMMANDS = (
@@ -130,6 +130,14 @@ COMMANDS = (
         "chat --model-path llava-v1.6-vicuna-7b --image-file me.jpg",
         terminal.add_chat_arguments,
         terminal.chat,
+    ),
+    Command(
+        "web",
+        "talk about pictures in a browser",
+        "Serve a page on which pictures are shown and talked about, to one browser or several.",
+        "web --model-path llava-v1.6-vicuna-7b --port 7860",
+        web.add_web_arguments,
+        web.run,
     ),
     Command(
         "convert",

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+PROJECTOR_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
 PROJECTOR_TYPES = ("linear", "mlpNx_gelu (mlp2x_gelu, …)", "identity")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 SELECT_FEATURES = ("patch", "cls_patch")
@@ -149,7 +150,7 @@ class LlavaConfig:
     source: dict | None = field(default=None, compare=False, repr=False)  # the config.json that was read
 
     def __post_init__(self):
-        if self.projector_depth is None:
+        if not PROJECTOR_MLP.fullmatch(self.mm_projector_type):
             one_of("mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
         one_of("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
         one_of("mm_vision_select_feature", self.mm_vision_select_feature, SELECT_FEATURES)
@@ -200,10 +201,10 @@ class LlavaConfig:
     # ---- what follows from the settings
 
     @property
-    def projector_depth(self) -> int | None:
-        """Number of linear layers in the projector: 0 for identity, None for a type that nobody knows."""
-        mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", self.mm_projector_type)
-        return int(mlp.group(1)) if mlp else {"identity": 0, "linear": 1}.get(self.mm_projector_type)
+    def projector_depth(self) -> int:
+        """Number of linear layers in the projector: 0 for identity."""
+        mlp = PROJECTOR_MLP.fullmatch(self.mm_projector_type)
+        return int(mlp.group(1)) if mlp else {"identity": 0, "linear": 1}[self.mm_projector_type]
 
     @property
     def feature_size(self) -> int:
@@ -298,11 +299,11 @@ class LlavaConfig:
 
 
 def _preset(name: str, text: dict, **mm) -> LlavaConfig:
-    text = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0, **text}
-    text.setdefault("num_key_value_heads", text.get("num_attention_heads", 32))
-    text = TextConfig(**text)
-    eos = text.eos_token_id
-    return LlavaConfig(text=text, generation=GenerationDefaults((eos,), 0), name=name, **mm)
+    defaults = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 2, "pad_token_id": 0}
+    fields: dict[str, Any] = {**defaults, **text}
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads", 32))
+    generation = GenerationDefaults((fields["eos_token_id"],), 0)
+    return LlavaConfig(text=TextConfig(**fields), generation=generation, name=name, **mm)
 
 
 _V15 = dict(image_aspect_ratio="pad")

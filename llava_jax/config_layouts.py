@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+from typing import Any
 
 from llava_jax import config as c
 
@@ -40,7 +41,7 @@ def read_vision(vision_config: dict | None, tower: str | None) -> c.VisionConfig
             vision_config = json.load(file)
     inner = vision_config.get("vision_config") or vision_config
     known = {f.name for f in dataclasses.fields(c.VisionConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
     return dataclasses.replace(_CLIP_DEFAULTS, **values)
 
 
@@ -180,7 +181,7 @@ def _plain(value):
 def _write_text(text: c.TextConfig, like: dict) -> dict:
     """The decoder's keys, its rotary settings under the names that `like` uses."""
     out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(c.TextConfig)}
-    scaling = text.rope_scaling and dataclasses.asdict(text.rope_scaling)
+    scaling = dataclasses.asdict(text.rope_scaling) if text.rope_scaling else None
     if scaling and scaling["rope_type"] != "llama3":
         scaling = {"type": scaling["rope_type"], "factor": scaling["factor"]}
     out["rope_scaling"] = scaling

@@ -51,7 +51,7 @@ def any_of(value: bool) -> bool:
 def local_shards(mesh: Mesh) -> list[int]:
     """Which shards of a batch's rows this process has devices for, in order."""
     placed = rows_sharding(mesh).addressable_devices_indices_map((num_shards(mesh),))
-    return sorted({rows.start or 0 for (rows,) in placed.values()})
+    return sorted({index[0].start or 0 for index in placed.values() if index is not None})
 
 
 def place_rows(batch, mesh: Mesh):

@@ -6,7 +6,7 @@ import math
 import re
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Parameter path (regex, of the path's end) → one logical axis for each dimension. The first match wins; a parameter
 # that no line names is held whole on every device.
@@ -60,7 +60,7 @@ def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
     return {"data": devices // tensor, "tensor": tensor}
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How one parameter lies on the mesh.
 
     An axis that the mesh lacks, or that does not divide the dimension, leaves that dimension whole: the same
@@ -72,7 +72,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*(n if fit else None for n, fit in zip(names, fits, strict=True)))
 
 
-def param_shardings(shapes, mesh: Mesh):
+def param_shardings(shapes, mesh: Mesh | AbstractMesh):
     """The tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`s (see `partition_spec`).
 
     The tree may be one that holds trees of parameters, as an optimizer's state does.

@@ -18,7 +18,7 @@ from llava_jax.conversion.stored import Stored, as_tensor, batches, load, open_s
 
 def checksum(array: np.ndarray) -> str:
     """CRC-32 of an array's bytes in C order."""
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
 def recorded(leaves: Iterable[tuple[str, np.ndarray]], record: dict[str, dict]) -> Iterator[tuple[str, np.ndarray]]:

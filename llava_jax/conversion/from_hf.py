@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,14 +165,14 @@ def read_published(
 ) -> Published:
     """Read and check everything but the tensors."""
     location = sources.locate(source, revision)
-    config = location.read_json("config.json", required=True)
+    config = location.read_config()
     layout = "llava-hf" if "text_config" in config else "liuhaotian"
-    tower, tower_error, settings = None, "", (config.get("vision_config"), _preprocessor(location))
+    tower, tower_error = None, ""
+    vision_config, preprocessor = config.get("vision_config"), _preprocessor(location)
     if layout == "liuhaotian":
-        tower, tower_error, settings = _read_tower(config, vision_tower)
+        tower, tower_error, vision_config, preprocessor = _read_tower(config, vision_tower)
     elif vision_tower is not None or model_base is not None:
         raise ValueError(f"{source}: --vision-tower and --model-base are for the liuhaotian layout; this is {layout}")
-    vision_config, preprocessor = settings
     if new_projector is not None:
         named = vision_tower if tower is None or tower.commit else str(tower.path)
         config = llava_config(config, new_projector, named, vision_config, anyres)
@@ -182,11 +183,11 @@ def read_published(
         raise FileNotFoundError(f"{(base or location).given}: no tokenizer (tokenizer.model or tokenizer.json)")
     vision_config = vision_config or _vision_dict(parsed.vision)
     preprocessor = preprocessor or _preprocessor_dict(parsed.vision)
-    settings = vision_config, preprocessor, parsed
-    return Published(source, name, layout, location, base, tower, tower_error, *settings, new_projector is not None)
+    new = new_projector is not None
+    return Published(source, name, layout, location, base, tower, tower_error, vision_config, preprocessor, parsed, new)
 
 
-def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None, str, tuple[dict | None, dict | None]]:
+def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None, str, dict, dict | None]:
     """The tower's location (or why there is none), and its vision_config and preprocessor_config.
 
     A tower whose shape is known may be absent here: its weights may stand in the checkpoint.
@@ -198,13 +199,13 @@ def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None
         )
     try:
         tower = sources.locate(named)
-        found = tower.read_json("config.json", required=True)
+        found = tower.read_config()
     except FileNotFoundError as error:
         hint = f"the vision tower {named!r} cannot be had ({error}); give it with --vision-tower"
         if named not in KNOWN_TOWERS or vision_tower is not None:
             raise FileNotFoundError(hint) from None
-        return None, hint, (_vision_dict(KNOWN_TOWERS[named]), None)
-    return tower, "", (found.get("vision_config") or found, _preprocessor(tower))
+        return None, hint, _vision_dict(KNOWN_TOWERS[named]), None
+    return tower, "", found.get("vision_config") or found, _preprocessor(tower)
 
 
 def _preprocessor(location: Location) -> dict | None:
@@ -247,7 +248,7 @@ def make_plan(published: Published, dtype: str | None) -> Plan:
     placed = key_table.match(shapes, parts, published.source)
     tensors = {path: parts[at.part][0][at.name] for path, at in placed.items()}
     names = {path: at.name for path, at in placed.items() if at.part == main}
-    record = {
+    record: dict[str, Any] = {
         "dtype": _common_dtype(tensors[path].dtype for path in names),
         "vision_tower": "inside" if len(parts) == main + 1 else "beside",
     }
@@ -313,7 +314,11 @@ def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
 
 def _check_finite(array: np.ndarray, path: str, file: Path) -> None:
     """ValueError for NaN or Inf: an exponent of ones, looked for in blocks that the cache holds, for speed."""
-    exponent = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+    exponent: dict[str, np.uint32 | np.uint16] = {
+        "float32": np.uint32(0x7F800000),
+        "bfloat16": np.uint16(0x7F80),
+        "float16": np.uint16(0x7C00),
+    }
     mask = exponent[array.dtype.name]
     bits = array.reshape(-1).view(mask.dtype)
     if any((bits[start : start + (1 << 17)] & mask).max() == mask for start in range(0, bits.size, 1 << 17)):
@@ -330,7 +335,7 @@ def _write_small_files(directory: Path, published: Published, plan: Plan) -> Non
             if (location.path / name).is_file():
                 shutil.copyfile(location.path / name, directory / name)
     if published.new_projector:
-        write_json(directory / "config.json", published.config.source)
+        write_json(directory / "config.json", published.config.to_hf())
     if plan.buffers:
         write_safetensors(
             directory / BUFFERS, plan.buffers, lambda names: (plan.buffers[name].read() for name in names)
@@ -359,9 +364,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert as the flags say."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
     given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
-    given += args.quantize, args.quantize_also
     quiet_orbax()
-    convert(args.source, args.output, *given)
+    convert(args.source, args.output, *given, args.quantize, args.quantize_also)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,8 +88,9 @@ class Rule:
     transform: str = "identity"
 
     def path_of(self, name: str) -> str | None:
-        """The path of a published name that `matches`."""
-        return self.path and self.path.format(**_compile(self.published).fullmatch(name).groupdict())
+        """The path of a published name, or None where it is not needed, or this rule is not about it."""
+        found = _compile(self.published).fullmatch(name)
+        return self.path.format(**found.groupdict()) if self.path and found else None
 
     def matches(self, name: str) -> bool:
         return _compile(self.published).fullmatch(name) is not None
@@ -259,7 +260,7 @@ class Placement:
 
 def match(
     shapes: dict[str, tuple[int, ...]],
-    parts: list[tuple[dict[str, TensorInfo], tuple[Rule, ...]]],
+    parts: Sequence[tuple[Mapping[str, TensorInfo], tuple[Rule, ...]]],
     what: str,
 ) -> dict[str, Placement]:
     """Every parameter's one source.

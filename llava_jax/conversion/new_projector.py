@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -17,7 +18,7 @@ from llava_jax.models.llava import param_shapes
 SEED = 0
 
 
-def llava_config(base: dict, kind: str, tower: str, vision: dict, anyres: bool) -> dict:
+def llava_config(base: dict, kind: str, tower: str | None, vision: dict | None, anyres: bool) -> dict:
     """`config.json` of a new LLaVA in the original's layout: the language model's keys, and LLaVA's after them.
 
     Args:
@@ -35,7 +36,7 @@ def llava_config(base: dict, kind: str, tower: str, vision: dict, anyres: bool) 
     one_of("model_type", base.get("model_type"), ("llama", "mistral"))
     mistral, tower_config = base["model_type"] == "mistral", read_vision(vision, None)
     side = tower_config.image_size
-    images = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+    images: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
     if anyres:
         images = {
             "image_aspect_ratio": "anyres",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from llava_jax import config_layouts as layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig
@@ -67,7 +68,8 @@ def llava_hf_config(config: LlavaConfig, token: int, what: str) -> dict:
     text = dataclasses.replace(config.text, vocab_size=grown_rows(config.text.vocab_size, token))
     config = config.replace(text=text)
     anyres = config.image_aspect_ratio == "anyres"
-    mistral = "mistral" in (config.source["model_type"] + str(config.source.get("architectures"))).lower()
+    source = config.source or config.to_hf()
+    mistral = "mistral" in (source["model_type"] + str(source.get("architectures"))).lower()
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     out = {
         "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
@@ -149,7 +151,7 @@ def write_processor(directory: Path, config: LlavaConfig) -> None:
     """`preprocessor_config.json` and `processor_config.json` as transformers 4 and 5 read them."""
     anyres, size = config.image_aspect_ratio == "anyres", config.vision.image_size
     steps = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize")
-    preprocessor = {
+    preprocessor: dict[str, Any] = {
         "image_processor_type": "LlavaNextImageProcessor" if anyres else "LlavaImageProcessor",
         "processor_class": "LlavaNextProcessor" if anyres else "LlavaProcessor",
         **dict.fromkeys(steps, True),

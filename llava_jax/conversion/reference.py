@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -164,8 +165,9 @@ def record_llava_hf(published, text: str, pictures: list) -> list[Record]:
     anyres = published.config.image_aspect_ratio == "anyres"
     settings = published.preprocessor_config
     size = published.config.vision.image_size
-    options = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    options: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     options |= {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
+    processor: LlavaNextImageProcessorPil | LlavaImageProcessorPil
     if anyres:
         pinpoints = [list(pair) for pair in published.config.image_grid_pinpoints]
         processor = LlavaNextImageProcessorPil(**options, image_grid_pinpoints=pinpoints)
@@ -173,14 +175,14 @@ def record_llava_hf(published, text: str, pictures: list) -> list[Record]:
         processor = LlavaImageProcessorPil(**options, do_pad=published.config.image_aspect_ratio == "pad")
     records = []
     for picture in pictures:
-        record, inputs, row = {"ids": np.array(ids)}, {}, list(ids)
+        record, inputs, row = {"ids": np.array(ids)}, {}, ids
         if picture is not None:
             inputs = dict(processor(picture, return_tensors="pt"))
             record["pixels"] = inputs["pixel_values"].flatten(0, -4).numpy()
             with torch.inference_mode():
                 features = model.get_image_features(**inputs, return_dict=True).pooler_output
-            row[row.index(IMAGE_TOKEN_INDEX)] = [image_id] * sum(map(len, features))
-            row = [i for one in row for i in (one if isinstance(one, list) else [one])]
+            place = ids.index(IMAGE_TOKEN_INDEX)
+            row = [*ids[:place], *[image_id] * sum(map(len, features)), *ids[place + 1 :]]
         inputs["input_ids"] = torch.tensor([row])
         record |= _record_torch(model, model.model.multi_modal_projector, model.model.language_model, inputs)
         records.append(record)
@@ -273,7 +275,7 @@ def _read_torch(listed) -> dict:
     import torch
     from safetensors.torch import load_file
 
-    tensors = {}
+    tensors: dict = {}
     for file in sorted({tensor.file for tensor in listed.values()}):
         if file.suffix == ".safetensors":
             tensors |= load_file(file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ DTYPE_NAMES = {numpy: name for name, numpy in SAFETENSORS_DTYPES.items()}
 
 
 def write_safetensors(
-    path: Path, tensors: dict[str, TensorInfo], read: Callable[[list[str]], Iterable[np.ndarray]]
+    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[list[str]], Iterable[np.ndarray]]
 ) -> None:
     """One file; its tensors stand in order of item size, so that all are aligned.
 
@@ -24,7 +24,8 @@ def write_safetensors(
         read: gives the arrays of the names that it is given, in that order.
     """
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
         info = tensors[name]
@@ -56,13 +57,14 @@ def in_order(array: np.ndarray, buffer: np.ndarray | None = None) -> np.ndarray:
 
 def write_checkpoint(
     directory: Path,
-    tensors: dict[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
     read: Callable[[list[str]], Iterable[np.ndarray]],
     max_shard_bytes: int,
 ) -> None:
     """`model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor has one to itself) and their index,
     named as transformers names them."""
-    shards, size = [{}], 0
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
     for name, info in tensors.items():
         if shards[-1] and size + info.nbytes > max_shard_bytes:
             shards.append({})
@@ -72,7 +74,7 @@ def write_checkpoint(
     if len(shards) == 1:
         write_safetensors(directory / "model.safetensors", tensors, read)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / file, shard, read)

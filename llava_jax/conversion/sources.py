@@ -54,14 +54,17 @@ class Location:
         if self.commit is not None:
             _snapshot(self.given, self.commit, list(names))
 
-    def read_json(self, name: str, required: bool = False) -> dict | None:
+    def read_json(self, name: str) -> dict | None:
         """A JSON file of the directory; None where there is none."""
         path = self.path / name
-        if not path.is_file():
-            if required:
-                raise FileNotFoundError(f"{self.given}: there is no {name}, so this is no published checkpoint")
-            return None
-        return read_json(path)
+        return read_json(path) if path.is_file() else None
+
+    def read_config(self) -> dict:
+        """`config.json`, which a published checkpoint has."""
+        config = self.read_json("config.json")
+        if config is None:
+            raise FileNotFoundError(f"{self.given}: there is no config.json, so this is no published checkpoint")
+        return config
 
 
 def read_json(path: Path) -> dict:

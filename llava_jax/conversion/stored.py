@@ -107,7 +107,8 @@ def read_tensors(stored: Stored, tensors: Iterable[Written], bar: tqdm) -> Itera
 
 def batches(tensors: Iterable[Written]) -> Iterator[list[Written]]:
     """The tensors, as many together as may be in memory at once."""
-    batch, size = [], 0
+    batch: list[Written] = []
+    size = 0
     for tensor in tensors:
         if batch and size + tensor.nbytes > checkpoint.BATCH_BYTES:
             yield batch

@@ -18,9 +18,8 @@ from llava_jax.conversion.adapter import export_adapter
 from llava_jax.conversion.arguments import add_export_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.from_hf import BUFFERS, PROCESSOR_FILES, TOKENIZER_FILES
-from llava_jax.conversion.key_table import TensorInfo
 from llava_jax.conversion.safetensors_files import write_checkpoint
-from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.conversion.sources import Tensor, read_json, write_json
 from llava_jax.conversion.stored import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has long had it
@@ -68,7 +67,7 @@ def export(
     tensors = make_plan(converted, layout, config, dtype)
     buffers = sources.open_file(converted.directory / BUFFERS) if same and _has(converted, BUFFERS) else {}
     config = with_dtype(config, converted, tensors, same)
-    infos = {**tensors, **buffers}
+    infos: dict[str, Written | Tensor] = {**tensors, **buffers}
     nbytes = sum(info.nbytes for info in infos.values())
     say = print if progress else lambda *_: None
     say(f"{directory}: to the {layout} layout, {len(infos)} tensors")
@@ -150,11 +149,14 @@ def _saying(config: dict, dtype: str) -> dict:
 # ---- writing
 
 
-def _read(converted: Converted, infos: dict[str, TensorInfo], names: list[str], bar: tqdm) -> Iterator[np.ndarray]:
+def _read(
+    converted: Converted, infos: dict[str, Written | Tensor], names: list[str], bar: tqdm
+) -> Iterator[np.ndarray]:
     """The tensors of these names, in this order: parameters, and buffers as they came."""
-    params = read_tensors(converted.stored, (infos[n] for n in names if isinstance(infos[n], Written)), bar)
-    for name in names:
-        yield next(params) if isinstance(infos[name], Written) else infos[name].read()
+    wanted = [infos[name] for name in names]
+    params = read_tensors(converted.stored, (info for info in wanted if isinstance(info, Written)), bar)
+    for info in wanted:
+        yield next(params) if isinstance(info, Written) else info.read()
 
 
 def _write_small_files(directory: Path, converted: Converted, layout: str, config: dict) -> None:

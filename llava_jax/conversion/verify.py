@@ -72,7 +72,7 @@ def verify(
     from llava_jax.inputs.image import load_image
 
     config = checkpoint.load_config(directory)
-    pictures = [synthetic_picture()] if images is None else [load_image(image) for image in images] or [None]
+    pictures: list = [synthetic_picture()] if images is None else [load_image(image) for image in images] or [None]
     text = Llava(config, None).conversation(prompt, pictures[0] is not None).get_prompt()
     published = read_published(reference, checkpoint_name(reference), None, vision_tower, None, None, False)
     against = against or default_against(published.layout, python)

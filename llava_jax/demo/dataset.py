@@ -51,7 +51,8 @@ def _fitting(scene: Scene, rng, room: int) -> list[Question]:
     ends = last.kind == "description"  # what would answer all questions after it
     if not ends:
         asked.append(last)
-    questions, left = [], room - 12 - ends * _question_cost(last)
+    questions: list[Question] = []
+    left = room - 12 - ends * _question_cost(last)
     for question in asked:
         left -= _question_cost(question)
         if left < 0 and (questions or ends):
@@ -91,9 +92,12 @@ def write_dataset(
 
 def end_with_parent() -> None:
     """In a worker: end when the process that started it does, even if that is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -43,7 +43,8 @@ def make_tiles(config: LlavaConfig, seed: int, count: int, rows: int, step: int)
 def loss_function(config: LlavaConfig, params: dict, tiles, truths: Truths):
     """(loss, {name: the share of patches read right, of those that show something, or the error of a place})."""
     features = CLIPVisionTower(config).apply({"params": params["vision_tower"]}, tiles)
-    loss, right = 0.0, {}
+    loss: jax.Array | float = 0.0
+    right: dict[str, jax.Array] = {}
     for name in CLASSES:
         head, labels = params["heads"][name], getattr(truths, name)
         logits = features @ head["kernel"] + head["bias"]

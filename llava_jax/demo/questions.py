@@ -66,7 +66,7 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
         if len(questions) == turns - 1:
             break
     if rng.random() < 0.3 or not questions:
-        questions.append(ask(scene, "description", rng))
+        questions.append(_description(scene, rng))
     return questions
 
 
@@ -119,14 +119,16 @@ def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
 
 def _colour(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "kind", rng)
-    return item and Question(
-        "colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item)
-    )
+    if item is None:
+        return None
+    return Question("colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item))
 
 
 def _shape(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "color", rng)
-    return item and Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
+    if item is None:
+        return None
+    return Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
 
 
 def _alone(scene: Scene, attribute: str, rng) -> Item | None:
@@ -181,12 +183,12 @@ def _yes_no(scene: Scene, rng) -> Question | None:
 def _place(scene: Scene, rng) -> Question | None:
     """Of an item that lies clearly in one quarter of the picture."""
     counts = Counter(item.name for item in scene.items)
-    found = [item for item in scene.items if counts[item.name] == 1 and quarter(item, scene)]
+    found = [(item, where) for item in scene.items if counts[item.name] == 1 and (where := quarter(item, scene))]
     if not found:
         return None
-    item = _pick(rng, found)
+    item, where = _pick(rng, found)
     text, fact = f"In which part of the image is the {item.name}?", f"{item.name} in the picture"
-    return Question("place", text, quarter(item, scene), frozenset([fact]), _facts(item) | {fact})
+    return Question("place", text, where, frozenset([fact]), _facts(item) | {fact})
 
 
 def quarter(item: Item, scene: Scene) -> str | None:
@@ -201,15 +203,15 @@ def _position(scene: Scene, rng) -> Question | None:
     """Of two items, one of which lies clearly beside, above or below the other."""
     counts = Counter(item.name for item in scene.items)
     unique = [item for item in scene.items if counts[item.name] == 1]
-    pairs = [(a, b) for a in unique for b in unique if a is not b and direction(a, b)]
+    pairs = [(a, b, where) for a in unique for b in unique if a is not b and (where := direction(a, b))]
     if not pairs:
         return None
-    beside = [(a, b) for a, b in pairs if direction(a, b) in DIRECTIONS[:2]]
+    beside = [pair for pair in pairs if pair[2] in DIRECTIONS[:2]]
     over = [pair for pair in pairs if pair not in beside]
-    a, b = _pick(rng, (beside if rng.random() < 0.5 else over) or pairs)
+    a, b, where = _pick(rng, (beside if rng.random() < 0.5 else over) or pairs)
     text = f"Where is the {a.name} relative to the {b.name}?"
-    pair = frozenset([" and ".join(sorted([a.name, b.name]))])
-    return Question("position", text, direction(a, b), pair, pair | _facts(a) | _facts(b))
+    both = frozenset([" and ".join(sorted([a.name, b.name]))])
+    return Question("position", text, where, both, both | _facts(a) | _facts(b))
 
 
 def direction(a: Item, b: Item) -> str | None:

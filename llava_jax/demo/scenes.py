@@ -107,8 +107,8 @@ def make_scene(seed, forms: tuple[Form, ...] = FORMS, signs: float = 0.5, variou
     items = (_different_shapes if all_differ else _shapes)(rng, form.room, form.sizes)
     if rng.random() < signs:
         items.append(_sign(rng, large=form is SQUARE and rng.random() < 0.5))
-    background = tuple(int(c) for c in rng.integers(205, 250, 3))
-    return Scene(width, height, tuple(_place(items, width, height, rng)), background, int(rng.integers(2**31)))
+    red, green, blue = map(int, rng.integers(205, 250, 3))
+    return Scene(width, height, tuple(_place(items, width, height, rng)), (red, green, blue), int(rng.integers(2**31)))
 
 
 def _shapes(rng, limit: int, sizes: tuple[int, int]) -> list[Item]:
@@ -206,7 +206,7 @@ def _draw_sign(pen: ImageDraw.ImageDraw, item: Item) -> None:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, which is the same wherever Pillow is."""
     return ImageFont.load_default(size)
 

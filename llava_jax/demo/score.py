@@ -62,7 +62,8 @@ def score(llava, params, scenes: int = 500, seed: int = 0) -> dict[str, float]:
     Args:
         llava: with its config's image_aspect_ratio at "anyres", or at "pad" to see the base tile alone.
     """
-    right, total = Counter(), Counter()
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for scene, question, answer in answered(llava, params, scenes, seed):
         for name in [question.kind] + [DETAIL] * is_detail(scene, question):
             total[name] += 1

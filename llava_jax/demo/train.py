@@ -76,8 +76,9 @@ def _first_checkpoint(output: Path, tower_steps: int) -> Path:
     config = scenes_config(len(load_tokenizer(files)))
     params = first_params(config, seed=0)
     print(f"tower: {tower_steps} steps", flush=True)
-    settings = dict(steps=tower_steps, learning_rate=TOWER_RATE, seed=SEED)
-    params["vision_tower"] = pretrain_tower(params["vision_tower"], config, output / "tower", **settings)
+    params["vision_tower"] = pretrain_tower(
+        params["vision_tower"], config, output / "tower", steps=tower_steps, learning_rate=TOWER_RATE, seed=SEED
+    )
     published = write_published(output / "random" / NAME, config, params, "float32")
     shutil.rmtree(directory, ignore_errors=True)
     return convert_published(published, directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX
 from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Scene, draw
-from llava_jax.inputs.anyres import pinpoints, select_best_resolution
+from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolution
 from llava_jax.inputs.image import process_images
 
 KINDS = ("", *SHAPES, SIGN)
@@ -54,9 +53,7 @@ def tile_views(size: tuple[int, int], config: LlavaConfig) -> list[tuple[float, 
     (width, height), side = size, config.tile_size
     base = (side / width, side / height, 0.0, 0.0)
     across, down = select_best_resolution(size, pinpoints(config))
-    scale = min(across / width, down / height)
-    fitted = min(math.ceil(width * scale), across), min(math.ceil(height * scale), down)
-    left, top = (across - fitted[0]) // 2, (down - fitted[1]) // 2
+    fitted, (left, top) = fit_on_canvas(size, (across, down))
     scales = fitted[0] / width, fitted[1] / height
     grid = [(*scales, left - x, top - y) for y in range(0, down, side) for x in range(0, across, side)]
     longest = max(size)

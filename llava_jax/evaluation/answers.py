@@ -67,7 +67,7 @@ class AnswerFile:
         Raises:
             ValueError: a file holds other answers than this run's, or is damaged.
         """
-        numbers = {answer_id: number for number, answer_id in enumerate(self.ids)}
+        numbers: dict[str | None, int] = {answer_id: number for number, answer_id in enumerate(self.ids)}
         lines: dict[int, str] = {}
         for path in [*([self.path] if self.path.exists() else []), *self.parts()]:
             for n, line in enumerate(_whole_lines(path), 1):

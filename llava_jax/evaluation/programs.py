@@ -246,7 +246,7 @@ def largest_wave(engine: Engine, room: float) -> Fit:
 
     def compiled(size: int) -> Wave | None:
         answer = engine.answer(size * shards, prefixes)
-        return answer and Wave(needed(once["prefill"], answer, params, prefix, size), answer)
+        return None if answer is None else Wave(needed(once["prefill"], answer, params, prefix, size), answer)
 
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
@@ -261,7 +261,8 @@ def search(compiled, room: float, params: int, bound: int) -> dict[int, Wave]:
     Args:
         compiled: number of prefixes → their Wave, or None where the compiler itself finds no room.
     """
-    size, tried = min(MAX_GROUPS, bound), {}
+    size = min(MAX_GROUPS, bound)
+    tried: dict[int, Wave] = {}
     while size not in tried and len(tried) < TRIES:
         wave = compiled(size)
         if wave is None:
@@ -298,7 +299,7 @@ _MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "while",
 
 def collectives(text: str) -> Collectives:
     """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
-    met = Counter()
+    met: Counter[tuple[str, ...]] = Counter()
     for name, lines in _computations(text).items():
         for kind, path in filter(None, map(_collective, lines)):
             layer = re.search(r"/layers_\d+/", path)
@@ -306,7 +307,7 @@ def collectives(text: str) -> Collectives:
                 met[name, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
             else:
                 met[name, f"{kind} of {'embeddings' if 'embed' in path else 'token choice'}"] += 1
-    most = Counter()
+    most: Counter[str] = Counter()
     for (_, what, *_), count in met.items():
         most[what] = max(most[what], count)
     return Collectives(most.pop("decoder", 0), most.pop("tower", 0), dict(most))
@@ -329,8 +330,9 @@ def whole_writes(text: str, parts: dict[str, tuple[int, ...]]) -> dict[str, int]
     computations = _computations(text)
     bodies = re.findall(r" while\(.*?body=%?([\w.-]+)", text)
     written = Counter(dict.fromkeys(parts, 0))
-    for line in (line for body in bodies for line in computations[body]):
-        _, _, result, operation, rest = _INSTRUCTION.match(line).groups()
+    lines = (line for body in bodies for line in computations[body])
+    for instruction in filter(None, map(_INSTRUCTION.match, lines)):
+        _, _, result, operation, rest = instruction.groups()
         if operation in _MOVES_NOTHING or operation.endswith("-start") or _updates_in_place(rest, computations):
             continue
         for dims, layout in _ARRAY.findall(result):
@@ -347,7 +349,8 @@ def _alike(shape: tuple[int, ...], parts) -> list[str]:
 
 def _computations(text: str) -> dict[str, list[str]]:
     """Name → the lines of its instructions."""
-    out, lines = {}, []
+    out: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in text.splitlines():
         if line.endswith("{") and "(" in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").removeprefix("%").split(" ")[0].split("(")[0]

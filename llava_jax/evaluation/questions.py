@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -141,7 +141,7 @@ def read_lines(path) -> list[bytes]:
     return read_file(path).rstrip().splitlines()
 
 
-def read_json(path) -> object:
+def read_json(path) -> Any:
     """A JSON file's content.
 
     Raises:
@@ -157,7 +157,7 @@ class Row(NamedTuple):
     """A row of a table: the line on which it starts, and its cells; None is an empty one."""
 
     line: int
-    cells: list[str | None]
+    cells: Sequence[str | None]
 
 
 # What pandas takes for an empty cell.
@@ -201,7 +201,7 @@ def read_table(path) -> tuple[list[str], list[Row]]:
     return columns, [Row(row.line, _filled(row.cells, len(columns))) for row in rows[1:]]
 
 
-def _filled(cells: list[str], width: int) -> list[str | None]:
+def _filled(cells: Sequence[str | None], width: int) -> list[str | None]:
     return [None if cell in _EMPTY else cell for cell in cells] + [None] * (width - len(cells))
 
 
@@ -213,7 +213,7 @@ def typed(column: Sequence[str | None]) -> list[int | float | str | None]:
     """A column's cells as pandas types them: all integers, or all numbers (an empty one is NaN), or all text."""
     filled = [cell for cell in column if cell is not None]
     if len(filled) == len(column) and all(map(_INTEGER.fullmatch, filled)):
-        return [int(cell) for cell in column]
+        return [int(cell) for cell in filled]
     if all(map(_NUMBER.fullmatch, filled)):
         return [math.nan if cell is None else float(cell) for cell in column]
     return list(column)
@@ -272,7 +272,7 @@ def _read_science(path, single_pred_prompt: bool) -> list[Question]:
     return [_of_science(entry, f"{path}, entry {n}", ending) for n, entry in enumerate(entries, 1)]
 
 
-def _of_science(entry: object, where: str, ending: str) -> Question:
+def _of_science(entry: Any, where: str, ending: str) -> Question:
     """model_vqa_science: {"id", "conversations": [{"value"}, …], "image" or none}; `<image>` is taken out."""
     has_image = isinstance(entry, dict) and "image" in entry
     kinds = {"id": _ID, "conversations": (list,)} | ({"image": (str,)} if has_image else {})

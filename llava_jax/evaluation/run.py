@@ -117,8 +117,8 @@ def prepare(options: EvaluateOptions) -> Job:
     path = epath.Path(options.answers_file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config.name)
-    settings = (config.name, config.reading, conv_mode, options.new_tokens)
-    settings += (options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix)
+    of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
+    settings = (config.name, config.reading, conv_mode, options.new_tokens, *of_options)
     ids = tuple(answer_id(settings, number, question) for number, question in enumerate(questions))
     return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
 

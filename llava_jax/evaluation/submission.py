@@ -176,7 +176,8 @@ def _as_answered(question_id, answers: Mapping):
 
 def mme(answers_file, annotations) -> dict[str, bytes]:
     """{category.txt: lines of image's .txt, question, truth, answer}, as MME's calculation.py takes them."""
-    truth, lines = read_truth(annotations), {}
+    truth = read_truth(annotations)
+    lines: dict[str, str] = {}
     for n, answer in enumerate(_entries(answers_file, "question_id", "prompt", "text"), 1):
         key = category, file, question = truth_key(answer, truth)
         if key not in truth:

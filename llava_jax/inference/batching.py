@@ -34,7 +34,8 @@ def make_groups(llava, requests, conv_mode=None):
     Returns:
         (groups, whose `images` is the request's number; for each question None, or the ValueError that it raises)
     """
-    groups, errors = [], []
+    groups: list[Group] = []
+    errors: list[ValueError | None] = []
     for n, (sizes, questions) in enumerate(requests):
         rows, places = [], []
         for question in questions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.config import TextConfig
 
@@ -16,8 +17,8 @@ class Prefix:
     """Written once by prefill, read-only afterwards: G prompts of up to P positions."""
 
     keys_values: list[KeysValues]  # for each layer, k and v [G, K, P, D], as decoding reads them; arrays or Int8
-    valid: jax.Array  # bool [G, P]
-    lengths: jax.Array  # int32 [G]
+    valid: jax.Array | np.ndarray  # bool [G, P]
+    lengths: jax.Array | np.ndarray  # int32 [G]
 
 
 @flax.struct.dataclass

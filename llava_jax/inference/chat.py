@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -36,49 +37,49 @@ class Chat:
         options = {**self.options, **options}
         stop = options.pop("stop", ())
         slots, limit, sampling = self.llava.plan_decode(**options)
-        shared = self._reuse(ids)
+        prefix, shared = self._reuse(ids)
         questions = pack_questions([[ids[shared:]]], 1, 1)
-        state = self.llava._first(slots, self.params, self._prefix, None, questions, sampling)
-        return self._stream(question, ids, questions, state, limit, sampling, stop)
+        state = self.llava._first(slots, self.params, prefix, None, questions, sampling)
+        return self._stream(question, ids, prefix, questions, state, limit, sampling, stop)
 
-    def _stream(self, question, ids, questions, state, limit, sampling, stop) -> Generator[str]:
+    def _stream(self, question, ids, prefix: Prefix, questions, state, limit, sampling, stop) -> Generator[str]:
         pieces = []
         try:
-            for piece, newest in self.llava.decode(self.params, self._prefix, state, limit, sampling, stop):
+            for piece, newest in self.llava.decode(self.params, prefix, state, limit, sampling, stop):
                 state = newest  # the older one's buffers are given away
                 pieces.append(piece)
                 if piece:
                     yield piece
         finally:
             self.turns += [question, "".join(pieces).strip()]
-            self._keep(ids, questions, state)
+            self._keep(ids, prefix, questions, state)
 
     def _positions(self, ids) -> int:
         """How many positions some ids of the prompt take."""
         shown = self.sizes[: int(np.sum(ids == IMAGE_TOKEN_INDEX))]
-        images = sum(int(num_image_tokens(*size, self.llava.config)) for size in shown)
+        images = sum(int(num_image_tokens(width, height, self.llava.config)) for width, height in shown)
         return int(np.sum(ids != IMAGE_TOKEN_INDEX)) + images
 
-    def _reuse(self, ids) -> int:
-        """How many of the ids the prefix holds, once it is cut down to them (or made, for the first turn)."""
-        shared = min(common_length([self._cached, ids]), len(ids) - 1) if self._prefix is not None else 0
-        if self._prefix is None or np.any(ids[shared:] == IMAGE_TOKEN_INDEX):
+    def _reuse(self, ids) -> tuple[Prefix, int]:
+        """The prefix, and how many of the ids it holds, once it is cut down to them (or made, for the first turn)."""
+        prefix = self._prefix
+        shared = min(common_length([self._cached, ids]), len(ids) - 1) if prefix is not None else 0
+        if prefix is None or np.any(ids[shared:] == IMAGE_TOKEN_INDEX):
             shared, head = len(ids) - 1, ids[:-1]
             batch = pack([head], [np.full(len(head), -100)], self.tiles, self.sizes, self.llava.config)
-            self._prefix, _ = self.llava._prefill(self.params, batch)
-        length = np.int32(self._positions(ids[:shared]))
-        valid = np.arange(self._prefix.valid.shape[1]) < length
-        self._prefix = self._prefix.replace(valid=valid[None], lengths=length[None])
-        self._cached = ids[:shared]
-        return shared
+            prefix, _ = self.llava._prefill(self.params, batch)
+        lengths = np.array([self._positions(ids[:shared])], np.int32)
+        valid = np.arange(prefix.valid.shape[1]) < lengths[:, None]
+        self._prefix, self._cached = replace(prefix, valid=valid, lengths=lengths), ids[:shared]
+        return self._prefix, shared
 
-    def _keep(self, ids, questions, state) -> None:
+    def _keep(self, ids, prefix: Prefix, questions, state) -> None:
         """Move the question and the answer into the prefix, for the next turn."""
         kept = np.asarray(state.tokens)[0, 0, : int(state.step) - 1]  # the newest token was never an input
-        needed = int(self._prefix.lengths[0]) + state.suffix.valid.shape[-1]
-        capacity = max(self._prefix.valid.shape[1], bucket_length(needed, self.llava.config))
+        needed = int(prefix.lengths[0]) + state.suffix.valid.shape[-1]
+        capacity = max(prefix.valid.shape[1], bucket_length(needed, self.llava.config))
         length = np.int32(questions.lengths[0, 0])
-        self._prefix = self.llava._fold(capacity, questions.ids.shape[-1], self._prefix, state.suffix, length)
+        self._prefix = self.llava._fold(capacity, questions.ids.shape[-1], prefix, state.suffix, length)
         self._cached = np.concatenate([ids, kept])
 
 
@@ -103,4 +104,4 @@ def fold(capacity: int, question_slots: int, prefix: Prefix, suffix: Suffix, que
 
     pairs = zip(prefix.keys_values, suffix.keys_values, strict=True)
     keys_values = [tuple(join(a, b) for a, b in zip(old, new, strict=True)) for old, new in pairs]
-    return prefix.replace(keys_values=keys_values, valid=jnp.zeros((1, capacity), bool))
+    return replace(prefix, keys_values=keys_values, valid=jnp.zeros((1, capacity), bool))

@@ -62,5 +62,5 @@ def enable_compilation_cache() -> None:
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = os.environ.get(CACHE_VARIABLE, str(home / "llava_jax" / "compiled"))
-    if directory and jax.config.jax_compilation_cache_dir is None:
+    if directory and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", directory)

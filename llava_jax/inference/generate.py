@@ -6,6 +6,8 @@ on one image share a prefix, and a row's question is what comes after it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -33,12 +35,17 @@ def _take(state: DecodeState, logits: jax.Array, sampling: Greedy | Sample, conf
     token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, state.tokens, state.step))
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.step, axis=2)
     ended = jnp.isin(token, jnp.asarray(config.eos_token_ids, jnp.int32))
-    return state.replace(tokens=tokens, done=state.done | ended, step=state.step + 1)
+    return replace(state, tokens=tokens, done=state.done | ended, step=state.step + 1)
+
+
+def _apply(model, params, *args, method: str):
+    """What a method of the model gives with these parameters."""
+    return model.apply({"params": params}, *args, method=method)
 
 
 def prefill(model: LlavaLlamaForCausalLM, params, batch: Batch) -> tuple[Prefix, jax.Array]:
     """Encode, merge and prefill right-padded prompts: the Prefix (G = B) and the last hidden states [G, E]."""
-    last, keys_values = model.apply({"params": params}, batch, method="prefill")
+    last, keys_values = _apply(model, params, batch, method="prefill")
     return Prefix(keys_values, batch.attention_mask, batch.lengths), last
 
 
@@ -69,11 +76,11 @@ def ask(model: LlavaLlamaForCausalLM, slots: int, params, prefix: Prefix, questi
     groups, rows, length = questions.ids.shape
     suffix = empty_suffix(model.config.text, groups, rows, length + slots, _dtype(params))
     valid = jnp.arange(length + slots) < questions.lengths[..., None]
-    suffix = suffix.replace(valid=valid)
+    suffix = replace(suffix, valid=valid)
     positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
     arguments = questions.ids, positions, prefix, suffix, jnp.int32(0)
-    hidden, keys_values = model.apply({"params": params}, *arguments, method="extend")
-    return suffix.replace(keys_values=keys_values), hidden
+    hidden, keys_values = _apply(model, params, *arguments, method="extend")
+    return replace(suffix, keys_values=keys_values), hidden
 
 
 def first(model, slots: int, params, prefix: Prefix, last: jax.Array, questions: Questions, sampling: Greedy | Sample):
@@ -92,7 +99,7 @@ def first(model, slots: int, params, prefix: Prefix, last: jax.Array, questions:
         done=~questions.active,
         step=jnp.int32(0),
     )
-    logits = model.apply({"params": params}, last, method="logits")
+    logits = _apply(model, params, last, method="logits")
     return _take(state, logits, sampling, model.config.generation)
 
 
@@ -114,11 +121,12 @@ def run(model: LlavaLlamaForCausalLM, params, prefix: Prefix, state: DecodeState
         slot = question_slots + newest
         last = jax.lax.dynamic_slice_in_dim(state.tokens, newest, 1, axis=2)
         here = jnp.ones_like(last, dtype=bool)
-        suffix = state.suffix.replace(valid=jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, here, slot, axis=2))
+        valid = jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, here, slot, axis=2)
+        suffix = replace(state.suffix, valid=valid)
         positions = (prefix.lengths[:, None] + state.lengths + newest)[..., None]
-        hidden, keys_values = model.apply({"params": params}, last, positions, prefix, suffix, slot, method="extend")
-        state = state.replace(suffix=suffix.replace(keys_values=keys_values))
-        logits = model.apply({"params": params}, hidden[:, :, -1], method="logits")
+        hidden, keys_values = _apply(model, params, last, positions, prefix, suffix, slot, method="extend")
+        state = replace(state, suffix=replace(suffix, keys_values=keys_values))
+        logits = _apply(model, params, hidden[:, :, -1], method="logits")
         return _take(state, logits, sampling, model.config.generation)
 
     return jax.lax.while_loop(unfinished, body, state)
@@ -146,5 +154,5 @@ def answer(model, slots: int, params, prefix: Prefix, last, questions: Questions
 def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
     """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
     _, hidden = ask(model, 0, params, prefix, questions)
-    logits = model.apply({"params": params}, hidden[:, :, :-1], method="logits")
+    logits = _apply(model, params, hidden[:, :, :-1], method="logits")
     return label_log_probs(logits, questions.ids[:, :, 1:])

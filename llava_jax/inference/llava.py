@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -174,7 +175,7 @@ class Llava:
         placed, limit = ids.count(IMAGE_TOKEN_INDEX), self.config.tokenizer_model_max_length
         if placed != len(sizes):
             raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
-        of_images = sum(int(num_image_tokens(*size, self.config)) for size in sizes)
+        of_images = sum(int(num_image_tokens(width, height, self.config)) for width, height in sizes)
         length = len(ids) - placed + of_images
         if limit is not None and length > limit:
             raise ValueError(
@@ -190,11 +191,13 @@ class Llava:
         """
         slots, _, sampling = self.plan_decode(max_new_tokens, **options)
         sides = np.geomspace(8, 4000, 40).astype(int)
-        text, sizes = len(self.prompt_ids(question, [(1, 1)])) - 1, {}
-        for size in zip(*map(np.ravel, np.meshgrid(sides, sides)), strict=True):
-            sizes.setdefault(bucket_length(text + int(num_image_tokens(*size, self.config)), self.config), size)
-        for width, height in sizes.values():
-            batch, _ = self._one_prompt(Image.new("RGB", (int(width), int(height))), question)
+        text = len(self.prompt_ids(question, [(1, 1)])) - 1
+        sizes: dict[int, tuple[int, int]] = {}  # of each length
+        for height, width in itertools.product(sides.tolist(), repeat=2):
+            length = bucket_length(text + int(num_image_tokens(width, height, self.config)), self.config)
+            sizes.setdefault(length, (width, height))
+        for size in sizes.values():
+            batch, _ = self._one_prompt(Image.new("RGB", size), question)
             self._generate(slots, params, batch, no_questions(1), sampling, np.int32(1))
 
     # ---- many questions
@@ -336,7 +339,7 @@ class Llava:
         if image_sizes is not None:
             if len(image_sizes) != len(sizes):
                 raise ValueError(f"image_sizes: got {len(image_sizes)} for {len(sizes)} images")
-            sizes = [tuple(int(n) for n in size) for size in image_sizes]
+            sizes = [(int(width), int(height)) for width, height in image_sizes]
         return pack(
             rows,
             targets,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,12 @@ class Sample:
     repetition_penalty off; the penalty looks at the answer's own tokens, as transformers' does given embeddings.
     """
 
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: float | np.float32 = 1.0
+    top_k: int | np.int32 = 50
+    top_p: float | np.float32 = 1.0
+    min_p: float | np.float32 = 0.0
+    repetition_penalty: float | np.float32 = 1.0
+    seed: int | np.uint32 = 0
 
     def choose(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
         """logits float32 [..., V], tokens int32 [..., S] of which `step` are there → int32 [...].
@@ -100,5 +102,5 @@ def sampling_of(defaults: GenerationDefaults, temperature: float = 0.0, top_p=No
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k
     sample = Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    checked(sample.replace(temperature=temperature or 1.0))  # a wrong number is wrong, used or not
+    checked(replace(sample, temperature=temperature or 1.0))  # a wrong number is wrong, used or not
     return sample if temperature else Greedy()

@@ -7,6 +7,7 @@ because `int()` of a product decides how many rows survive; every function takes
 from __future__ import annotations
 
 import ast
+import math
 
 import numpy as np
 
@@ -44,13 +45,26 @@ def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
     return best
 
 
-def select_best_resolution(original_size, possible_resolutions) -> tuple[int, int]:
+def select_best_resolution(original_size: tuple[int, int], possible_resolutions) -> tuple[int, int]:
     """The canvas (width, height) for an image of `original_size` (llava.mm_utils.select_best_resolution)."""
     width, height = possible_resolutions[int(best_resolution_index(*original_size, possible_resolutions))]
     return int(width), int(height)
 
 
-def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size: int) -> tuple[int, int]:
+def fit_on_canvas(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A picture as large as fits on a canvas, centred: its (width, height) there, and its (left, top) corner.
+
+    Source: the arithmetic of llava.mm_utils.resize_and_pad_image.
+    """
+    scale_w, scale_h = canvas[0] / size[0], canvas[1] / size[1]
+    if scale_w < scale_h:
+        fitted = canvas[0], min(math.ceil(size[1] * scale_w), canvas[1])
+    else:
+        fitted = min(math.ceil(size[0] * scale_h), canvas[0]), canvas[1]
+    return fitted, ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2)
+
+
+def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints, patch_size: int) -> tuple[int, int]:
     """Tiles across and down, (grid_width, grid_height), of the canvas chosen for `image_size`.
 
     `grid_pinpoints` is a list of (width, height) or that list as a string; `patch_size` is a tile's side in pixels
@@ -118,7 +132,7 @@ def num_image_tokens(widths, heights, config: LlavaConfig) -> np.ndarray:
     return config.tokens_per_tile + (bottom - top) * (right - left + 1)
 
 
-def num_tiles(image_size, config: LlavaConfig) -> int:
+def num_tiles(image_size: tuple[int, int], config: LlavaConfig) -> int:
     """How many tiles `process_images` makes of an image of `image_size` (width, height)."""
     if config.image_aspect_ratio != "anyres":
         return 1
@@ -126,7 +140,7 @@ def num_tiles(image_size, config: LlavaConfig) -> int:
     return 1 + int(down * across)
 
 
-def image_index(image_size, config: LlavaConfig) -> np.ndarray:
+def image_index(image_size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
     """Which feature stands at each of an image's positions: the merge of `prepare_inputs_labels_for_multimodal`.
 
     Args:
@@ -140,7 +154,7 @@ def image_index(image_size, config: LlavaConfig) -> np.ndarray:
         return np.arange(num_tiles(image_size, config) * per_tile, dtype=np.int32)
     down, across = (int(n) for n in _grid(*image_size, config))
     side = config.vision.num_patches_per_side
-    cells = per_tile + np.arange(down * across * per_tile).reshape(down, across, side, side)
+    cells: np.ndarray = per_tile + np.arange(down * across * per_tile).reshape(down, across, side, side)
     cells = cells.transpose(0, 2, 1, 3).reshape(down * side, across * side)
     if config.has_image_newline:
         rounded = config.reading == "llava-hf"

@@ -23,7 +23,8 @@ class _Table(NamedTuple):
 def bucket_length(n: int, config: LlavaConfig) -> int:
     """Sequence lengths to a few: 64, 128, 256, then multiples of 512, or of more where images are longer than the
     published ones: one image of any size and a question are at most six lengths."""
-    largest = num_image_tokens(*np.transpose(pinpoints(config) or [(1, 1)]), config).max()
+    widths, heights = np.transpose(pinpoints(config) or [(1, 1)])
+    largest = num_image_tokens(widths, heights, config).max()
     step = 512 * -(-(largest + 128) // (6 * 512))  # 128: room for a question
     return int(next((size for size in (64, 128, 256) if n <= size), -(-n // step) * step))
 
@@ -126,7 +127,7 @@ def pack(
     padding_side: str = "right",
     max_length: int | None = None,
     attend_to_padding: bool = False,
-) -> Batch:
+) -> Batch[np.ndarray]:
     """Any mix of rows into one bucketed batch (the original's prepare_inputs_labels_for_multimodal, planned).
 
     Args:
@@ -164,7 +165,8 @@ def pack(
     lengths = np.array([len(index) for index, _ in spliced], np.int32)
     shape = len(rows), bucket_length(lengths.max(), config)
     arrays = _lay_out(spliced, lengths, shape, table.zeros, padding_side, attend_to_padding)
-    return Batch(packed, text_ids, *arrays, lengths)
+    index, position_ids, mask, targets = arrays
+    return Batch(packed, text_ids, index, position_ids, mask, targets, lengths)
 
 
 def _lay_out(spliced, lengths, shape, zeros: int, padding_side: str, attend_to_padding: bool):
@@ -182,7 +184,7 @@ def _lay_out(spliced, lengths, shape, zeros: int, padding_side: str, attend_to_p
     return index, position_ids, mask, targets
 
 
-def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
+def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch[np.ndarray]:
     """Rows without any image, padding left where it stands: the original touches nothing when `images` is None.
 
     Args:
@@ -205,7 +207,7 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch:
 # ---- training
 
 
-def next_tokens(labels: np.ndarray, most: int) -> Targets:
+def next_tokens(labels: np.ndarray, most: int) -> Targets[np.ndarray]:
     """Where labels [B, L] have something to predict, and what: up to M in each row, M being 64, 256, 1024, … ≥ most."""
     wanted = [np.flatnonzero(row[1:] != IGNORE_INDEX) for row in labels]
     shape = len(labels), next(64 * 4**n for n in range(16) if most <= 64 * 4**n)
@@ -224,7 +226,7 @@ class Room(NamedTuple):
     targets: int  # in a row
 
 
-def room_for(batches: list[Batch]) -> Room:
+def room_for(batches: list[Batch[np.ndarray]]) -> Room:
     """What the largest of the batches needs, and as much text as there are positions: the shapes then differ by length
     and tiles alone."""
     length = max(batch.index.shape[1] for batch in batches)
@@ -236,7 +238,9 @@ def room_for(batches: list[Batch]) -> Room:
     )
 
 
-def stack_shards(batches: list[Batch], room: Room, config: LlavaConfig) -> tuple[Batch, Targets]:
+def stack_shards(
+    batches: list[Batch[np.ndarray]], room: Room, config: LlavaConfig
+) -> tuple[Batch[np.ndarray], Targets[np.ndarray]]:
     """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another."""
     grown = [_grow(batch, room.text_rows, room.tiles, room.length, config.tokens_per_tile) for batch in batches]
     text_ids = np.stack([batch.text_ids for batch in grown])
@@ -244,7 +248,7 @@ def stack_shards(batches: list[Batch], room: Room, config: LlavaConfig) -> tuple
     return stacked, next_tokens(stacked.labels, room.targets)
 
 
-def _grow(batch: Batch, text_rows: int, tiles: int, length: int, tokens_per_tile: int) -> Batch:
+def _grow(batch: Batch[np.ndarray], text_rows: int, tiles: int, length: int, tokens_per_tile: int) -> Batch[np.ndarray]:
     """The same rows with room for more text, tiles and positions."""
     more_text, more_tiles = text_rows - len(batch.text_ids), tiles - len(batch.tiles)
     image_start = len(batch.text_ids)

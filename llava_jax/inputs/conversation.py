@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Any
 
 from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 
@@ -60,16 +61,17 @@ class Conversation:
         return _WRITERS[self.sep_style](self, self._turns())
 
     @property
-    def stop_str(self) -> str:
+    def stop_str(self) -> str | None:
         """The text that ends an answer, as the reference's CLI takes it. It is empty for mistral_instruct."""
         return self.sep2 if self.sep_style is SeparatorStyle.TWO else self.sep
 
     def _turns(self) -> list[tuple[str, str | None]]:
         """(role, text) pairs, with the image of a tuple message put where the reference puts it."""
         turns = [(role, m[0] if isinstance(m, tuple) else m) for role, m in self.messages]
-        if not self.messages or not isinstance(self.messages[0][1], tuple):
+        first = self.messages[0][1] if self.messages else None
+        if not isinstance(first, tuple):
             return turns
-        role, text = turns[0][0], turns[0][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        role, text = turns[0][0], first[0].replace(DEFAULT_IMAGE_TOKEN, "").strip()
         if "mmtag" not in self.version:
             return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *turns[1:]]
         image = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
@@ -200,14 +202,14 @@ _EXAMPLE_DIALOGUE = (
 
 _NAMES = ("USER", "ASSISTANT")
 _NAMES_V0 = ("Human", "Assistant")
-_CHATML = dict(
+_CHATML: dict[str, Any] = dict(
     roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
     sep_style=SeparatorStyle.MPT,
     sep="<|im_end|>",
     version="mpt",
 )
-_V1 = dict(roles=_NAMES, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>")
-_LLAMA_2_STYLE = dict(roles=_NAMES, sep_style=SeparatorStyle.LLAMA_2, sep2="</s>", version="llama_v2")
+_V1: dict[str, Any] = dict(roles=_NAMES, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>")
+_LLAMA_2_STYLE: dict[str, Any] = dict(roles=_NAMES, sep_style=SeparatorStyle.LLAMA_2, sep2="</s>", version="llama_v2")
 
 _vicuna_v0 = Conversation(_HUMAN, _NAMES_V0, _EXAMPLE_DIALOGUE, offset=2)
 _vicuna_v1 = Conversation(_USER, version="v1", **_V1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class Group:
     places: tuple[int, ...]  # where each row's answer goes
     images: int  # which entry of the caller's pictures
 
-    def prefix_length(self, sizes, config: LlavaConfig) -> int:
+    def prefix_length(self, sizes: Sequence[tuple[int, int]], config: LlavaConfig) -> int:
         """Positions that the prefix takes with images of these (width, height)."""
         text = int(np.sum(self.prefix != IMAGE_TOKEN_INDEX))
         return text + sum(int(num_image_tokens(*size, config)) for size in sizes)
@@ -57,7 +58,7 @@ def bucket_rows(n: int) -> int:
     return bucket_count(n, per_doubling=4)
 
 
-def pack_questions(questions, groups: int, rows: int) -> Questions:
+def pack_questions(questions, groups: int, rows: int) -> Questions[np.ndarray]:
     """`questions[g][r]`, ids, into bucketed arrays [groups, rows, Q]; what is not there is inactive."""
     longest = bucket_count(max(len(ids) for group in questions for ids in group))
     ids = np.zeros((groups, rows, longest), np.int32)
@@ -68,7 +69,7 @@ def pack_questions(questions, groups: int, rows: int) -> Questions:
     return Questions(ids, lengths, active)
 
 
-def no_questions(groups: int) -> Questions:
+def no_questions(groups: int) -> Questions[np.ndarray]:
     """One row for each prefix, which holds the whole prompt already (Q = 0)."""
     return Questions(np.zeros((groups, 1, 0), np.int32), np.zeros((groups, 1), np.int32), np.ones((groups, 1), bool))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from io import BytesIO
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.anyres import pinpoints, select_best_resolution
+from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolution
 
 
 def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
@@ -58,7 +59,7 @@ def image_size(source) -> tuple[int, int]:
         return image.size
 
 
-def _find(source) -> tuple[object, str]:
+def _find(source) -> tuple[str | IO[bytes], str]:
     """Something that Pillow opens, and the name to call it by in an error."""
     if isinstance(source, bytes | bytearray):
         return BytesIO(source), f"image: {len(source)} bytes"
@@ -83,7 +84,7 @@ def _find(source) -> tuple[object, str]:
 
 
 @contextlib.contextmanager
-def _opened(source):
+def _opened(source) -> Iterator[Image.Image]:
     """Pillow's image of a file; what is wrong with it is one ValueError that names it."""
     file, name = _find(source)
     try:
@@ -104,15 +105,9 @@ def as_image_list(images) -> list:
 
 def resize_and_pad_image(image: Image.Image, target_resolution) -> Image.Image:
     """The picture as large as fits into (width, height), centred on black (llava.mm_utils.resize_and_pad_image)."""
-    width, height = image.size
-    target_width, target_height = target_resolution
-    scale_w, scale_h = target_width / width, target_height / height
-    if scale_w < scale_h:
-        size = target_width, min(math.ceil(height * scale_w), target_height)
-    else:
-        size = min(math.ceil(width * scale_h), target_width), target_height
-    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
-    canvas.paste(image.resize(size), ((target_width - size[0]) // 2, (target_height - size[1]) // 2))
+    size, corner = fit_on_canvas(image.size, target_resolution)
+    canvas = Image.new("RGB", target_resolution, (0, 0, 0))
+    canvas.paste(image.resize(size), corner)
     return canvas
 
 

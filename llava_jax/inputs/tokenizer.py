@@ -306,16 +306,16 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
         FileNotFoundError: neither file is there.
         ValueError: a file is not what its name says.
     """
-    directory = epath.Path(directory)
-    if (directory / "tokenizer.model").is_file():
+    files = epath.Path(directory)
+    if (files / "tokenizer.model").is_file():
         fast = reading == "llava-hf" or "mistral" in name.lower()
-        return _load_llama(directory, fast)
-    if (directory / "tokenizer.json").is_file():
+        return _load_llama(files, fast)
+    if (files / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast  # slow to import
 
-        _read_json(directory / "tokenizer.json")
+        _read_json(files / "tokenizer.json")
         with tempfile.TemporaryDirectory() as local:  # transformers reads no gs://
-            for file in directory.glob("*token*.json"):
+            for file in files.glob("*token*.json"):
                 (Path(local) / file.name).write_bytes(file.read_bytes())
             return PreTrainedTokenizerFast.from_pretrained(local)
     raise FileNotFoundError(

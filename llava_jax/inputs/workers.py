@@ -25,7 +25,7 @@ class Workers:
     def __init__(self, work: Callable, count: int):
         self._processes = [_Worker(work) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count)
-        self._idle = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._processes:
             self._idle.put(worker)
         self.close = weakref.finalize(self, _stop, self._processes, self._threads)
@@ -39,7 +39,7 @@ class Workers:
         self.close()
 
     @property
-    def pids(self) -> list[int]:
+    def pids(self) -> list[int | None]:
         return [worker.process.pid for worker in self._processes]
 
     def submit(self, *task) -> Future:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,16 +69,17 @@ def head_by_head_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.
     def of_row(row):  # q [K, H/K, L, D], k and v [K, L, D], valid [L]
         *heads, valid = row
         valid = None if valid is None else valid[None]
-        return jax.lax.map(lambda group: of_group(*group, valid), heads)
+        return jax.lax.map(lambda group: of_group(group, valid), heads)
 
-    def of_group(q, k, v, valid):  # [H/K, L, D] and twice [L, D]
+    def of_group(group, valid):  # q [H/K, L, D], k and v [L, D]
+        q, k, v = group
         one = jax.checkpoint(lambda q: _over_chunks(q[None, None, None], k[None, None], v[None, None], valid)[0, 0, 0])
         return jax.lax.map(one, q)
 
     return _heads_last(jax.lax.map(of_row, (*_heads_first(q, k, v), valid)))
 
 
-def _heads_first(q, k, v):
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [B, L, H, D] and k, v [B, L, K, D] → [B, K, H/K, L, D] and [B, K, L, D]."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     return grouped.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -114,7 +116,7 @@ def _attend_chunk(q, k, v, valid, start: int):
 
 def _splash_takes(q: jax.Array) -> bool:
     """Its blocks are 128 positions at least; heads of less than half a 128-wide lane would waste it."""
-    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
     half = q.dtype != jnp.float32  # its products of half precision cannot be asked to be more exact than they are
     return q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and not (half and exact)
 
@@ -131,8 +133,8 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
 
     length, heads = q.shape[1:3]
     block = next(size for size in (512, 256, 128) if length % size == 0)
-    forward = dict(block_q=block, block_kv=block, block_kv_compute=block)
-    backward = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block)
+    forward: dict[str, Any] = dict(block_q=block, block_kv=block, block_kv_compute=block)
+    backward: dict[str, Any] = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(**forward, **backward, block_kv_dq=block),
@@ -219,8 +221,8 @@ def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, 
 
 def _two_parts_mapped(*arguments):
     def of_group(group):
-        *heads, prefix_valid, suffix_valid = group
-        return jax.lax.map(lambda head: _two_parts(*head, prefix_valid, suffix_valid), heads)
+        heads, valid = group[:5], group[5:]
+        return jax.lax.map(lambda head: _two_parts(*head, *valid), heads)
 
     return jax.lax.map(of_group, arguments)
 

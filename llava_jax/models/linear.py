@@ -24,7 +24,7 @@ class Linear(nn.Module):
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
             out = x @ kernel
             return out if bias is None else out + bias
-        scale = self.get_variable("params", SCALE)
+        scale: jax.Array = self.get_variable("params", SCALE)
         out = _matmul(x, kernel) * scale
         return (out if bias is None else out + bias).astype(x.dtype)
 

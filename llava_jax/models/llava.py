@@ -44,7 +44,7 @@ class LlavaLlamaForCausalLM(nn.Module):
         """uint8 tiles [T, S, S, 3] → the tower's selected features [T, tokens_per_tile, mm_hidden_size]."""
         return self.vision_tower(tiles)
 
-    def embed_multimodal(self, batch: Batch) -> jax.Array:
+    def embed_multimodal(self, batch: Batch[jax.Array]) -> jax.Array:
         """The merged sequence [B, L, E] of a planned batch: one gather from one table.
 
         The table is [embedded text | projected tiles | image_newline | zeros]; `batch.index` says which row stands
@@ -62,7 +62,7 @@ class LlavaLlamaForCausalLM(nn.Module):
         index = batch.index.reshape(shards, -1, batch.index.shape[-1])
         return jax.vmap(lambda table, index: table[index])(table, index).reshape(*batch.index.shape, width)
 
-    def __call__(self, batch: Batch, output_attentions: bool = False):
+    def __call__(self, batch: Batch[jax.Array], output_attentions: bool = False):
         """A whole batch at once.
 
         Returns:
@@ -81,12 +81,12 @@ class LlavaLlamaForCausalLM(nn.Module):
         hidden, attentions, hidden_states = self._decode_whole(embeds, batch, attend)
         return self.language_model.logits(hidden), hidden_states, attentions
 
-    def _decode_whole(self, embeds: jax.Array, batch: Batch, attend):
+    def _decode_whole(self, embeds: jax.Array, batch: Batch[jax.Array], attend):
         """The decoder over whole sequences [B, L, E], the same `attend` in every layer."""
         attends = [attend] * self.config.text.num_hidden_layers
         return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
 
-    def hidden(self, batch: Batch) -> jax.Array:
+    def hidden(self, batch: Batch[jax.Array]) -> jax.Array:
         """Right-padded rows to their normed last hidden states, [B, L, E]: what training needs."""
 
         def attend(q, k, v):
@@ -94,7 +94,7 @@ class LlavaLlamaForCausalLM(nn.Module):
 
         return self._decode_whole(self.embed_multimodal(batch), batch, attend)[0]
 
-    def prefill(self, batch: Batch):
+    def prefill(self, batch: Batch[jax.Array]):
         """Prompts (right-padded) to their last hidden state, [B, E], and every layer's keys and values.
 
         Returns:
@@ -130,7 +130,7 @@ class LlavaLlamaForCausalLM(nn.Module):
             def attend(q, k, v):
                 k = jax.lax.dynamic_update_slice_in_dim(suffix_kv[0], k.astype(suffix_kv[0].dtype), slot, axis=2)
                 v = jax.lax.dynamic_update_slice_in_dim(suffix_kv[1], v.astype(suffix_kv[1].dtype), slot, axis=2)
-                return two_part_attention(q, *prefix_kv, prefix.valid, k, v, seen), (k, v)
+                return two_part_attention(q, prefix_kv[0], prefix_kv[1], prefix.valid, k, v, seen), (k, v)
 
             return attend
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.config import TextConfig
+from llava_jax.config import RopeScaling, TextConfig
 from llava_jax.constants import IGNORE_INDEX
 
 
@@ -42,13 +42,14 @@ def _inverse_frequencies(config: TextConfig, base) -> np.ndarray:
     The last bit matters: it is worth 1e-3 on the logits of a few thousand positions.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    power = np.float64(np.float32(base))[..., None] ** exponent.astype(np.float64)
+    rounded = np.asarray(base, np.float32).astype(np.float64)
+    power = rounded[..., None] ** exponent.astype(np.float64)
     return np.float32(1) / power.astype(np.float32)
 
 
-def _llama3_frequencies(config: TextConfig) -> np.ndarray:
+def _llama3_frequencies(config: TextConfig, scaling: RopeScaling) -> np.ndarray:
     """Llama 3.1: low frequencies slowed by `factor`, a smooth ramp between (transformers' llama3 rope_scaling)."""
-    scaling, plain = config.rope_scaling, _inverse_frequencies(config, config.rope_theta)
+    plain = _inverse_frequencies(config, config.rope_theta)
     wavelength = 2 * np.pi / plain
     low = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high = scaling.original_max_position_embeddings / scaling.high_freq_factor
@@ -59,9 +60,9 @@ def _llama3_frequencies(config: TextConfig) -> np.ndarray:
     return np.where((wavelength <= low) & (wavelength >= high), between, slowed).astype(np.float32)
 
 
-def _dynamic_frequencies(config: TextConfig, max_seq_len: int) -> np.ndarray:
+def _dynamic_frequencies(config: TextConfig, factor: float, max_seq_len: int) -> np.ndarray:
     """Dynamic NTK: one row for each length from the trained one to `max_seq_len`; the base grows with the length."""
-    trained, factor = config.max_position_embeddings, config.rope_scaling.factor
+    trained = config.max_position_embeddings
     lengths = np.arange(trained, max(trained, max_seq_len) + 1, dtype=np.float64)
     stretch = factor * lengths / trained - (factor - 1)
     return _inverse_frequencies(config, config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2)))
@@ -80,17 +81,19 @@ def rotary_embedding(
     Returns:
         cos, sin: float32 [..., L, D], the half-split layout (each angle stands at i and at i + D/2).
     """
-    kind = config.rope_scaling and config.rope_scaling.rope_type
-    angles = positions.astype(jnp.float32)[..., None]
-    if kind == "dynamic":
-        table = jnp.asarray(_dynamic_frequencies(config, max_seq_len))
+    scaling, angles = config.rope_scaling, positions.astype(jnp.float32)[..., None]
+    frequencies: jax.Array | np.ndarray
+    if scaling is None:
+        frequencies = _inverse_frequencies(config, config.rope_theta)
+    elif scaling.rope_type == "dynamic":
+        table = jnp.asarray(_dynamic_frequencies(config, scaling.factor, max_seq_len))
         beyond = jnp.clip(seq_len - config.max_position_embeddings, 0, len(table) - 1)
         frequencies = table[beyond][..., None, :]
-    elif kind == "llama3":
-        frequencies = _llama3_frequencies(config)
-    else:
+    elif scaling.rope_type == "llama3":
+        frequencies = _llama3_frequencies(config, scaling)
+    else:  # linear
         frequencies = _inverse_frequencies(config, config.rope_theta)
-        angles = angles / config.rope_scaling.factor if kind == "linear" else angles
+        angles = angles / scaling.factor
     angles = angles * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)

@@ -15,8 +15,8 @@ from llava_jax.sharding import rows_divided
 
 def normalize_tiles(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:
     """uint8 tiles [T, S, S, 3] to CLIPImageProcessor's pixel values, (x / 255 - mean) / std, to the last bit."""
-    mean, std = np.float32(config.image_mean), np.float32(config.image_std)
-    scaled = divide_exactly(tiles.astype(jnp.float32), np.float32([255.0]))
+    mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
+    scaled = divide_exactly(tiles.astype(jnp.float32), np.array([255.0], np.float32))
     return divide_exactly(scaled - mean, std).astype(dtype)
 
 
@@ -79,7 +79,7 @@ class CLIPMLP(nn.Module):
         return Linear(self.config.hidden_size, name="fc2")(hidden)
 
 
-def _layer_norm(config: VisionConfig, name: str) -> nn.LayerNorm:
+def _layer_norm(config: VisionConfig, name: str | None) -> nn.LayerNorm:
     return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from llava_jax.flags import add_distributed_argument, mesh_axes
 from llava_jax.training.options import STAGES, TrainOptions
@@ -28,7 +29,7 @@ HELP = {
     "save_steps": "updates between saved states",
     "save_total_limit": "how many saved states are kept",
 }
-TYPES = {"str": str, "int": int, "float": float, "str | None": str, "float | None": float}
+TYPES: dict[Any, type] = {"str": str, "int": int, "float": float, "str | None": str, "float | None": float}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainOptions):
         flags = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
         shown = "" if field.default in (None, "", ()) else " (%(default)s)"
-        told = dict(dest=field.name, default=field.default, help=HELP.get(field.name, "") + shown)
+        told: dict[str, Any] = dict(dest=field.name, default=field.default, help=HELP.get(field.name, "") + shown)
         if field.name == "mesh":
             parser.add_argument(*flags, type=mesh_axes, metavar="AXIS=N,…", **told)
         elif field.type == "bool":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -84,7 +85,7 @@ class Loader:
     def __iter__(self) -> Iterator[list[Loaded]]:
         steps = self._numbers()
         loaded = (
-            self._by_workers(steps)
+            self._by_workers(self._workers, steps)
             if self._workers is not None
             else ((step, [*map(self._load_here, step)]) for step in steps)
         )
@@ -109,10 +110,10 @@ class Loader:
     def _load_here(self, number: int) -> Loaded:
         return self._load(self.examples[number], number)
 
-    def _by_workers(self, steps: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Loaded]]]:
-        waiting = deque()
+    def _by_workers(self, workers: Workers, steps: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Loaded]]]:
+        waiting: deque[tuple[list[int], list[Future]]] = deque()
         for step in steps:
-            waiting.append((step, [self._workers.submit(self.examples[number], number) for number in step]))
+            waiting.append((step, [workers.submit(self.examples[number], number) for number in step]))
             if len(waiting) > self._ahead:
                 step, futures = waiting.popleft()
                 yield step, [future.result() for future in futures]

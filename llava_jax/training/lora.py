@@ -62,7 +62,8 @@ def _kept(seed: jax.Array, shape: tuple[int, ...], dropout: float) -> jax.Array:
     `jax.random` would cost a TPU more than ten times the arithmetic, and the compiler minutes, at 224 layers of a 7B.
     """
     strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
-    place = sum(jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
+    places = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
+    place = sum(places, jnp.uint32(0))
     for part in seed:
         place ^= part
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

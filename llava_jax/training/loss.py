@@ -13,7 +13,7 @@ from llava_jax.sharding import row_shards, rows_divided
 CHUNK_BYTES = 256 << 20  # of float32 logits alive at once on a device
 
 
-def next_token_loss(hidden: jax.Array, targets: Targets, logits_of, vocab_size: int) -> jax.Array:
+def next_token_loss(hidden: jax.Array, targets: Targets[jax.Array], logits_of, vocab_size: int) -> jax.Array:
     """Mean cross-entropy over the labelled positions (LlamaForCausalLM's loss), in float32; 0 if there are none.
 
     Args:

@@ -67,8 +67,8 @@ class TrainOptions:
         for name in ("model_path", "data_path", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} is needed")
-        positive = ("learning_rate", "lora_r", "lora_alpha", "num_train_epochs", "per_device_train_batch_size")
-        positive += ("gradient_accumulation_steps", "save_steps", "save_total_limit", "logging_steps")
+        positive = ["learning_rate", "lora_r", "lora_alpha", "num_train_epochs", "per_device_train_batch_size"]
+        positive += ["gradient_accumulation_steps", "save_steps", "save_total_limit", "logging_steps"]
         for name in (*positive, "model_max_length", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0")

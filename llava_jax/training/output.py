@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -116,7 +117,8 @@ class Metrics:
         self._path, self._every = Path(options.output_dir) / METRICS, options.logging_steps
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         self._lines = [line for line in map(_parsed, lines) if line and line["step"] <= done]
-        self._file, self._waiting = None, None
+        self._file: TextIO | None = None
+        self._waiting: tuple[int, dict] | None = None
 
     def __enter__(self) -> Metrics:
         if hosts.is_first():

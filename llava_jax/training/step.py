@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import flax.struct
 import jax
@@ -36,13 +37,13 @@ def loss_function(model: LlavaLlamaForCausalLM, dtype, scale: float, dropout: fl
         seed: of the dropout.
     """
 
-    def loss(trained: dict, frozen: dict, batch: Batch, targets: Targets, step) -> jax.Array:
+    def loss(trained: dict, frozen: dict, batch: Batch[jax.Array], targets: Targets[jax.Array], step) -> jax.Array:
         compute = jax.tree.map(lambda x: x.astype(dtype), trained)
         lora = compute.pop(LORA, None)
         params = {"params": join_params(compute, frozen)}
         key = jax.random.fold_in(jax.random.key(seed), step) if lora and dropout else None
         with adapters(lora, scale, dropout, key) if lora else contextlib.nullcontext():
-            hidden = model.apply(params, batch, method="hidden")
+            hidden: Any = model.apply(params, batch, method="hidden")
 
         def logits_of(hidden):
             return model.apply(params, hidden, method="logits")

@@ -92,7 +92,7 @@ def train(options: TrainOptions) -> Path:
     return write_result(options, config, state.trained, frozen)
 
 
-def _batches(loaded, options: TrainOptions, config: LlavaConfig, pad_id: int, mesh: Mesh | None):
+def _batches(loaded, options: TrainOptions, config: LlavaConfig, pad_id: int | None, mesh: Mesh | None):
     """The loader's samples as (Batch, Targets), each where it belongs on the mesh."""
     shards = 1 if mesh is None else len(hosts.local_shards(mesh))
     for samples in loaded:
@@ -172,7 +172,7 @@ def compiled_step(options: TrainOptions, config: LlavaConfig, state, optimizer, 
     return Announced("the training step", jitted, mesh)
 
 
-def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int) -> tuple[Batch, Targets]:
+def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int | None) -> tuple[Batch, Targets]:
     """Up to rows x shards samples as one batch; rows that no sample fills have nothing to predict.
 
     Several processes, each with its own shards, agree on one shape.

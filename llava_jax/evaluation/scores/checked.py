@@ -88,7 +88,7 @@ def read_answers(path: str, keys: Collection[str] = ()) -> list[dict]:
     return answers
 
 
-def _json(path: str, kind: type, keys: Collection[str] = (), what: str = ""):
+def _json(path: str, kind: type[dict] | type[list], keys: Collection[str] = (), what: str = ""):
     """A JSON file that must be a `kind`, with these keys."""
     content = read_json(path)
     if not isinstance(content, kind) or any(key not in content for key in keys):
@@ -98,8 +98,8 @@ def _json(path: str, kind: type, keys: Collection[str] = (), what: str = ""):
 
 def _inside(path: str, name: str) -> str:
     """The file of this name in a folder, or the file that was given itself."""
-    path = epath.Path(path)
-    return str(path / name if path.is_dir() else path)
+    given = epath.Path(path)
+    return str(given / name if given.is_dir() else given)
 
 
 def _records(entries: Sequence, keys: Collection[str], path: str, remedy: str) -> Sequence[Mapping]:
@@ -269,7 +269,8 @@ def _mmbench(answers: Sequence[Mapping], files: Files) -> dict:
     columns, rows = read_table(files.annotations)
     if "index" not in columns or "answer" not in columns:
         raise ValueError(f"{files.annotations}: needs the columns index and answer; {SERVER}")
-    cells = {name: [row.cells[place] for row in rows] for place, name in enumerate(columns) if name != "image"}
+    kept = [(place, name) for place, name in enumerate(columns) if name != "image"]
+    cells: dict[str, list] = {name: [row.cells[place] for row in rows] for place, name in kept}
     cells["index"] = typed(cells["index"])
     if not all(isinstance(index, int) for index in cells["index"]):
         raise ValueError(f"{files.annotations}: the column index must have a whole number in each row")

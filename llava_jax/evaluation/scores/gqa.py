@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 NO_STEP = ("exist", "query: name", "choose name")
 
@@ -29,7 +30,8 @@ def score_gqa(answers: Sequence[Mapping], questions: Mapping[str, Mapping]) -> d
     said = {answer["question_id"]: prediction(answer["text"]) for answer in answers}
     balanced = {number: question for number, question in questions.items() if question["isBalanced"]}
     right = {number: said[number] == question["answer"] for number, question in balanced.items()}
-    groups = {name: defaultdict(list) for name in ("kind", "structural", "semantic", "steps", "words")}
+    types = ("kind", "structural", "semantic", "steps", "words")
+    groups: dict[str, dict[Any, list[bool]]] = {name: defaultdict(list) for name in types}
     for number, question in balanced.items():
         structural = question["types"]["structural"]
         kinds = {
@@ -63,13 +65,14 @@ def steps(question: Mapping) -> int:
 
 def distribution(said: Mapping[str, str], questions: Mapping[str, Mapping]) -> float | None:
     """How far the answers to a group of questions are from the true ones, by groups' size; chiSquare / 100."""
-    truth, predicted = defaultdict(Counter), defaultdict(Counter)
+    truth: dict[str, Counter] = defaultdict(Counter)
+    predicted: dict[str, Counter] = defaultdict(Counter)
     for number, question in questions.items():
         group = question["groups"]["global"]
         if group is not None:
             truth[group][question["answer"]] += 1
             predicted[group][said[number]] += 1
-    weighted = total = 0
+    weighted, total = 0.0, 0
     for group, counts in truth.items():
         # Quirk: only answers that are true somewhere in the group count, whatever else was said.
         score = sum((predicted[group][answer] - count) ** 2 / count for answer, count in counts.items())

@@ -103,7 +103,7 @@ def score_mmbench(answers: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
     }
 
 
-def _by(field: str, rows: Sequence[Mapping], hits: Mapping[int, bool]) -> dict[str, float]:
+def _by(field: str, rows: Sequence[Mapping], hits: Mapping[int, bool]) -> dict[str, float | None]:
     groups = defaultdict(list)
     for row in rows:
         if row["index"] in hits and row.get(field):

@@ -81,7 +81,7 @@ def score_mme(answers: Sequence[Mapping], truth: Mapping[Key, str]) -> dict:
     Raises:
         ValueError: a subtask has no answers or an odd number of them (the reference: no such file, AssertionError).
     """
-    pairs = {category: [] for category in PERCEPTION + COGNITION}
+    pairs: dict[str, list[tuple[str, str]]] = {category: [] for category in PERCEPTION + COGNITION}
     for answer in answers:
         key = truth_key(answer, truth)
         if key[0] in pairs:

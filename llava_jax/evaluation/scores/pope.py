@@ -52,7 +52,7 @@ def score_pope(
         categories: question_id → category, from the question file.
         labels: category → "yes" or "no" of each of its questions, in order.
     """
-    texts = {category: [] for category in labels}
+    texts: dict[str, list[str]] = {category: [] for category in labels}
     for answer in answers:
         category = categories[answer["question_id"]]
         if category in texts:

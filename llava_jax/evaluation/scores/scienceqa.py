@@ -12,6 +12,7 @@ SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 def predicted_choice(text: str, choices: int) -> int:
     """The index of the choice that an answer names, -1 if it names none, or none of the question's `choices`."""
+    letter: str | None
     # Quirks: letters are capitals, "A." alone is no answer, two sentences "The answer is …" are none.
     if text in OPTIONS:
         letter = text
@@ -36,7 +37,7 @@ def score_scienceqa(answers: Sequence[Mapping], problems: Mapping[str, Mapping],
         ValueError: the split is empty.
     """
     by_id = {answer["question_id"]: answer for answer in answers}  # quirk: the last of several answers counts
-    right = {True: [], False: []}
+    right: dict[bool, list[bool]] = {True: [], False: []}
     for number in split:
         answer = by_id.get(number, {"text": "FAILED", "prompt": "Unknown"})
         problem = problems[number]

@@ -151,7 +151,7 @@ def _soft_accuracy(text: str, people: Sequence[str]) -> float:
 
 def _by_type(accuracies: Mapping, annotations: Mapping, fields: Sequence[str]) -> dict:
     """The mean of all `accuracies`, and for each of `fields` that of each of its values in `annotations`."""
-    groups = {field: {} for field in fields}
+    groups: dict[str, dict[str, list[float]]] = {field: {} for field in fields}
     for key, accuracy in accuracies.items():
         for field in fields:
             groups[field].setdefault(annotations[key][field], []).append(accuracy)
