@@ -8,6 +8,9 @@ from collections.abc import Mapping
 
 import fsspec
 
+from llava_jax.constants import DTYPES
+from llava_jax.inputs.conversation import conv_templates
+
 
 def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
     """A mesh as `--mesh` takes it, like data=2,fsdp=4."""
@@ -37,6 +40,14 @@ def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model is asked, and how it is held."""
+    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (by the checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    add_int8_arguments(parser)
 
 
 def add_int8_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_jax.constants import DTYPES
-from llava_jax.flags import add_int8_arguments
-from llava_jax.inputs.conversation import conv_templates
+from llava_jax.flags import add_model_arguments
 from llava_jax.inputs.image import image_size, load_image
 
 if TYPE_CHECKING:
@@ -22,14 +20,6 @@ if TYPE_CHECKING:
 
 HELP = """/image FILE shows it another picture (without FILE: none) and begins anew; /reset begins anew with the same
 picture; /quit or Ctrl-D ends; Ctrl-C stops an answer."""
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is asked."""
-    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
-    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (by the checkpoint)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
-    add_int8_arguments(parser)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +70,7 @@ def ask(args: argparse.Namespace) -> int:
     """
     shown = args.image_file or [None]
     together = [_image_files(entry, args.sep) for entry in shown]
-    for path in (path for paths in together for path in paths if "://" not in path):
+    for path in (path for paths in together for path in paths if "://" not in path or len(shown) == 1):
         image_size(path)
     llava, params = load_model(args)
     failed = False

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from llava_jax.terminal import add_model_arguments, load_model
+from llava_jax.flags import add_model_arguments
+from llava_jax.terminal import load_model
 
 if TYPE_CHECKING:
     from llava_jax.inference.chat import Chat

@@ -89,7 +89,7 @@ def test_a_cache_that_is_rewritten_is_seen():
         return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
 
     by = jax.ShapeDtypeStruct((), jnp.float32)
-    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2))[1]
+    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text
     assert programs.whole_writes(text, {"any": shape}) == {"any": 1}
 
 

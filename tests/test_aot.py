@@ -32,7 +32,7 @@ def compile_for_tpu(config, slots=128):
         (batch, no_questions(1), Greedy(), np.int32(slots)),
     )
     program = partial(generate.generate, LlavaLlamaForCausalLM(config), slots)
-    return *compile_for(mesh, program, params, *arguments)[:2], params
+    return compile_for(mesh, program, params, *arguments), params
 
 
 @pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
@@ -43,14 +43,14 @@ def test_generate_compiles_for_a_tpu_and_copies_nothing_large(monkeypatch, prese
     config = LlavaConfig.preset(preset)
     text = dataclasses.replace(config.text, num_hidden_layers=2)
     config = config.replace(text=text, vision=dataclasses.replace(config.vision, num_hidden_layers=3))
-    compiled, text, params = compile_for_tpu(config)
-    memory = compiled.memory_analysis()
+    compiled, params = compile_for_tpu(config)
+    memory = compiled.executable.memory_analysis()
     assert memory.argument_size_in_bytes == pytest.approx(chip_bytes(params), rel=0.02, abs=8 * MIB)
-    assert text.count('custom_call_target="tpu_custom_call"') == 2  # splash, one a layer
+    assert compiled.text.count('custom_call_target="tpu_custom_call"') == 2  # splash, one a layer
     assert memory.temp_size_in_bytes < 150 * MIB
 
 
 if __name__ == "__main__":  # the whole of 7B: TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/test_aot.py
-    report = compile_for_tpu(LlavaConfig.preset("1.6-vicuna-7b"))[0].memory_analysis()
+    report = compile_for_tpu(LlavaConfig.preset("1.6-vicuna-7b"))[0].executable.memory_analysis()
     print(f"arguments {report.argument_size_in_bytes / 2**30:.2f} GiB a chip, ", end="")
     print(f"temporaries {report.temp_size_in_bytes / 2**30:.2f} GiB a chip")

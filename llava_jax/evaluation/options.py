@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from llava_jax.constants import DTYPES
 from llava_jax.evaluation.questions import LANGUAGES
 from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
-from llava_jax.flags import add_distributed_argument, add_int8_arguments, check_axes, mesh_axes
-from llava_jax.inputs.conversation import conv_templates
+from llava_jax.flags import add_distributed_argument, add_model_arguments, check_axes, mesh_axes
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,12 @@ class EvaluateOptions:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; those that the reference's programs have keep its names."""
-    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    add_model_arguments(parser)
     parser.add_argument("--question-file", required=True, help="jsonl; ScienceQA's json; MMBench's tsv")
     parser.add_argument("--image-folder", default="", help="where the images named in it stand")
     parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
     parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
     parser.add_argument("--annotations", metavar="PATH", help="score the answers too; see llava-jax score --help")
-    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (the checkpoint's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
     parser.add_argument("--top_p", type=float, help="(the checkpoint's, or 1)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
@@ -93,6 +90,4 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="mmbench (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
     parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
-    add_int8_arguments(parser)
     add_distributed_argument(parser)

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,25 +96,29 @@ def chip_bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_for(mesh: Mesh, function, *arguments, **options):
-    """`jax.jit(function)` for abstract arguments.
+class Compiled(NamedTuple):
+    """What `compile_for` gives."""
 
-    Returns:
-        (the compiled program, its text, its results, abstract and placed as the compiler placed them, seconds of
-        compiling)
-    """
+    executable: Any  # a jax.stages.Compiled
+    text: str  # its HLO
+    out: Any  # its results, abstract, placed as the compiler placed them
+    seconds: float  # of compiling
+
+
+def compile_for(mesh: Mesh, function, *arguments, **options) -> Compiled:
+    """`jax.jit(function)` for abstract arguments."""
     began = time.perf_counter()
-    with jax.set_mesh(mesh), jax.default_matmul_precision("default"), tempfile.TemporaryDirectory() as folder:
-        # ("highest" has no splash in bfloat16)
+    precision = jax.default_matmul_precision("default")  # "highest" has no splash in bfloat16
+    with jax.set_mesh(mesh), precision, tempfile.TemporaryDirectory() as folder:
         lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (dumped,) = Path(folder).glob("*.after_codegen.txt")  # as_text() cannot parse all that libtpu writes
         text = dumped.read_text()
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
-    return compiled, text, out, time.perf_counter() - began
+    return Compiled(compiled, text, out, time.perf_counter() - began)
 
 
-def compile_if_it_fits(*args, **options):
+def compile_if_it_fits(*args, **options) -> Compiled | None:
     """`compile_for`, or None where the compiler finds that a chip has no room for the program."""
     try:
         return compile_for(*args, **options)
@@ -153,7 +158,7 @@ class Engine:
 
         encoded = compile_for(self.mesh, encode, self.params(), tiles)
         prefilled = compile_for(self.mesh, partial(generate.prefill, self.model), self.params(), batch)
-        return {"encode": _read("encode", encoded), "prefill": _read("prefill", prefilled)}, prefilled[2]
+        return {"encode": _read("encode", encoded), "prefill": _read("prefill", prefilled)}, prefilled.out
 
     def answer(self, groups: int, prefixes) -> Program | None:
         """What evaluation runs for a wave of that many of those prefixes: question prefill and decode in one.
@@ -171,7 +176,7 @@ class Engine:
         if asked:
             out["question"] = _read("question", asked)
             params, prefix, *_, sampling = arguments
-            run, decoding = partial(generate.run, self.model), (params, prefix, asked[2], sampling, _LIMIT)
+            run, decoding = partial(generate.run, self.model), (params, prefix, asked.out, sampling, _LIMIT)
             if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
                 out["decode"] = _read("decode", decoded, self._parts(groups, prefixes))
         return out
@@ -194,12 +199,11 @@ class Engine:
 _LIMIT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _read(name: str, result, parts=None) -> Program:
-    compiled, text, _, seconds = result
-    print(f"{name}: {seconds:.0f} s of compiling", file=sys.stderr)
-    memory = compiled.memory_analysis()
+def _read(name: str, compiled: Compiled, parts=None) -> Program:
+    print(f"{name}: {compiled.seconds:.0f} s of compiling", file=sys.stderr)
+    memory, text = compiled.executable.memory_analysis(), compiled.text
     return Program(
-        seconds=seconds,
+        seconds=compiled.seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
