@@ -1,4 +1,4 @@
-"""JSON and lines of JSON as other people write them, local or gs://: what is wrong is one ValueError that names the place.
+"""JSON and lines of JSON as other people write them, local or gs://: what is wrong is one error that names the place.
 
 Imports neither JAX nor torch.
 """

@@ -12,8 +12,9 @@ import random
 import pytest
 
 TEXTS = (
-    "", " ", "\n", "\0", "\ud83d", "a\udc80b", "\ufeff", "\u202e", "é" * 3, "👩‍👩‍👧", "</s>", "<s>", "<image>", "<image>\n<image>", "<pad>",
-    "###", "[INST]", "<|im_end|>", "USER: ASSISTANT:", "{}", "nan", "None", "-1", "1e999", "../../etc/passwd", "%s%n", "a" * 5000,
+    "", " ", "\n", "\0", "\ud83d", "a\udc80b", "\ufeff", "\u202e", "é" * 3, "👩‍👩‍👧", "</s>", "<s>", "<pad>", "###",
+    "<image>", "<image>\n<image>", "[INST]", "<|im_end|>", "USER: ASSISTANT:", "{}", "nan", "None", "-1", "1e999",
+    "../../etc/passwd", "%s%n", "a" * 5000,
 )  # fmt: skip
 VALUES = (
     None, True, False, 0, -1, 1, 2**31, 10**30, 0.5, -0.0, 1e308, math.inf, math.nan, "", "x", "128", "true", "\ud83d",
