@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.image import as_image_list, image_size, load_image, process_images
+from llava_jax.inputs.image import as_image_list, image_size, image_source, load_image, process_images
 
 
 def noise(width=40, height=30, channels=3):
@@ -139,3 +139,13 @@ def test_the_size_of_a_file_that_is_no_picture(tmp_path):
         image_size(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match=r"b\.png': no such file"):
         image_size(tmp_path / "b.png")
+
+
+def test_a_named_picture_is_in_its_folder_or_says_where_it_is():
+    for name in ("a.jpg", "b/../a.jpg", "..a.jpg", "./a.jpg"):
+        assert image_source(name, "folder") == f"folder/{name}"
+    for name in ("/elsewhere/a.jpg", "https://host/a.jpg", "gs://bucket/a.jpg", "data:image/png;base64,AA=="):
+        assert image_source(name, "folder") == name
+    for name in ("../a.jpg", "b/../../a.jpg", ".."):
+        with pytest.raises(ValueError, match="leads out of the image folder 'folder'; name it by its absolute path"):
+            image_source(name, "folder")

@@ -59,6 +59,23 @@ def image_size(source) -> tuple[int, int]:
         return image.size
 
 
+def image_source(name: str, folder: str) -> str:
+    """What `load_image` takes for a picture that a question or a training sample names.
+
+    Args:
+        name: relative to the folder; or an absolute path, or a URL, which stand for themselves.
+        folder: local or gs://.
+
+    Raises:
+        ValueError: a relative name that leads out of the folder.
+    """
+    if "://" in name or name.startswith("data:") or os.path.isabs(name):
+        return name
+    if os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"image {name!r} leads out of the image folder {folder!r}; name it by its absolute path")
+    return os.path.join(folder, name)
+
+
 def _find(source) -> tuple[str | IO[bytes], str]:
     """Something that Pillow opens, and the name to call it by in an error."""
     if isinstance(source, bytes | bytearray):
