@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DTYPES
+from llava_jax.inputs.conversation import check_conv_mode
 from llava_jax.models.llava import param_shapes
 from llava_jax.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
 from llava_jax.sharding import param_shardings
@@ -165,7 +166,10 @@ def load_config(directory: str | Path) -> LlavaConfig:
         _read_json(generation) if generation.is_file() else None,
         name=manifest.get("name", ""),
     )
-    return config.replace(reading=manifest.get("reading", "original"))
+    conv_mode = manifest.get("conv_mode")  # older conversions wrote none
+    if conv_mode is not None:
+        check_conv_mode(conv_mode, str(files / MANIFEST))
+    return config.replace(reading=manifest.get("reading", "original"), conv_mode=conv_mode)
 
 
 def load_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_arguments(its)
         its.set_defaults(run=command.run)
     args = parser.parse_args(argv)
+    _take_any_text()
     try:
         check_paths(vars(args))
         return args.run(args) or 0
@@ -239,3 +241,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print(interruption, file=sys.stderr)
         return 130
+
+
+def _take_any_text() -> None:
+    """Text that is not UTF-8 costs its question where it is read, and shows as \\udc80 where it is printed."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        with contextlib.suppress(AttributeError):  # what stands in for it may be anything
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]

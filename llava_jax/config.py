@@ -146,7 +146,8 @@ class LlavaConfig:
     unfreeze_mm_vision_tower: bool = False
     reading: str = "original"
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
-    name: str = ""  # what picks the conversation template, as in the reference: the checkpoint's folder name
+    name: str = ""  # the checkpoint's, as in the reference: its folder's, or the last part of its hub id
+    conv_mode: str | None = None  # its prompt template, chosen when it was converted; None: by its name
     source: dict | None = field(default=None, compare=False, repr=False)  # the config.json that was read
 
     def __post_init__(self):
@@ -223,6 +224,15 @@ class LlavaConfig:
     @property
     def has_image_newline(self) -> bool:
         return "unpad" in self.mm_patch_merge_type
+
+    @property
+    def context_length(self) -> int:
+        """The most positions that a prompt may take: what it was trained with, or where nothing says, what its rotary
+        positions were made for (`linear` and `dynamic` scaling stretch them; llama3's are counted stretched)."""
+        if self.tokenizer_model_max_length is not None:
+            return self.tokenizer_model_max_length
+        scaling, length = self.text.rope_scaling, self.text.max_position_embeddings
+        return int(length * scaling.factor) if scaling and scaling.rope_type in ("linear", "dynamic") else length
 
     @property
     def max_tiles_per_image(self) -> int:

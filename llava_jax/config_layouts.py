@@ -194,7 +194,7 @@ def _write_text(text: c.TextConfig, like: dict) -> dict:
 
 def write_liuhaotian(fields: dict, like: dict) -> dict:
     """`LlavaConfig`'s fields as the original's flat keys."""
-    skip = {"vision", "text", "reading", "generation", "name", "source"}
+    skip = {"vision", "text", "reading", "generation", "name", "conv_mode", "source"}
     own = {name: _plain(value) for name, value in fields.items() if name not in skip}
     own["s2_scales"] = ",".join(map(str, fields["s2_scales"]))
     return {**own, **_write_text(fields["text"], like)}

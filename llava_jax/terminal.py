@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava_jax.flags import add_model_arguments
 from llava_jax.inputs.image import image_size, load_image
+from llava_jax.inputs.text import check_text
 
 if TYPE_CHECKING:
     from llava_jax.inference.chat import Chat
@@ -44,6 +45,16 @@ def answer_options(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError or FileNotFoundError if the model cannot be asked so, or is not there: before it is loaded."""
+    from llava_jax.checkpoint import load_config
+    from llava_jax.inference.options import plan_decode
+
+    options = answer_options(args)
+    del options["conv_mode"]
+    plan_decode(load_config(args.model_path).generation, **options)
+
+
 # ---- ask
 
 
@@ -68,10 +79,12 @@ def ask(args: argparse.Namespace) -> int:
         FileNotFoundError, ValueError: a file is missing or no picture, seen before the model is loaded; or the only
             prompt cannot be asked.
     """
+    check_text(args.query, "--query")
     shown = args.image_file or [None]
     together = [_image_files(entry, args.sep) for entry in shown]
     for path in (path for paths in together for path in paths if "://" not in path or len(shown) == 1):
         image_size(path)
+    check_options(args)
     llava, params = load_model(args)
     failed = False
     for entry, paths in zip(shown, together, strict=True):
@@ -122,8 +135,8 @@ def chat(args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: the first picture or the model cannot be read.
     """
     images = [load_image(path) for path in args.image_file or ()]
+    check_options(args)
     llava, params = load_model(args)
-    llava.plan_decode(**{name: value for name, value in answer_options(args).items() if name != "conv_mode"})
 
     def begin(images):
         return llava.chat(params, images, **answer_options(args))

@@ -43,3 +43,14 @@ def test_rows_without_images_hold_their_own_text_and_nothing_else():
     assert batch.text_ids[batch.index[0, :3]].tolist() == [5, 6, 7] and batch.text_ids[batch.index[1, 2]] == 8
     assert batch.labels[1, :4].tolist() == [-100, -100, 8, -100]
     assert batch.position_ids[1, :4].tolist() == [0, 0, 0, 0]
+
+
+def test_an_image_takes_its_own_label_out():
+    rows, labels = [np.array([1, -200, 5])], [np.array([-100, -200, 5])]  # as a model's turn with <image> is labelled
+    tiles, config = [np.zeros((1, 336, 336, 3), np.uint8)], CONFIG.replace(image_aspect_ratio="pad")
+    batch = pack(rows, labels, tiles, [(336, 336)], config)
+    assert set(batch.labels.ravel().tolist()) == {-100, 5}
+    with pytest.raises(
+        ValueError, match="row 0, position 1: 32000 is not in the embedding table, which has 32000 rows"
+    ):
+        pack([np.array([1, 32000])], [np.array([-100, -100])], [], [], CONFIG)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava_jax.config import LlavaConfig
 from llava_jax.inputs.conversation import (
     SeparatorStyle,
     conv_templates,
@@ -40,8 +41,17 @@ def test_prompts_equal_the_references(template):
             assert conv.get_prompt() == want, case
 
 
-def test_every_template_of_the_reference_is_there_and_one_more():
-    assert set(conv_templates) == set(PROMPTS) | {"llava_llama_3"}
+def test_every_template_of_the_reference_is_there_and_two_more():
+    assert set(conv_templates) == set(PROMPTS) | {"llava_llama_3", "llava_v1_hf"}
+
+
+def test_the_prompt_of_llava_hfs_model_card():
+    conv = conv_templates["llava_v1_hf"]
+    conv = conv.append_message("USER", "<image>\nWhat are these?").append_message("ASSISTANT", None)
+    assert conv.get_prompt() == "USER: <image>\nWhat are these? ASSISTANT:"
+    conv = conv.replace_last("ASSISTANT", "Cats.").append_message("USER", "Two?").append_message("ASSISTANT", None)
+    assert conv.get_prompt() == "USER: <image>\nWhat are these? ASSISTANT: Cats.</s>USER: Two? ASSISTANT:"
+    assert conv.stop_str == "</s>"
 
 
 def test_llama_3_prompt():
@@ -107,22 +117,31 @@ def test_stop_str():
         ("llava-13b-v0", "llava_v0"),
         ("llama3-llava-next-8b", "llava_llama_3"),
         ("Meta-Llama-3-llava-v1", "llava_llama_3"),
+        ("llava-1.5-7b-hf", "llava_v1_hf"),
+        ("llava-1.5-13b-hf", "llava_v1_hf"),
+        ("bakLlava-v1-hf", "llava_v1_hf"),
+        ("llava-v1.6-mistral-7b-hf", "mistral_instruct"),
+        ("llava-v1.6-vicuna-7b-hf", "llava_v1"),
+        ("llava-v1.6-vicuna-13b-hf", "llava_v1"),
+        ("llama3-llava-next-8b-hf", "llava_llama_3"),
         ("", "llava_v0"),
     ],
 )
 def test_template_picked_from_the_name(name, mode):
-    assert infer_conv_mode(name) == mode == pick_conv_mode(name)
+    assert infer_conv_mode(name) == mode == pick_conv_mode(LlavaConfig(name=name))
 
 
 def test_conv_mode_overrides_and_a_mismatch_warns():
-    with pytest.warns(UserWarning, match="'llava-v1.5-7b' suggests conv_mode='llava_v1', using 'plain'") as record:
-        assert pick_conv_mode("llava-v1.5-7b", "plain") == "plain"
+    config = LlavaConfig(name="llava-v1.5-7b")
+    with pytest.warns(UserWarning, match="'llava-v1.5-7b' has conv_mode='llava_v1', using 'plain'") as record:
+        assert pick_conv_mode(config, "plain") == "plain"
     assert len(record) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pick_conv_mode("llava-v1.5-7b", "llava_v1") == "llava_v1"
+        assert pick_conv_mode(config, "llava_v1") == "llava_v1"
+        assert pick_conv_mode(config.replace(conv_mode="mpt")) == "mpt"  # what the conversion chose
     with pytest.raises(ValueError, match=r"conv_mode='vicuna' is not known; use one of default, .*llava_llama_3"):
-        pick_conv_mode("llava-v1.5-7b", "vicuna")
+        pick_conv_mode(config, "vicuna")
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,11 @@ def test_name():
     assert checkpoint_name("liuhaotian/llava-v1.6-vicuna-7b") == "llava-v1.6-vicuna-7b"
     assert checkpoint_name("/x/llava-v1.5-7b/") == "llava-v1.5-7b"
     assert checkpoint_name("/x/llava-run/checkpoint-500") == "llava-run_checkpoint-500"
+
+
+def test_a_snapshot_in_the_hubs_cache_has_its_repositorys_name(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--liuhaotian--llava-v1.6-34b" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    assert checkpoint_name(str(snapshot)) == checkpoint_name(f"{snapshot}/") == "llava-v1.6-34b"
+    monkeypatch.chdir(snapshot)
+    assert checkpoint_name(".") == "llava-v1.6-34b" and checkpoint_name("../..") == "models--liuhaotian--llava-v1.6-34b"

@@ -184,6 +184,38 @@ def test_stop_strings_cut_the_answer_and_end_the_work(llava):
     assert "".join(model.stream(params, None, QUESTION, stop=[stop], **options)) == got
 
 
+def test_one_stop_string_may_be_given_alone(llava):
+    model, params = llava
+    options = dict(max_new_tokens=12, temperature=1.5, seed=5)
+    stop = model.generate(params, None, QUESTION, **options)[3:6]
+    wanted = model.generate(params, None, QUESTION, stop=[stop], **options)
+    assert model.generate(params, None, QUESTION, stop=stop, **options) == wanted
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(llava):
+    model, params = llava
+    options = dict(max_new_tokens=8, stop=None)
+    greedy = model.generate(params, None, QUESTION, **options)
+    for temperature in (1e-40, 1e-31, 1e-45, 5e-324):
+        assert model.generate(params, None, QUESTION, temperature=temperature, seed=3, **options) == greedy
+    almost = [Sample(temperature, 0, repetition_penalty=1.5) for temperature in (1e-40, 1e-20)]
+    assert len({model.generate(params, None, QUESTION, sampling=sample, **options) for sample in almost}) == 1
+    for temperature in (1e-29, 1e-38):  # the one is divided by, the other is not: neither gives NaN
+        warped = checked(Sample(temperature, repetition_penalty=100)).warp(
+            np.array([9e3, -8e3, 7.0, 0]), np.zeros(1, int), 1
+        )
+        assert np.argmax(warped) == 0 and not np.isnan(warped).any()
+
+
+def test_numpys_numbers_are_numbers(llava):
+    model, params = llava
+    wanted = model.generate(params, None, QUESTION, max_new_tokens=5, temperature=0.5, top_k=7, seed=3)
+    numbers = dict(max_new_tokens=np.int64(5), temperature=np.float32(0.5), top_k=np.int8(7), seed=np.uint32(3))
+    assert model.generate(params, None, QUESTION, **numbers) == wanted
+    assert model.generate(params, None, QUESTION, **{k: np.array(v) for k, v in numbers.items()}) == wanted
+    assert model.forward(params, [[1, 2]], output_hidden_states=np.True_).hidden_states is not None
+
+
 def test_a_seed_gives_one_answer_alone_and_in_a_batch(llava):
     model, params = llava
     options = dict(max_new_tokens=10, temperature=1.0, seed=11)
@@ -275,7 +307,7 @@ def test_turns_images_and_placeholders_become_the_references_prompt(llava):
     assert model.conversation(conversation) is conversation
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint's name")
+@pytest.mark.filterwarnings("ignore:the checkpoint ")
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -287,6 +319,21 @@ def test_turns_images_and_placeholders_become_the_references_prompt(llava):
         (dict(image=b"not a picture"), "13 bytes is not a picture"),
         (dict(image=np.zeros((3, 3), np.float32)), "uint8 array .* got ndarray of dtype float32"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(max_new_tokens=10**9), "max_new_tokens=1000000000 must be a whole number from 1 to"),
+        (dict(max_new_tokens=2.0), r"max_new_tokens=2\.0 must be a whole number"),
+        (dict(max_new_tokens=True), "max_new_tokens=True must be a whole number"),
+        (dict(top_k=2**31), "top_k=2147483648 must be a whole number from 0 to 2147483647"),
+        (dict(seed=-1), "seed=-1 must be a whole number from 0"),
+        (dict(seed=2**32), "seed=4294967296 must be a whole number from 0 to 4294967295"),
+        (dict(seed=0.5), "seed=0.5 must be a whole number"),
+        (dict(temperature=float("nan")), "temperature=nan must be a finite number"),
+        (dict(temperature=1.0, top_p=float("inf")), "top_p=inf must be a finite number"),
+        (dict(temperature="0.2"), "temperature='0.2' must be a finite number"),
+        (dict(sampling=Sample(min_p=float("nan"))), "min_p=nan must be a finite number"),
+        (dict(sampling="greedy"), "sampling='greedy' must be a Greedy or a Sample"),
+        (dict(stop=["a", ""]), "stop: an empty text would end every answer"),
+        (dict(stop=3), "stop: expected a text, or a list of texts, got int"),
+        (dict(stop=["a", 3]), r"stop\[1\]: expected a text, got int"),
         (dict(temperature=-1.0), "temperature=-1.0"),
         (dict(temperature=1.0, top_p=1.5), "top_p=1.5"),
         (dict(temperature=1.0, top_k=-2), "top_k=-2"),
@@ -314,6 +361,22 @@ def test_bad_input_is_one_clear_error_before_any_work(llava, compilations, optio
         (dict(input_ids=[[1, 2, 3]], labels=[[1, 2]]), "labels: its rows"),
         (dict(input_ids=[[1, -200]], images=[picture(9, 9)], image_sizes=[(9, 9), (8, 8)]), "image_sizes: got 2 for 1"),
         (dict(input_ids=[[1, -200]], images=[picture(9, 9)], image_sizes=[(900, 900)]), "asks for 5 tiles"),
+        (dict(input_ids=[[1, -200]], images=[picture(9, 9)], image_sizes=[(0, 9)]), "image_sizes=0 must be a whole"),
+        (dict(input_ids=[[1, 2], [3, 10**6]]), "input_ids: row 1, position 1: 1000000 is not in the embedding table"),
+        (dict(input_ids=[[-1, 2]]), r"row 0, position 0: -1 is not .* which has \d+ rows .* nor is it -200, an image"),
+        (dict(input_ids=[[2**64 - 200]]), "row 0, position 0: .* is not in the embedding table"),
+        (dict(input_ids=[[1, -100, 2]], images=[]), "row 0, position 1: -100 is not"),
+        (
+            dict(input_ids=[[1, 2]], labels=[[-100, 10**6]]),
+            "labels: row 0, position 1: 1000000 is not .* -100, no label",
+        ),
+        (dict(input_ids=[[1, 2]], labels=[[-100, -200]]), "labels: row 0, position 1: -200 is not"),
+        (dict(input_ids=[[1.5, 2]]), r"input_ids: expected \[B, L\]"),
+        (dict(input_ids=[["1", "2"]]), r"input_ids: expected \[B, L\]"),
+        (dict(input_ids=7), r"input_ids: expected \[B, L\]"),
+        (dict(input_ids=[[1, 2]], labels=[[1.0, 2.0]]), r"labels: expected \[B, L\]"),
+        (dict(input_ids=[[1, 2]], attention_mask=[[1]]), "attention_mask: its rows"),
+        (dict(input_ids=[[1, 2]], attention_mask=[["x", "y"]]), r"attention_mask: expected \[B, L\]"),
     ],
 )
 def test_forward_names_what_does_not_fit(llava, arguments, message):

@@ -2,6 +2,7 @@ import io
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,22 @@ def test_the_earliest_stop_string_wins_even_if_it_ends_later():
     assert pieces == ["x", "", "", "", "", "", ""] and stream.stopped
     pieces, stream = streamed(tokenizer, ids[:-2], ["c", "abcd"])
     assert "".join(pieces) == "xab" and not stream.stopped
+
+
+def test_a_stop_string_costs_as_much_as_the_text_and_no_more():
+    tokenizer = tokenizer_of(kind="slow_legacy")
+    ids = tokenizer.encode("a" * 200)[1:]
+    began = time.process_time()
+    pieces, stream = streamed(tokenizer, ids, ["a" * 1_000_000, "b" * 1_000_000])
+    assert "".join(pieces) == "a" * 200 and not stream.stopped
+    assert time.process_time() - began < 5  # it was hours
+
+
+def test_stop_strings_are_found_where_find_finds_them():
+    tokenizer, rng = tokenizer_of(kind="slow_legacy"), random.Random(5)
+    for _ in range(300):
+        text = "x" + "".join(rng.choice("ab") for _ in range(rng.randint(1, 12)))
+        stop = ["".join(rng.choice("ab") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(1, 3))]
+        found = [text.find(s) for s in stop if s in text]
+        pieces, stream = streamed(tokenizer, tokenizer.encode(text)[1:], stop)
+        assert "".join(pieces) == text[: min(found, default=None)] and (found or not stream.stopped), (text, stop)

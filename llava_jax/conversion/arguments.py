@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from llava_jax.constants import DTYPES
+from llava_jax.inputs.conversation import conv_templates
 
 LAYOUTS = ("liuhaotian", "llava-hf")
 
@@ -31,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         choices=("lm_head", "mm_projector"),
         help="kernels that stay otherwise",
+    )
+    parser.add_argument(
+        "--conv-mode",
+        choices=sorted(conv_templates),
+        help="prompt template (as its card, its chat_template or its name)",
     )
     parser.add_argument("--anyres", action="store_true", help="with --new-projector: see pictures as 1.6, not as 1.5")
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from llava_jax.conversion.arguments import add_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
+from llava_jax.conversion.prompt_template import choose_template
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
 from llava_jax.conversion.sources import Location, Tensor, write_json
 from llava_jax.conversion.stored import quiet_orbax
@@ -88,6 +90,7 @@ def convert(
     anyres: bool = False,
     quantize: str | None = None,
     quantize_also: Sequence[str] = (),
+    conv_mode: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Convert a published checkpoint, of either layout, into a directory that `llava_jax.load` takes.
@@ -106,6 +109,7 @@ def convert(
         anyres: that one is to see pictures as 1.6 does; otherwise as 1.5.
         quantize: "int8" stores the kernels of the decoder's and the tower's layers so; quantize_also: of "lm_head" and
             "mm_projector", those too. Such a directory is for inference only.
+        conv_mode: its prompt template; None: see `llava_jax.conversion.prompt_template.choose_template`.
         progress: print what is done, with a bar over bytes.
 
     Returns:
@@ -127,6 +131,10 @@ def convert(
         raise ValueError("--new-projector needs --vision-tower (a CLIP directory or hub id), and takes no --model-base")
     published = read_published(source, name, revision, vision_tower, model_base, new_projector, anyres)
     say(f"{source}: {published.layout} layout, {published.config.text.num_hidden_layers} decoder layers")
+    template = choose_template(published.location.path, name, conv_mode)
+    say(f"prompt template: {template.conv_mode} ({template.reason})")
+    if template.doubt:
+        warnings.warn(f"{template.doubt}: check the prompt template, or name it with --conv-mode", stacklevel=2)
     plan = make_plan(published, dtype)
     if published.tower_error:
         say(f"the vision tower is in the checkpoint; {published.config.mm_vision_tower} gives its known settings only")
@@ -138,16 +146,18 @@ def convert(
                 leaves = ((path, np.asarray(x)) for path, x in quantize_leaves(leaves, quantize_also))
             leaves = checksums.recorded(leaves, record)
             checkpoint.stream_params(temporary / checkpoint.PARAMS, leaves)
-        _write_small_files(temporary, published, plan)
+        _write_small_files(temporary, published, plan, template.conv_mode)
         checksums.write_record(temporary, record)
     say(f"wrote {output}: {len(plan.tensors)} parameters, {plan.nbytes / 2**30:.2f} GiB")
     return output
 
 
 def checkpoint_name(source: str) -> str:
-    """The name that picks the conversation template (the original's get_model_name_from_path)."""
+    """A checkpoint's name (the original's get_model_name_from_path); of a hub cache's snapshot, its repository's."""
     path = Path(source).expanduser()
-    parts = (path.absolute() if path.is_dir() else path).parts
+    parts = Path(os.path.abspath(path)).parts if path.is_dir() else path.parts
+    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].rpartition("--")[2]
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
@@ -325,7 +335,7 @@ def _check_finite(array: np.ndarray, path: str, file: Path) -> None:
         raise ValueError(f"{file}: {path} holds NaN or Inf, as no published weights do; download it again")
 
 
-def _write_small_files(directory: Path, published: Published, plan: Plan) -> None:
+def _write_small_files(directory: Path, published: Published, plan: Plan, conv_mode: str) -> None:
     text = published.base or published.location  # whose tokenizer and generation defaults they are
     for location, names in (
         (published.location, ("config.json", *PROCESSOR_FILES)),
@@ -343,6 +353,7 @@ def _write_small_files(directory: Path, published: Published, plan: Plan) -> Non
     manifest = {
         "version": checkpoint.VERSION,
         "name": published.name,
+        "conv_mode": conv_mode,
         "reading": published.config.reading,
         "layout": published.layout,
         "source": published.source,
@@ -365,7 +376,7 @@ def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
     given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
     quiet_orbax()
-    convert(args.source, args.output, *given, args.quantize, args.quantize_also)
+    convert(args.source, args.output, *given, args.quantize, args.quantize_also, args.conv_mode)
 
 
 def main(argv: list[str] | None = None) -> None:

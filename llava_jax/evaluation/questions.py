@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava_jax.inputs.text import text_problem
 
 LAYOUTS = ("loader", "vqa", "science", "mmbench")  # named for the reference's programs
 LANGUAGES = ("en", "cn")
@@ -236,11 +237,7 @@ def _malformed(where: str, entry: object, id_key: str, problem: str) -> Question
 def _text_problem(text: str) -> str | None:
     if DEFAULT_IMAGE_TOKEN in text:
         return f"the question has {DEFAULT_IMAGE_TOKEN}, but the one image is put in front of it; take it out"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"the question has half of a surrogate pair, {error.object[error.start]!r}, which is no character"
-    return None
+    return (problem := text_problem(text)) and f"the question {problem}"
 
 
 def _problem(entry: object, kinds: Mapping[str, tuple[type, ...]]) -> str | None:

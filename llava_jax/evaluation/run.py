@@ -116,16 +116,16 @@ def prepare(options: EvaluateOptions) -> Job:
     sampling = sampling_of(config.generation, options.temperature, options.top_p, seed=options.seed)
     path = epath.Path(options.answers_file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    conv_mode = _conv_mode(options.conv_mode, config.name)
+    conv_mode = _conv_mode(options.conv_mode, config)
     of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
     settings = (config.name, config.reading, conv_mode, options.new_tokens, *of_options)
     ids = tuple(answer_id(settings, number, question) for number, question in enumerate(questions))
     return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
 
 
-def _conv_mode(asked: str | None, name: str) -> str:
+def _conv_mode(asked: str | None, config: LlavaConfig) -> str:
     """As asked, or the checkpoint's; and, as in the reference, the mmtag one for a model called plain."""
-    mode = pick_conv_mode(name, asked)
+    name, mode = config.name, pick_conv_mode(config, asked)
     if "plain" in name and "finetune" not in name.lower() and "mmtag" not in mode:
         mode += "_mmtag"
         if mode not in conv_templates:

@@ -12,7 +12,7 @@ from llava_jax.batch import Batch
 from llava_jax.constants import IGNORE_INDEX
 from llava_jax.inputs.batch import pack, room_for, stack_shards
 from llava_jax.inputs.groups import Group, Wave, bucket_rows, common_length, group_prompts, pack_questions, plan_waves
-from llava_jax.inputs.tokenizer import tokenizer_image_token
+from llava_jax.inputs.prompt import as_prompts, as_texts, prompt_ids
 from llava_jax.sharding import num_shards, rows_sharding
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
@@ -142,7 +142,7 @@ def as_text(llava, tokens: np.ndarray) -> str:
 
 def answer_requests(llava, params, requests, memory_budget, conv_mode, decoding) -> list:
     """`Llava.generate_batch`."""
-    requests = [(llava.load_images(image), list(questions)) for image, questions in requests]
+    requests = [(llava.load_images(image), as_prompts(questions)) for image, questions in requests]
     pictures = [picture for picture, _ in requests]
     groups, answers = make_groups(llava, [(sizes, questions) for (_, sizes), questions in requests], conv_mode)
     asked = [(n, question) for n, (_, questions) in enumerate(requests) for question in questions]
@@ -158,13 +158,16 @@ def answer_requests(llava, params, requests, memory_budget, conv_mode, decoding)
 
 def score_candidates(llava, params, image, question, candidates, memory_budget, conv_mode) -> np.ndarray:
     """`Llava.score`: the prompt is the prefix, the candidates are its rows."""
+    candidates = as_texts(candidates, "candidates")
     tiles, sizes = llava.load_images(image)
     asked = np.asarray(llava.prompt_ids(question, sizes, conv_mode))
-    rows = [np.asarray(_answered_ids(llava, question, text, len(sizes), conv_mode)) for text in candidates]
+    rows = [_answered_ids(llava, question, sizes, conv_mode, i, text) for i, text in enumerate(candidates)]
+    scores = np.zeros(len(rows), np.float32)
+    if not rows:
+        return scores
     answer_starts = [common_length([asked, row]) for row in rows]
     (group,) = group_prompts([asked, *rows], range(-1, len(rows)), 0)  # the prompt itself bounds the prefix
     group = replace(group, questions=group.questions[1:], places=group.places[1:])
-    scores = np.zeros(len(rows), np.float32)
 
     def answer(prefix, last, questions):
         return np.asarray(llava._score(params, prefix, questions))
@@ -176,8 +179,9 @@ def score_candidates(llava, params, image, question, candidates, memory_budget, 
     return scores
 
 
-def _answered_ids(llava, question, answer: str, num_images: int, conv_mode) -> list[int]:
-    """Ids of the prompt with the answer written in, up to the answer's end."""
-    conversation = llava.conversation(question, num_images, conv_mode)
-    answered = conversation.replace_last(conversation.messages[-1][0], answer).get_prompt()
-    return tokenizer_image_token(answered[: answered.rindex(answer) + len(answer)], llava.tokenizer)
+def _answered_ids(llava, question, sizes, conv_mode, number: int, candidate: str) -> np.ndarray:
+    """Ids of the prompt with a candidate written in as the answer."""
+    try:
+        return np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, candidate))
+    except ValueError as error:
+        raise ValueError(f"candidates[{number}] ({candidate!r:.60}): {error}") from None

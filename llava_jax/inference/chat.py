@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ import numpy as np
 
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.cache import Prefix, Suffix
+from llava_jax.inference.options import stop_strings
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_length, pack
 from llava_jax.inputs.groups import common_length, pack_questions
+from llava_jax.inputs.prompt import as_turns
 from llava_jax.quantize import Int8, to_int8
 
 
@@ -32,10 +35,15 @@ class Chat:
         return "".join(self.stream(question, **options))
 
     def stream(self, question: str, **options) -> Generator[str]:
-        """`send`, as it comes. If it is not read to its end, what was read is the answer."""
+        """`send`, as it comes. If it is not read to its end, what was read is the answer.
+
+        Raises:
+            ValueError: it cannot be asked; the conversation is then as it was.
+        """
+        (question,) = as_turns([question], self.llava.config.mm_use_im_start_end).texts
         ids = np.asarray(self.llava.prompt_ids([*self.turns, question], self.sizes, self.conv_mode))
         options = {**self.options, **options}
-        stop = options.pop("stop", ())
+        stop = stop_strings(options.pop("stop", ()))
         slots, limit, sampling = self.llava.plan_decode(**options)
         prefix, shared = self._reuse(ids)
         questions = pack_questions([[ids[shared:]]], 1, 1)
@@ -44,15 +52,14 @@ class Chat:
 
     def _stream(self, question, ids, prefix: Prefix, questions, state, limit, sampling, stop) -> Generator[str]:
         pieces = []
-        try:
+        with contextlib.suppress(GeneratorExit):  # whoever reads it has heard enough
             for piece, newest in self.llava.decode(self.params, prefix, state, limit, sampling, stop):
                 state = newest  # the older one's buffers are given away
                 pieces.append(piece)
                 if piece:
                     yield piece
-        finally:
-            self.turns += [question, "".join(pieces).strip()]
-            self._keep(ids, prefix, questions, state)
+        self.turns += [question, "".join(pieces).strip()]
+        self._keep(ids, prefix, questions, state)
 
     def _positions(self, ids) -> int:
         """How many positions some ids of the prompt take."""

@@ -14,20 +14,21 @@ from PIL import Image
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
-from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inference import generate as device
 from llava_jax.inference.batching import answer_requests, score_candidates
 from llava_jax.inference.chat import Chat, fold
 from llava_jax.inference.compiling import Announced, enable_compilation_cache
 from llava_jax.inference.generate import DecodeState
-from llava_jax.inference.sampling import checked, sampling_of
+from llava_jax.inference.options import plan_decode, stop_strings
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
-from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
+from llava_jax.inputs.conversation import Conversation
 from llava_jax.inputs.groups import no_questions
 from llava_jax.inputs.image import as_image_list, load_image, process_images
+from llava_jax.inputs.numbers import whole_number
+from llava_jax.inputs.prompt import build_conversation, prompt_ids
 from llava_jax.inputs.stream import TextStream
-from llava_jax.inputs.tokenizer import load_tokenizer, tokenizer_image_token
+from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava import LlavaLlamaForCausalLM
 from llava_jax.models.ops import causal_lm_loss
 from llava_jax.models.vocabulary import initialize_vision_tokenizer
@@ -85,15 +86,17 @@ class Llava:
 
     # ---- text
 
-    def generate(self, params, image=None, prompt="", *, stop: Sequence[str] = (), **options) -> str:
+    def generate(self, params, image=None, prompt="", *, stop: str | Sequence[str] = (), **options) -> str:
         """Answer a prompt about a picture, several, or none.
 
         Args:
             params: from `llava_jax.load`.
             image: a picture in any form, a list, or None.
-            prompt: the question; or turns, alternating user and assistant, the last one the user's; or a
+            prompt: the question; or turns, alternating user and assistant, the last one the user's, as texts or as
+                messages like {"role": "user", "content": …} (see `llava_jax.inputs.prompt.as_turns`); or a
                 Conversation, used as it stands. `<image>` may be placed by hand; otherwise it goes in front.
-            stop: strings that end the answer, which is cut before them; the end-of-sequence token always does.
+            stop: a string that ends the answer, or several; it is cut before them. The end-of-sequence token always
+                does.
             options: `max_new_tokens` (512), `temperature` (0: greedy), `top_p` and `top_k` (where the checkpoint's
                 generation_config says nothing: 1 and 50), `seed` (0), or instead `sampling`, a Greedy or Sample;
                 `conv_mode` (picked from the checkpoint).
@@ -104,20 +107,20 @@ class Llava:
         Raises:
             ValueError: the pictures do not fit the prompt, the prompt is too long, or an option is out of range.
         """
-        if stop:
+        if stop := stop_strings(stop):
             return "".join(self.stream(params, image, prompt, stop=stop, **options))
         batch, options = self._one_prompt(image, prompt, **options)
         tokens = self._tokens(params, batch, **options)
         return self.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True).strip()
 
-    def stream(self, params, image=None, prompt="", *, stop: Sequence[str] = (), **options) -> Iterator[str]:
+    def stream(self, params, image=None, prompt="", *, stop: str | Sequence[str] = (), **options) -> Iterator[str]:
         """`generate`, yielding text as it comes: never half a character, nor what may still become a stop string.
 
         The pieces joined are exactly what `generate` returns.
         """
         batch, options = self._one_prompt(image, prompt, **options)
         slots, limit, sampling = self.plan_decode(**options)
-        return self._stream(params, batch, slots, limit, sampling, stop)
+        return self._stream(params, batch, slots, limit, sampling, stop_strings(stop))
 
     def _stream(self, params, batch, slots, limit, sampling, stop) -> Iterator[str]:
         prefix, state = self._start(slots, params, batch, no_questions(len(batch.index)), sampling)
@@ -144,45 +147,16 @@ class Llava:
         return self._pack_prompts([self.prompt_ids(prompt, sizes, conv_mode)], tiles, sizes), options
 
     def conversation(self, prompt, num_images: int = 0, conv_mode: str | None = None) -> Conversation:
-        """A question, or alternating turns, in the template that the checkpoint picks (`conv_mode` overrides)."""
-        if isinstance(prompt, Conversation):
-            return prompt
-        turns = [prompt] if isinstance(prompt, str) else list(prompt)
-        if len(turns) % 2 == 0:
-            raise ValueError(
-                f"prompt: got {len(turns)} turns; they alternate user, assistant, …, and the user's is last"
-            )
-        conversation = conv_templates[pick_conv_mode(self.config.name, conv_mode)]
-        turns[0] = self._with_images(turns, num_images)
-        for i, turn in enumerate([*turns, None]):
-            conversation = conversation.append_message(conversation.roles[i % 2], turn)
-        return conversation
-
-    def _with_images(self, turns: list[str], num_images: int) -> str:
-        """The first turn with the images that no later turn has placed by hand."""
-        later = sum(turn.count(DEFAULT_IMAGE_TOKEN) for turn in turns[1:])
-        if later > num_images:
-            raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
-        return user_message(turns[0], num_images - later, self.config.mm_use_im_start_end)
+        """A question, or turns, in the template that the checkpoint picks (`conv_mode` overrides)."""
+        return build_conversation(self.config, prompt, num_images, conv_mode)
 
     def prompt_ids(self, prompt, sizes, conv_mode: str | None = None) -> list[int]:
         """Token ids of one prompt, -200 where its images, of these (width, height), go.
 
         Raises:
-            ValueError: the images do not fit the prompt, or the prompt is too long for the model.
+            ValueError: the images do not fit the prompt, it is too long for the model, or it is no text.
         """
-        ids = tokenizer_image_token(self.conversation(prompt, len(sizes), conv_mode).get_prompt(), self.tokenizer)
-        placed, limit = ids.count(IMAGE_TOKEN_INDEX), self.config.tokenizer_model_max_length
-        if placed != len(sizes):
-            raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
-        of_images = sum(int(num_image_tokens(width, height, self.config)) for width, height in sizes)
-        length = len(ids) - placed + of_images
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"prompt: {length} positions ({of_images} of them images) are more than this model's "
-                f"tokenizer_model_max_length={limit}; shorten it or give fewer images"
-            )
-        return ids
+        return prompt_ids(self.config, self.tokenizer, prompt, sizes, conv_mode)
 
     def warmup(self, params, question: str = "What is in this picture?", max_new_tokens: int = 512, **options) -> None:
         """Compile what `generate` needs for one picture of any size and a question about this long, before it is asked.
@@ -206,7 +180,8 @@ class Llava:
         """Answer many questions; each image is encoded and prefilled once for all of its own.
 
         Args:
-            requests: (image, questions) pairs: a picture in any form, a list of them or None, and its prompts.
+            requests: (image, questions) pairs: a picture in any form, a list of them or None, and its prompts, or
+                one prompt.
             memory_budget: bytes for the cache and the activations at any time; None is most of what the device has
                 free (4 GiB on a CPU).
             options: as `generate` has them, without `stop`.
@@ -225,10 +200,13 @@ class Llava:
 
         Args:
             image, question: as `generate` takes them.
-            candidates: answers, texts.
+            candidates: answers, texts; or one.
 
         Returns:
             float32 [candidates]. The image and the question are prefilled once.
+
+        Raises:
+            ValueError: the question cannot be asked, or a candidate is no text or makes it too long for the model.
         """
         return score_candidates(self, params, image, question, candidates, memory_budget, conv_mode)
 
@@ -258,16 +236,8 @@ class Llava:
         return np.asarray(tokens)[:, 0, : int(steps)]
 
     def plan_decode(self, max_new_tokens: int = 512, sampling=None, **numbers):
-        """(slots, bucketed; limit; sampling, checked) for so many new tokens.
-
-        `sampling` is a Greedy or Sample; or else `temperature` (0: greedy), `top_p`, `top_k` and `seed` make one.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be at least 1")
-        if sampling is not None and numbers:
-            raise ValueError(f"sampling={sampling!r} and {', '.join(numbers)} are two ways to say it; give one")
-        sampling = sampling_of(self.config.generation, **numbers) if sampling is None else sampling
-        return 1 << max(5, (max_new_tokens - 1).bit_length()), np.int32(max_new_tokens), checked(sampling)
+        """See `llava_jax.inference.options.plan_decode`."""
+        return plan_decode(self.config.generation, max_new_tokens, sampling, **numbers)
 
     def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:
         rows = [np.asarray(row, np.int64) for row in rows]
@@ -303,7 +273,8 @@ class Llava:
         batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
         counted = np.broadcast_to(np.arange(batch.index.shape[1], dtype=np.int32), batch.index.shape)
         batch = batch._replace(position_ids=counted)  # the reference counts left padding too
-        out = self._forward(output_hidden_states, output_attentions, labels is not None, params, batch)
+        wanted = bool(output_hidden_states), bool(output_attentions), labels is not None
+        out = self._forward(*wanted, params, batch)
         logits, loss, hidden_states, attentions = jax.device_get(out)
         end = int(batch.lengths.max())
         return ForwardOutput(
@@ -337,9 +308,7 @@ class Llava:
         rows, targets = as_rows(input_ids, attention_mask, labels)
         tiles, sizes = self.load_images(images)
         if image_sizes is not None:
-            if len(image_sizes) != len(sizes):
-                raise ValueError(f"image_sizes: got {len(image_sizes)} for {len(sizes)} images")
-            sizes = [(int(width), int(height)) for width, height in image_sizes]
+            sizes = _read_sizes(image_sizes, len(sizes))
         return pack(
             rows,
             targets,
@@ -360,6 +329,16 @@ class Llava:
         """(tiles, sizes) of pictures in any form."""
         pictures = [load_image(image) for image in as_image_list(images)]
         return process_images(pictures, self.config), [picture.size for picture in pictures]
+
+
+def _read_sizes(image_sizes, count: int) -> list[tuple[int, int]]:
+    """The caller's (width, height) of each image."""
+    if len(image_sizes) != count:
+        raise ValueError(f"image_sizes: got {len(image_sizes)} for {count} images")
+    if any(np.shape(size) != (2,) for size in image_sizes):
+        raise ValueError("image_sizes: expected (width, height) of each image")
+    width, height = ([whole_number("image_sizes", size[i], 1, 2**31 - 1) for size in image_sizes] for i in (0, 1))
+    return list(zip(width, height, strict=True))
 
 
 def load(

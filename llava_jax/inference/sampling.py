@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import GenerationDefaults
+from llava_jax.inputs.numbers import finite_number, whole_number
 
 
 @flax.struct.dataclass
@@ -69,28 +68,49 @@ def _said(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     return said.reshape(*tokens.shape[:-1], vocab_size)
 
 
+# Below it float32 cannot divide logits: it becomes 0, or they infinity. Just above it the likeliest token is certain.
+LEAST_TEMPERATURE = 1e-30
+PENALTIES = 0.01, 100.0  # the same, with what is divided twice
+
+
 def checked(sampling: Greedy | Sample) -> Greedy | Sample:
     """The same with its numbers checked and as arrays of fixed types, so that 1 and 1.0 are one program.
 
+    A temperature below LEAST_TEMPERATURE is greedy.
+
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or it is neither a Greedy nor a Sample.
     """
     if isinstance(sampling, Greedy):
         return sampling
-    if not sampling.temperature > 0:
-        raise ValueError(f"temperature={sampling.temperature!r} must be more than 0; 0 is greedy, Greedy()")
-    for name in ("top_p", "repetition_penalty"):
-        value = getattr(sampling, name)
-        if not 0 < value <= (1 if name == "top_p" else float("inf")):
-            raise ValueError(
-                f"{name}={value!r} must be {'in (0, 1]' if name == 'top_p' else 'more than 0'}; 1 turns it off"
-            )
-    if sampling.top_k < 0:
-        raise ValueError(f"top_k={sampling.top_k!r} must be 0 (off) or more")
-    if not 0 <= sampling.min_p <= 1:
-        raise ValueError(f"min_p={sampling.min_p!r} must be in [0, 1]; 0 turns it off")
-    floats = {n: np.float32(getattr(sampling, n)) for n in ("temperature", "top_p", "min_p", "repetition_penalty")}
-    return Sample(**floats, top_k=np.int32(sampling.top_k), seed=np.uint32(sampling.seed % 2**32))
+    if not isinstance(sampling, Sample):
+        raise ValueError(f"sampling={sampling!r:.80} must be a Greedy or a Sample")
+    temperature = finite_number("temperature", sampling.temperature)
+    top_p, min_p = finite_number("top_p", sampling.top_p), finite_number("min_p", sampling.min_p)
+    penalty = finite_number("repetition_penalty", sampling.repetition_penalty)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} must be more than 0; 0 is greedy, Greedy()")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r} must be in (0, 1]; 1 turns it off")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p!r} must be in [0, 1]; 0 turns it off")
+    if not PENALTIES[0] <= penalty <= PENALTIES[1]:
+        least, most = PENALTIES
+        raise ValueError(f"repetition_penalty={penalty!r} must be from {least:g} to {most:g}; 1 turns it off")
+    top_k = whole_number("top_k", sampling.top_k, 0, 2**31 - 1, "; 0 turns it off")
+    seed = whole_number("seed", sampling.seed, 0, 2**32 - 1)
+    if temperature < LEAST_TEMPERATURE:
+        if penalty == 1:
+            return Greedy()
+        temperature, top_k = 1.0, 1
+    return Sample(
+        temperature=np.float32(temperature),
+        top_k=np.int32(top_k),
+        top_p=np.float32(top_p),
+        min_p=np.float32(min_p),
+        repetition_penalty=np.float32(penalty),
+        seed=np.uint32(seed),
+    )
 
 
 def sampling_of(defaults: GenerationDefaults, temperature: float = 0.0, top_p=None, top_k=None, seed: int = 0):
@@ -101,6 +121,6 @@ def sampling_of(defaults: GenerationDefaults, temperature: float = 0.0, top_p=No
     """
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k
-    sample = Sample(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    checked(replace(sample, temperature=temperature or 1.0))  # a wrong number is wrong, used or not
-    return sample if temperature else Greedy()
+    greedy = finite_number("temperature", temperature) == 0
+    sample = checked(Sample(1.0 if greedy else temperature, top_k, top_p, seed=seed))  # wrong is wrong, used or not
+    return Greedy() if greedy else sample

@@ -11,6 +11,8 @@ from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
 
+PLACEHOLDERS = {IMAGE_TOKEN_INDEX: "an image", IGNORE_INDEX: "no label"}
+
 
 class _Table(NamedTuple):
     """Where the kinds of rows start in the device's table."""
@@ -39,21 +41,43 @@ def as_rows(input_ids, attention_mask=None, labels=None) -> tuple[list[np.ndarra
     """The reference's [B, L] arrays (or lists of rows) as one id and one label array a row, padding taken out.
 
     Raises:
-        ValueError: rows of ids, mask and labels do not match.
+        ValueError: rows of ids, mask and labels do not match, or hold something else than whole numbers.
     """
-    rows = [np.asarray(row, np.int64) for row in input_ids]
-    if not rows or any(row.ndim != 1 for row in rows):
-        raise ValueError("input_ids: expected [B, L], one row of token ids for each prompt")
+    rows = _rows("input_ids", input_ids)
     masks = [np.ones(len(row), bool) for row in rows]
     if attention_mask is not None:
-        masks = [np.asarray(mask).astype(bool) for mask in attention_mask]
-    targets = [np.full(len(row), IGNORE_INDEX) for row in rows] if labels is None else [np.asarray(x) for x in labels]
+        masks = [mask.astype(bool) for mask in _rows("attention_mask", attention_mask, "biuf")]
+    targets = [np.full(len(row), IGNORE_INDEX) for row in rows] if labels is None else _rows("labels", labels)
     for name, other in (("attention_mask", masks), ("labels", targets)):
         if [len(x) for x in other] != [len(row) for row in rows]:
             raise ValueError(
                 f"{name}: its rows {[len(x) for x in other]} do not match input_ids' {[len(r) for r in rows]}"
             )
     return [r[m] for r, m in zip(rows, masks, strict=True)], [t[m] for t, m in zip(targets, masks, strict=True)]
+
+
+def _rows(name: str, values, kinds: str = "iu") -> list[np.ndarray]:
+    """[B, L], or a list of rows, of numbers of these NumPy kinds; integers as int64."""
+    try:
+        rows = [np.asarray(row) for row in values]
+    except (TypeError, ValueError):  # no rows, or rows of rows of different lengths
+        rows = []
+    if not rows or any(row.ndim != 1 or (row.size and row.dtype.kind not in kinds) for row in rows):
+        what = "one row of token ids for each prompt" if name == "input_ids" else "rows of numbers like input_ids'"
+        raise ValueError(f"{name}: expected [B, L], {what}")
+    most = np.iinfo(np.int64).max  # of uint64, which would come out negative
+    return [row if row.size and row.dtype.kind in "bf" else np.minimum(row, most).astype(np.int64) for row in rows]
+
+
+def check_ids(what: str, ids: np.ndarray, vocab_size: int, other: int) -> None:
+    """ValueError if one of the ids, int [L], is no row of the embedding table nor `other`, the one placeholder here."""
+    outside = ((ids < 0) | (ids >= vocab_size)) & (ids != other)
+    if outside.any():
+        position = int(np.argmax(outside))
+        raise ValueError(
+            f"{what}, position {position}: {ids[position]} is not in the embedding table, which has {vocab_size} rows "
+            f"(0 to {vocab_size - 1}), nor is it {other}, {PLACEHOLDERS[other]}"
+        )
 
 
 def assign_images(rows, num_images: int) -> list[list[int]]:
@@ -141,8 +165,13 @@ def pack(
         Batch; L is bucketed, and positions beyond the longest row are padding.
 
     Raises:
-        ValueError: the images do not fit the placeholders, or a size does not fit its tiles.
+        ValueError: an id or a label is outside the embedding table, the images do not fit the placeholders, or a size
+            does not fit its tiles. Positions are counted without padding.
     """
+    for b, (row, target) in enumerate(zip(rows, labels, strict=True)):
+        check_ids(f"input_ids: row {b}", row, config.text.vocab_size, IMAGE_TOKEN_INDEX)
+        text_labels = np.where(row == IMAGE_TOKEN_INDEX, IGNORE_INDEX, target)  # an image takes its own out
+        check_ids(f"labels: row {b}", text_labels, config.text.vocab_size, IGNORE_INDEX)
     assigned = assign_images(rows, len(tiles))
     shown = [i for images in assigned for i in images]
     _check_tiles([tiles[i] for i in shown], [sizes[i] for i in shown], config)
@@ -193,6 +222,7 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch[n
     Raises:
         ValueError: an image placeholder, but no images; rows of different lengths.
     """
+    as_rows(input_ids, attention_mask)  # for its errors
     rows, targets = as_rows(input_ids, None, labels)
     if any(np.any(row == IMAGE_TOKEN_INDEX) for row in rows):
         raise ValueError(f"images: none given, but input_ids have <image> placeholders ({IMAGE_TOKEN_INDEX})")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
+from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 
 
@@ -98,7 +99,8 @@ def _write_single(conv: Conversation, turns) -> str:
 
 def _write_two(conv: Conversation, turns) -> str:
     said = [f"{role}: {text}{conv._separator(i)}" if text else f"{role}:" for i, (role, text) in enumerate(turns)]
-    return conv.system + conv.sep + "".join(said)
+    system = conv.system and conv.system + conv.sep  # every template of the reference has one
+    return system + "".join(said)
 
 
 def _write_mpt(conv: Conversation, turns) -> str:
@@ -233,6 +235,8 @@ conv_templates: dict[str, Conversation] = {
     "v1_mmtag": Conversation(_MMTAG, version="v1_mmtag", **_V1),
     "llava_llama_2": Conversation(_LANGUAGE_AND_VISION, sep="<s>", **_LLAMA_2_STYLE),
     "mpt": Conversation(_MPT, **_CHATML),
+    # Not of the original LLaVA: llava_v1 without a system prompt, as llava-hf's cards of 1.5 and BakLLaVA write it.
+    "llava_v1_hf": Conversation("", version="v1", **_V1),
     # Not of the original LLaVA: what LLaVA-NeXT gives llama3-llava-next-8b.
     "llava_llama_3": Conversation(
         _LANGUAGE_AND_VISION,
@@ -246,6 +250,25 @@ conv_templates: dict[str, Conversation] = {
 
 # ---- which template, and where the images go
 
+# Published checkpoints by the last part of their ids, in lower case, and the templates of their model cards.
+_MODE_OF_PUBLISHED = {
+    "llava-v1.5-7b": "llava_v1",
+    "llava-v1.5-13b": "llava_v1",
+    "llava-v1.6-vicuna-7b": "llava_v1",
+    "llava-v1.6-vicuna-13b": "llava_v1",
+    "llava-v1.6-mistral-7b": "mistral_instruct",
+    "llava-v1.6-34b": "chatml_direct",
+    "llama3-llava-next-8b": "llava_llama_3",
+    "llava-1.5-7b-hf": "llava_v1_hf",
+    "llava-1.5-13b-hf": "llava_v1_hf",
+    "bakllava-v1-hf": "llava_v1_hf",
+    "llava-v1.6-vicuna-7b-hf": "llava_v1",
+    "llava-v1.6-vicuna-13b-hf": "llava_v1",
+    "llava-v1.6-mistral-7b-hf": "mistral_instruct",
+    "llava-v1.6-34b-hf": "chatml_direct",
+    "llama3-llava-next-8b-hf": "llava_llama_3",
+}
+
 # Parts of a checkpoint's name, in the order in which they are looked for, and the template that each picks.
 _MODE_BY_NAME = (
     ("llama3", "llava_llama_3"),
@@ -258,30 +281,47 @@ _MODE_BY_NAME = (
 )
 
 
-def infer_conv_mode(model_name: str) -> str:
-    """The template's name for a checkpoint's name, as `run_llava.py` picks it (`llava_v0` where nothing matches).
+def published_conv_mode(model_name: str) -> str | None:
+    """The template that a published checkpoint's model card uses; None for any other name."""
+    return _MODE_OF_PUBLISHED.get(model_name.lower())
 
-    Llama 3, which the reference does not know, is looked for first.
+
+def named_conv_mode(model_name: str) -> str | None:
+    """The template that a checkpoint's name picks, as in `run_llava.py`; None where nothing matches.
+
+    Published names are looked for first, and then Llama 3, which the reference does not know.
     """
     name = model_name.lower()
-    return next((mode for part, mode in _MODE_BY_NAME if part in name), "llava_v0")
+    return published_conv_mode(name) or next((mode for part, mode in _MODE_BY_NAME if part in name), None)
 
 
-def pick_conv_mode(model_name: str, conv_mode: str | None = None) -> str:
-    """The template's name: `conv_mode` where it is given, with a warning if the checkpoint's name says another.
+def infer_conv_mode(model_name: str) -> str:
+    """`named_conv_mode`, or `llava_v0` where nothing matches, as in `run_llava.py`."""
+    return named_conv_mode(model_name) or "llava_v0"
+
+
+def check_conv_mode(conv_mode: object, where: str = "") -> None:
+    """ValueError if this is no template's name; `where` is the file that has it."""
+    if not isinstance(conv_mode, str) or conv_mode not in conv_templates:
+        at = f"{where}: " if where else ""
+        raise ValueError(f"{at}conv_mode={conv_mode!r:.80} is not known; use one of {', '.join(conv_templates)}")
+
+
+def pick_conv_mode(config: LlavaConfig, conv_mode: str | None = None) -> str:
+    """The template's name: `conv_mode` where it is given, with a warning if the checkpoint's is another.
+
+    The checkpoint's was chosen when it was converted; of one converted by an older llava_jax, its name says it.
 
     Raises:
         ValueError: nobody knows `conv_mode`.
     """
-    inferred = infer_conv_mode(model_name)
+    own = config.conv_mode or infer_conv_mode(config.name)
     if conv_mode is None:
-        return inferred
-    if conv_mode not in conv_templates:
-        raise ValueError(f"conv_mode={conv_mode!r} is not known; use one of {', '.join(conv_templates)}")
-    if conv_mode != inferred:
+        return own
+    check_conv_mode(conv_mode)
+    if conv_mode != own:
         warnings.warn(
-            f"the checkpoint's name {model_name!r} suggests conv_mode={inferred!r}, using {conv_mode!r} as asked",
-            stacklevel=2,
+            f"the checkpoint {config.name!r} has conv_mode={own!r}, using {conv_mode!r} as asked", stacklevel=2
         )
     return conv_mode
 

@@ -21,6 +21,8 @@ class TextStream:
         self.stopped = False
         self._ids: list[int] = []
         self._sent = 0  # characters given out so far
+        self._looked = 0  # at characters for a stop string
+        self._searches = [_Search(s) for s in self.stop]
 
     def push(self, token_id: int) -> str:
         """The text that has become final with this id, often empty."""
@@ -28,7 +30,11 @@ class TextStream:
             return ""
         self._ids.append(int(token_id))
         text = _settled_text(self.tokenizer, self._ids)
-        found, pending = _find_stop(text, self.stop), _begin_of_stop(text, self.stop)
+        for search in self._searches:
+            search.push(text[self._looked :])
+        self._looked = len(text)
+        found = min((search.found for search in self._searches if search.found is not None), default=None)
+        pending = len(text) - max((search.matched for search in self._searches if search.found is None), default=0)
         self.stopped = found is not None and found <= pending
         return self._send(text[: pending if found is None else min(found, pending)])
 
@@ -63,7 +69,34 @@ def _find_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((i for i in (text.find(s) for s in stop) if i >= 0), default=None)
 
 
-def _begin_of_stop(text: str, stop: Sequence[str]) -> int:
-    """Where the longest ending of the text begins that may yet become a stop string; the text's length if none."""
-    longest = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return len(text) - longest
+class _Search:
+    """Looks for one string in a text that comes in pieces, in linear time (Knuth, Morris and Pratt).
+
+    `found` is where it first begins; before that, `matched` is how much of it the text ends with.
+    """
+
+    def __init__(self, wanted: str):
+        self.wanted = wanted
+        self.found: int | None = None
+        self.matched = 0
+        self._seen = 0  # characters
+        self._shorter = [0, 0]  # for each matched length so far: the next shorter one that the text then ends with too
+
+    def push(self, piece: str) -> None:
+        if self.found is not None:
+            return
+        for character in piece:
+            self._seen += 1
+            self.matched = self._longest(self.matched, character)
+            if self.matched == len(self.wanted):
+                self.found = self._seen - self.matched
+                return
+            if self.matched == len(self._shorter):
+                shorter = self._shorter[self.matched - 1]
+                self._shorter.append(self._longest(shorter, self.wanted[self.matched - 1]))
+
+    def _longest(self, matched: int, character: str) -> int:
+        """The longest beginning that a text ends with which ended with `matched` of it, after one more character."""
+        while matched and self.wanted[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.wanted[matched] == character)

@@ -17,7 +17,7 @@ from pathlib import Path
 from etils import epath
 from sentencepiece import SentencePieceProcessor
 
-from llava_jax.constants import IMAGE_TOKEN_INDEX
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 SPIECE_UNDERLINE = "▁"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -30,12 +30,17 @@ BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def tokenizer_image_token(prompt: str, tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX) -> list[int]:
-    """Ids of a prompt with `image_token_index` where `<image>` stands, as the reference's function of this name.
+    """Ids of a prompt with `image_token_index` where `<image>` stands, as the reference's function of this name."""
+    return join_around_images(prompt.split(DEFAULT_IMAGE_TOKEN), tokenizer, image_token_index)
 
-    Each chunk between the images is encoded alone and the BOS of all but the first is dropped, so that a chunk
-    after an image starts with the tokenizer's dummy prefix, as the checkpoints were trained.
+
+def join_around_images(chunks: Sequence[str], tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX) -> list[int]:
+    """Ids of the texts between a prompt's images, with `image_token_index` for each image.
+
+    Each text is encoded alone and the BOS of all but the first is dropped, so that one after an image starts with the
+    tokenizer's dummy prefix, as the checkpoints were trained.
     """
-    first, *others = [tokenizer.encode(chunk) for chunk in prompt.split("<image>")]
+    first, *others = [tokenizer.encode(chunk) for chunk in chunks]
     ids = list(first)
     skip = 1 if first and first[0] == tokenizer.bos_token_id else 0
     for chunk in others:

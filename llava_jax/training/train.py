@@ -53,7 +53,7 @@ def train(options: TrainOptions) -> Path:
     config = training_config(options)
     stored = stored_tree(Path(options.model_path).expanduser() / PARAMS, f"convert {options.model_path} again")
     check_tree(options.model_path, stored, param_shapes(config))
-    template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config.name))
+    template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config))
     examples = load_examples(options.data_path)
     check_examples(examples, options.image_folder, template)
     check_output(options)

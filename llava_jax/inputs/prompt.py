@@ -1,0 +1,219 @@
+"""What a caller asks, in any form, as token ids: a text, turns, messages with roles, or a Conversation.
+
+Imports neither JAX nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llava_jax.config import LlavaConfig
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.batch import check_ids
+from llava_jax.inputs.conversation import (
+    Conversation,
+    SeparatorStyle,
+    conv_templates,
+    pick_conv_mode,
+    user_message,
+)
+from llava_jax.inputs.text import check_text
+from llava_jax.inputs.tokenizer import join_around_images
+
+ROLES = ("user", "assistant")
+
+# No text that has passed `check_text` holds half a surrogate pair, so these stand for something else in a prompt.
+_IMAGE_IN_WORDS = "\ud800"  # `<image>` in the model's own words
+_ANSWER_ENDS = "\ud801"
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What was said, from the user's first turn to the user's last, and the system prompt if one was given."""
+
+    texts: tuple[str, ...]
+    system: str | None = None
+
+
+# ---- any form → turns
+
+
+def as_prompts(questions) -> list:
+    """One question or several, as a list: a text, a Conversation and messages with roles are one."""
+    if isinstance(questions, str | Conversation | Mapping):
+        return [questions]
+    prompts = _as_list(questions, "questions", "a text, or a list of questions")
+    return [prompts] if prompts and all(isinstance(prompt, Mapping) for prompt in prompts) else prompts
+
+
+def as_texts(texts, what: str) -> tuple[str, ...]:
+    """One text or several, as a tuple.
+
+    Raises:
+        ValueError: something else, or a text has half a character; `what` is the argument's name.
+    """
+    texts = [texts] if isinstance(texts, str) else _as_list(texts, what, "a text, or a list of texts")
+    return tuple(check_text(text, f"{what}[{i}]") for i, text in enumerate(texts))
+
+
+def as_turns(prompt, mm_use_im_start_end: bool = False) -> Turns:
+    """A question, turns of user and assistant, or messages like {"role": "user", "content": …}.
+
+    A message's content is a text, or a list of parts: {"type": "text", "text": …}, and {"type": "image"} for a picture,
+    which goes in front of the texts. A first message may have the role "system".
+
+    Raises:
+        ValueError: something else, a role out of turn, or a text with half a character.
+    """
+    if isinstance(prompt, str | Mapping):
+        prompt = [prompt]
+    turns, system = _as_list(prompt, "prompt", "a text, turns, or messages with roles"), None
+    if turns and isinstance(turns[0], Mapping) and turns[0].get("role") == "system":
+        system = _content(turns.pop(0), "prompt: the system message", False, mm_use_im_start_end)
+    if len(turns) % 2 == 0:
+        raise ValueError(f"prompt: got {len(turns)} turns; they alternate user, assistant, …, and the user's is last")
+    texts = [_text_of(turn, i, len(turns), mm_use_im_start_end) for i, turn in enumerate(turns)]
+    return Turns(tuple(texts), system)
+
+
+def _as_list(values, what: str, expected: str) -> list:
+    if isinstance(values, bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{what}: expected {expected}, got {type(values).__name__}")
+    return list(values)
+
+
+def _text_of(turn, i: int, count: int, mm_use_im_start_end: bool) -> str:
+    where, role = f"prompt: turn {i}" if count > 1 else "prompt", ROLES[i % 2]
+    if not isinstance(turn, Mapping):
+        return check_text(turn, where)
+    if turn.get("role") != role:
+        raise ValueError(
+            f"{where}: its role is {turn.get('role')!r:.40}, and {role!r} is due; user and assistant alternate, the "
+            "user's is first and last, and only a system message may stand before"
+        )
+    return _content(turn, where, role == "user", mm_use_im_start_end)
+
+
+def _content(message: Mapping, where: str, may_show: bool, mm_use_im_start_end: bool) -> str:
+    """The text of a message, with `<image>` in front for each picture among its parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return check_text(content, where)
+    texts, pictures = [], 0
+    for part in _as_list(content, f"{where}: content", "a text, or a list of parts"):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "text":
+            texts.append(check_text(part.get("text"), where))
+        elif kind == "image" and may_show and len(part) == 1:
+            pictures += 1
+        else:
+            raise ValueError(
+                f"{where}: a part of type {kind!r:.40} is not taken here; a user's parts are {{'type': 'text', 'text': "
+                "…}, and {'type': 'image'} for each of the pictures that are given beside the prompt"
+            )
+    text = " ".join(texts)
+    return user_message(text, pictures, mm_use_im_start_end) if pictures else text
+
+
+# ---- turns → a conversation
+
+
+def build_conversation(config: LlavaConfig, prompt, num_images: int = 0, conv_mode: str | None = None) -> Conversation:
+    """A prompt in the checkpoint's template (`conv_mode` overrides), the model's turn open at its end.
+
+    Args:
+        prompt: as `as_turns` takes it; or a Conversation, which is returned as it is.
+        num_images: where no turn places them, they go in front of the first one.
+
+    Raises:
+        ValueError: it is no prompt, the images do not fit it, or nobody knows `conv_mode`.
+    """
+    if isinstance(prompt, Conversation):
+        return prompt
+    said = as_turns(prompt, config.mm_use_im_start_end)
+    conversation = conv_templates[pick_conv_mode(config, conv_mode)]
+    if said.system is not None:
+        conversation = _with_system(conversation, said.system)
+    first = _with_images(said.texts, num_images, config.mm_use_im_start_end)
+    for i, text in enumerate([first, *said.texts[1:], None]):
+        conversation = conversation.append_message(conversation.roles[i % 2], text)
+    return conversation
+
+
+def _with_system(conversation: Conversation, system: str) -> Conversation:
+    start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
+    return replace(conversation, system=start + system)
+
+
+def _with_images(texts: Sequence[str], num_images: int, mm_use_im_start_end: bool) -> str:
+    """The first turn with the images that none of the user's later turns has placed by hand."""
+    later = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts[2::2])
+    if later > num_images:
+        raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
+    return user_message(texts[0], num_images - later, mm_use_im_start_end)
+
+
+# ---- a conversation → ids
+
+
+def prompt_ids(
+    config: LlavaConfig, tokenizer, prompt, sizes, conv_mode: str | None = None, answer: str | None = None
+) -> list[int]:
+    """Token ids of one prompt, -200 where its images, of these (width, height), go.
+
+    An `<image>` in what the model has said is text. (To the reference it is one more image, which there is none for.)
+
+    Args:
+        prompt, conv_mode: as `build_conversation` takes them.
+        answer: what the model is to have answered: the ids then go on to its end, without the separator.
+
+    Raises:
+        ValueError: the images do not fit the prompt, it is too long for the model, or it is no text.
+    """
+    conversation = build_conversation(config, prompt, len(sizes), conv_mode)
+    text = _written(conversation, answer)
+    chunks = [chunk.replace(_IMAGE_IN_WORDS, DEFAULT_IMAGE_TOKEN) for chunk in text.split(DEFAULT_IMAGE_TOKEN)]
+    ids = join_around_images(chunks, tokenizer)
+    placed = ids.count(IMAGE_TOKEN_INDEX)
+    if placed != len(sizes):
+        raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
+    _check_length(len(ids) - placed, sizes, config)
+    check_ids("prompt", np.array(ids, np.int64), config.text.vocab_size, IMAGE_TOKEN_INDEX)
+    return ids
+
+
+def _written(conversation: Conversation, answer: str | None) -> str:
+    """The conversation's text, as far as the answer's end, with the model's `<image>` marked."""
+    model = conversation.roles[1] if conversation.roles[0] != conversation.roles[1] else None
+    messages = []
+    for role, message in conversation.messages:
+        text = message[0] if isinstance(message, tuple) else message
+        if text is not None:
+            check_text(text, "prompt")
+        messages.append((role, _in_words(text) if role == model and text else message))
+    check_text(conversation.system, "prompt: its system prompt")
+    conversation = replace(conversation, messages=tuple(messages))
+    if not answer:
+        return conversation.get_prompt()
+    said = _in_words(check_text(answer, "answer")) + _ANSWER_ENDS
+    return conversation.replace_last(messages[-1][0], said).get_prompt().partition(_ANSWER_ENDS)[0]
+
+
+def _in_words(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, _IMAGE_IN_WORDS)
+
+
+def _check_length(text: int, sizes, config: LlavaConfig) -> None:
+    """ValueError if so many text tokens, and images of these (width, height), are more than the model's context."""
+    images = sum(int(num_image_tokens(width, height, config)) for width, height in sizes)
+    if text + images > config.context_length:
+        own = config.tokenizer_model_max_length is not None
+        raise ValueError(
+            f"prompt: {text + images} positions ({images} of them images) are more than this model's "
+            f"{'tokenizer_model_max_length' if own else 'max_position_embeddings'}={config.context_length}; "
+            "shorten it or give fewer images"
+        )
