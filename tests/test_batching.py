@@ -131,3 +131,65 @@ def test_waves_hold_every_group_once_within_the_budget():
     assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 8) < large.bytes(2, 8)
     # 7B in bf16: 0.5 MiB a position
     assert large.bytes(1, 1) > 3072 * 2**19
+
+
+def test_one_text_is_one_where_a_list_is_meant(model, pictures):
+    llava, params = model("vicuna")
+    question = "Is there a cat?"
+    wanted = llava.generate(params, pictures["chelsea"], question, **OPTIONS)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    for asked in (question, [question], message, [message]):
+        assert llava.generate_batch(params, [(pictures["chelsea"], asked)], **OPTIONS) == [wanted]
+    assert llava.score(params, None, question, "Yes") == llava.score(params, None, question, ["Yes"])
+    assert llava.score(params, None, question, []).shape == (0,)
+
+
+def test_half_a_character_costs_its_own_question(model):
+    llava, params = model("vicuna")
+    bad, answer = llava.generate_batch(params, [(None, ["a\udc80", "Hi"])], **OPTIONS)
+    assert isinstance(bad, ValueError) and "prompt: has '\\udc80'" in str(bad) and str(bad).isprintable()
+    assert answer == llava.generate(params, None, "Hi", **OPTIONS)
+    with pytest.raises(ValueError, match=r"candidates\[1\]: has '\\ud800'"):
+        llava.score(params, None, "Hi", ["Yes", "\ud800"])
+
+
+def test_a_candidate_that_is_too_long_is_refused(model):
+    llava, params = model("vicuna")
+    with pytest.raises(ValueError, match=r"candidates\[1\] \('word word.*tokenizer_model_max_length=4096"):
+        llava.score(params, None, "Hi", ["Yes", "word " * 5000])
+
+
+def test_a_candidate_ends_where_it_ends(model):
+    llava, params = model("vicuna")
+    prompt = llava.conversation("Hi", 0).get_prompt()
+    start = len(tokenizer_image_token(prompt, llava.tokenizer))
+    (score,) = llava.score(params, None, "Hi", "s")  # the separator after it, </s>, has an s too
+    ids = tokenizer_image_token(f"{prompt} s", llava.tokenizer)
+    logprobs = jax.nn.log_softmax(llava.forward(params, [ids]).logits[0], axis=-1)
+    wanted = sum(logprobs[start - 1 + i, token] for i, token in enumerate(ids[start:]))
+    assert score == pytest.approx(float(wanted), abs=1e-3)
+
+
+def test_a_question_that_cannot_be_asked_leaves_the_conversation_as_it_was(model):
+    llava, params = model("vicuna")
+    chat, plain = llava.chat(params, None, **OPTIONS), llava.chat(params, None, **OPTIONS)
+    assert chat.send("Hi") == plain.send("Hi")
+    wrong = [("a\ud800", {}), ("word " * 5000, {}), ("<image>?", {}), (7, {}), (["a", "b"], {})]
+    wrong += [("And?", {"temperature": -1}), ("And?", {"stop": 5}), ("And?", {"max_new_tokens": 0})]
+    for question, options in wrong:
+        before = list(chat.turns)
+        with pytest.raises(ValueError):
+            chat.send(question, **options)
+        assert chat.turns == before
+    assert chat.send({"role": "user", "content": "And?"}) == plain.send("And?")
+    assert chat.turns == plain.turns
+
+
+def test_an_image_that_the_model_speaks_of_does_not_move_the_picture(model, pictures):
+    llava, params = model("vicuna")
+    chat = llava.chat(params, pictures["chelsea"], **OPTIONS)
+    chat.send("Is there a cat?")
+    chat.turns[1] = "Yes, in <image>."
+    prompt = llava.prompt_ids([*chat.turns, "Where?"], chat.sizes)
+    assert prompt.count(-200) == 1 and prompt.index(-200) == llava.prompt_ids("Is there a cat?", chat.sizes).index(-200)
+    assert chat.send("Where?") == llava.generate(params, pictures["chelsea"], chat.turns[:3], **OPTIONS)

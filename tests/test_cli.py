@@ -87,6 +87,19 @@ def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch,
     assert out.count("/quit or Ctrl-D ends") == 2
 
 
+def test_bytes_that_are_no_text_cost_their_question(converted, monkeypatch, capsys):
+    folder = converted("vicuna")
+    typed = io.TextIOWrapper(io.BytesIO(b"Hi \xff\nHi\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    capsys.readouterr()
+    assert main(["chat", "--model-path", folder, "--max_new_tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt: has '\\udcff', half of a surrogate pair or a byte that is not UTF-8, at 3" in out
+    assert out.count("ASSISTANT: ") == 1
+    assert main(["ask", "--model-path", "/nowhere", "--query", "\udcff"]) == 1  # before the model is looked at
+    assert "--query: has '\\udcff'" in capsys.readouterr().err
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(converted, monkeypatch, capsys):
     folder = converted("vicuna")
     stream, given = Chat.stream, []

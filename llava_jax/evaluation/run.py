@@ -18,7 +18,8 @@ from llava_jax.evaluation.options import EvaluateOptions
 from llava_jax.evaluation.pictures import Pictures, picture_sizes, picture_source
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
-from llava_jax.inference.sampling import Greedy, Sample, sampling_of
+from llava_jax.inference.options import plan_decode
+from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
 from llava_jax.sharding import default_axes, make_mesh
 
@@ -113,7 +114,8 @@ def prepare(options: EvaluateOptions) -> Job:
     in_files = any(isinstance(question.image, str) for question in questions)
     if in_files and not epath.Path(options.image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"--image-folder {options.image_folder!r}: no such directory")
-    sampling = sampling_of(config.generation, options.temperature, options.top_p, seed=options.seed)
+    numbers = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    _, _, sampling = plan_decode(config.generation, options.new_tokens, **numbers)
     path = epath.Path(options.answers_file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config)

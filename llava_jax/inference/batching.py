@@ -12,6 +12,7 @@ from llava_jax.batch import Batch
 from llava_jax.constants import IGNORE_INDEX
 from llava_jax.inputs.batch import pack, room_for, stack_shards
 from llava_jax.inputs.groups import Group, Wave, bucket_rows, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.prompt import as_prompts, as_texts, prompt_ids
 from llava_jax.sharding import num_shards, rows_sharding
 
@@ -58,7 +59,7 @@ def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | No
         budget: bytes of one device; None is most of what is free.
     """
     lengths = [group.prefix_length(sizes[group.images], llava.config) for group in groups]
-    budget = memory_budget(params) if budget is None else budget
+    budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
     itemsize = params["language_model"]["embed_tokens"]["embedding"].dtype.itemsize
     tensor = 1 if llava.mesh is None else llava.mesh.shape.get("tensor", 1)
     divided = num_shards(llava.mesh), tensor
