@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import urllib.error
-import urllib.request
+import warnings
 from collections.abc import Iterator
-from io import BytesIO
-from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolution
+from llava_jax.inputs.sources import open_source, source_name, stands_alone
+from llava_jax.inputs.text import reason_of
+
+MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit
+
+# What Pillow remarks about a file is an error below or no matter; whoever asks for its remarks still gets them.
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     """One picture as RGB, as the original's `.convert("RGB")` gives it (an animation's first frame).
 
     Args:
-        source: a path, an http(s) or gs:// URL, the bytes of a file, a PIL image, or a uint8 array [H, W], [H, W, 3]
-            or [H, W, 4].
+        source: a path, a URL (http, https, file, gs), a data URI, the bytes of a file, a PIL image, or a uint8 array
+            [H, W], [H, W, 3] or [H, W, 4].
         exif: turn a file upright by its EXIF orientation. The original ignores it, so evaluation passes False.
         rgb: False leaves a file in its own mode, as some of the original's programs do.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a picture, a damaged one, or an array of another type or shape; the message names it.
+        FileNotFoundError: no such file, or one that cannot be read.
+        ValueError: not a picture, a damaged one, one of more than `MAX_PIXELS`, a URL that could not be fetched (see
+            `fetch.MAX_BYTES` and `MAX_SECONDS`), or an array of another type or shape; the message names it.
     """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
     if isinstance(source, str | os.PathLike | bytes | bytearray):
         with _opened(source) as image:
-            upright = ImageOps.exif_transpose(image) if exif else image
+            upright = _upright(image) if exif else image
             return upright.convert("RGB") if rgb else upright.copy()
+    if isinstance(source, Image.Image):
+        with _faults_of("image: a PIL image"):
+            _check_size(source.size, most=None)
+            return source.convert("RGB")
     array = np.asarray(source)
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not shaped or not array.size:
@@ -47,10 +56,10 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
 
 
 def image_size(source) -> tuple[int, int]:
-    """(width, height) of a picture's file, of which no more than the beginning is read.
+    """(width, height) of a picture's file, of which no more than the beginning is read (a URL is fetched whole).
 
     Args:
-        source: a path, an http(s) or gs:// URL, or the bytes of a file.
+        source: a path, a URL, a data URI, or the bytes of a file.
 
     Raises:
         FileNotFoundError, ValueError: as `load_image`.
@@ -63,54 +72,55 @@ def image_source(name: str, folder: str) -> str:
     """What `load_image` takes for a picture that a question or a training sample names.
 
     Args:
-        name: relative to the folder; or an absolute path, or a URL, which stand for themselves.
+        name: relative to the folder; or an absolute path, a URL or a data URI, which stand for themselves.
         folder: local or gs://.
 
     Raises:
         ValueError: a relative name that leads out of the folder.
     """
-    if "://" in name or name.startswith("data:") or os.path.isabs(name):
+    if stands_alone(name):
         return name
     if os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise ValueError(f"image {name!r} leads out of the image folder {folder!r}; name it by its absolute path")
     return os.path.join(folder, name)
 
 
-def _find(source) -> tuple[str | IO[bytes], str]:
-    """Something that Pillow opens, and the name to call it by in an error."""
-    if isinstance(source, bytes | bytearray):
-        return BytesIO(source), f"image: {len(source)} bytes"
-    name = os.fspath(source)
-    if name.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(name, timeout=30) as reply:
-                return BytesIO(reply.read()), f"image {name!r}"
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise ValueError(f"image {name!r} could not be fetched: {error}") from error
-    if "://" in name:
-        from etils import epath
-
-        try:
-            return epath.Path(name).open("rb"), f"image {name!r}"
-        except OSError as error:
-            raise FileNotFoundError(f"image {name!r}: cannot be read ({error})") from error
-    path = os.path.expanduser(name)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"image {name!r}: no such file")
-    return path, f"image {name!r}"
+@contextlib.contextmanager
+def _opened(source) -> Iterator[Image.Image]:
+    """Pillow's image of a file, decoded only within."""
+    with open_source(source) as file, _faults_of(source_name(source)), Image.open(file) as image:
+        _check_size(image.size, MAX_PIXELS)
+        yield image
 
 
 @contextlib.contextmanager
-def _opened(source) -> Iterator[Image.Image]:
-    """Pillow's image of a file; what is wrong with it is one ValueError that names it."""
-    file, name = _find(source)
+def _faults_of(name: str) -> Iterator[None]:
+    """Whatever Pillow and its decoders raise is the picture's fault: one ValueError that names it."""
     try:
-        with contextlib.nullcontext() if isinstance(file, str) else file, Image.open(file) as image:
-            yield image
+        yield
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is damaged or too large: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {reason_of(error).partition(', could be')[0]}") from None
+    except Exception as error:  # NotImplementedError, RuntimeError, struct.error, KeyError, MemoryError … by the format
+        raise ValueError(f"{name} is damaged: {reason_of(error)}") from error
+
+
+def _check_size(size: tuple[int, int], most: int | None) -> None:
+    width, height = size
+    if not width * height:
+        raise ValueError(f"it is {width}x{height} pixels")
+    if most is not None and width * height > most:
+        raise Image.DecompressionBombError(f"Image size ({width}x{height} pixels) exceeds limit of {most} pixels")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned by its EXIF orientation; as it stands where its EXIF cannot be read, as in any viewer."""
+    image.load()  # what is wrong with the pixels themselves is to be raised
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # struct.error, SyntaxError, … by what is damaged in it
+        return image
 
 
 def as_image_list(images) -> list:

@@ -1,0 +1,176 @@
+"""http(s) URLs in, bytes out, within bounds of size and time; whatever goes wrong is one line."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import re
+import socket
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from functools import partial
+
+from llava_jax.inputs.text import check_text, reason_of
+
+MAX_BYTES = 128 << 20  # that one fetch may receive, headers and redirections included, and its content unpacked
+MAX_SECONDS = 60.0  # for all of one fetch
+USER_AGENT = "Mozilla/5.0 (compatible; llava_jax)"  # some hosts turn urllib's own away
+
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # of zlib, for each Content-Encoding that is undone
+_RAW = -15  # deflate without zlib's header, as some hosts send it
+
+
+def fetch(url: str) -> bytes:
+    """What an http(s) URL gives.
+
+    Non-ASCII characters and spaces are encoded, up to ten redirections are followed, to http(s) only, a
+    Content-Encoding of gzip or deflate is undone, and the proxies that the environment names are used.
+
+    Raises:
+        ValueError: why it could not be fetched, on one line.
+    """
+    try:
+        return _fetch(url)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ValueError(reason_of(error)) from None
+    except Exception as error:  # of many kinds: HTTPException, UnicodeError, OverflowError, zlib.error, SSLError …
+        inner = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(inner, TimeoutError):
+            inner = ValueError(f"it took more than {MAX_SECONDS:g} seconds")
+        raise ValueError(reason_of(inner)) from error
+
+
+def _fetch(url: str) -> bytes:
+    budget = _Budget()
+    opener = urllib.request.OpenerDirector()  # build_opener's would open file:// and ftp:// too
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        _Handler(budget),
+        urllib.request.HTTPDefaultErrorHandler(),
+        _Redirections(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    request = urllib.request.Request(_encoded(url), headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
+    with opener.open(request) as reply:
+        if (reply.length or 0) > MAX_BYTES:
+            raise ValueError(f"it has {reply.length} bytes, more than {MAX_BYTES}")
+        return _unpacked(reply.read(), reply.headers.get("Content-Encoding", ""))
+
+
+def _encoded(url: str) -> str:
+    """A URL as it is sent: a host outside ASCII by IDNA, the rest percent-encoded where it is not yet."""
+    check_text(url, "its URL")
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        raise ValueError("its URL has a control character")
+    parts = urllib.parse.urlsplit(url.strip())
+    netloc, port = parts.netloc, parts.port  # which raises for one out of range; a resolver would not
+    if not netloc.isascii():
+        netloc = (parts.hostname or "").encode("idna").decode() + ("" if port is None else f":{port}")
+
+    def quoted(part: str) -> str:
+        return urllib.parse.quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", part), safe="!#$%&'()*+,/:;=?@[]~")
+
+    return urllib.parse.urlunsplit((parts.scheme, netloc, quoted(parts.path), quoted(parts.query), ""))
+
+
+def _unpacked(body: bytes, coding: str) -> bytes:
+    """A reply's content without its Content-Encoding."""
+    coding = coding.strip().lower()
+    if coding in ("", "identity"):
+        return body
+    if coding not in _WINDOW_BITS:
+        raise ValueError(f"its Content-Encoding {coding!r} is none of {', '.join(_WINDOW_BITS)}")
+    bits = _WINDOW_BITS[coding]
+    if coding == "deflate" and not _has_zlib_header(body):
+        bits = _RAW
+    decoder = zlib.decompressobj(bits)
+    content = decoder.decompress(body, MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes once its {coding} is undone")
+    if not decoder.eof:
+        raise ValueError(f"its {coding} is cut off")
+    return content
+
+
+def _has_zlib_header(body: bytes) -> bool:
+    """RFC 1950, section 2.2."""
+    return len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
+
+
+# ---- every byte that arrives is counted, and waited for no longer than until the deadline
+
+
+class _Budget:
+    """What is left of one fetch's bytes and seconds."""
+
+    def __init__(self):
+        self._bytes, self._deadline = MAX_BYTES, time.monotonic() + MAX_SECONDS
+
+    def seconds(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def spend(self, count: int) -> None:
+        self._bytes -= count
+        if self._bytes < 0:
+            raise OSError(f"it sends more than {MAX_BYTES} bytes")  # http.client would take a ValueError for its own
+
+
+class _Received(io.RawIOBase):
+    """What a socket receives, charged to a budget."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, budget: _Budget):
+        self._raw, self._sock, self._budget = raw, sock, budget
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(self._budget.seconds())
+        count = self._raw.readinto(buffer) or 0
+        self._budget.spend(count)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Reply(http.client.HTTPResponse):
+    def __init__(self, budget: _Budget, sock: socket.socket, *args, **keywords):
+        super().__init__(sock, *args, **keywords)
+        self.fp = io.BufferedReader(_Received(self.fp.detach(), sock, budget))
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """urllib's, with replies that are charged to a budget."""
+
+    def __init__(self, budget: _Budget):
+        super().__init__()
+        self._budget = budget
+
+    def http_open(self, request):
+        return self.do_open(partial(self._connection, http.client.HTTPConnection), request)
+
+    def https_open(self, request):
+        return self.do_open(partial(self._connection, http.client.HTTPSConnection), request)
+
+    def _connection(self, kind, host: str, timeout):
+        connection = kind(host, timeout=self._budget.seconds())
+        connection.response_class = partial(_Reply, self._budget)
+        return connection
+
+
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, reply, *args):
+        new = super().redirect_request(request, reply, *args)
+        reply.close()  # or urllib would read it to its end
+        return new
