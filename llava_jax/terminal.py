@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from llava_jax.flags import add_model_arguments
 from llava_jax.inputs.image import image_size, load_image
-from llava_jax.inputs.text import check_text
+from llava_jax.inputs.sources import scheme_of
+from llava_jax.inputs.text import check_text, shortened
 
 if TYPE_CHECKING:
     from llava_jax.inference.chat import Chat
@@ -64,7 +65,7 @@ def add_ask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-file",
         nargs="+",
-        help="a path or URL; each of several is asked about alone, those with --sep between them together",
+        help="a path, URL or data URI; each of several is asked about alone, those with --sep between them together",
     )
     parser.add_argument("--query", required=True, help="the question; <image> may be placed by hand")
     parser.add_argument("--sep", default=",", help="between files that are shown together (%(default)r)")
@@ -76,40 +77,60 @@ def ask(args: argparse.Namespace) -> int:
     """Answers one question about each picture. Of several, those that cannot be asked about are named, and make it 3.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or no picture, seen before the model is loaded; or the only
-            prompt cannot be asked.
+        FileNotFoundError, ValueError: the only picture is missing or none, seen before the model is loaded; or the
+            only prompt cannot be asked.
     """
     check_text(args.query, "--query")
-    shown = args.image_file or [None]
-    together = [_image_files(entry, args.sep) for entry in shown]
-    for path in (path for paths in together for path in paths if "://" not in path or len(shown) == 1):
-        image_size(path)
     check_options(args)
+    shown = args.image_file or [None]
+    several, readable, answered = len(shown) > 1, [], 0
+    for entry in shown:
+        try:
+            paths = _image_files(entry, args.sep)
+            for path in paths:
+                if not several or scheme_of(path) in ("", "data"):  # many URLs are fetched when their turn comes
+                    image_size(path)
+            readable.append((entry, paths))
+        except (ValueError, OSError) as error:
+            if not several:
+                raise
+            _print_failure(entry, error)
+    if not readable:
+        return 3
     llava, params = load_model(args)
-    failed = False
-    for entry, paths in zip(shown, together, strict=True):
+    for entry, paths in readable:
         try:
             images = [load_image(path) for path in paths]
             pieces = llava.stream(params, images, args.query, **answer_options(args))
         except (ValueError, OSError) as error:
-            if len(shown) == 1:
+            if not several:
                 raise
-            failed = True
-            print(f"llava-jax: error: {entry}: {error}", file=sys.stderr)
+            _print_failure(entry, error)
             continue
         if args.json:
             print(json.dumps({"image_file": entry, "query": args.query, "answer": "".join(pieces)}), flush=True)
         else:
-            print(f"{entry}: " if len(shown) > 1 else "", end="", flush=True)
+            print(f"{_printable(entry)}: " if several else "", end="", flush=True)
             _print_stream(pieces)
-    return 3 if failed else 0
+        answered += 1
+    return 3 if answered < len(shown) else 0
+
+
+def _print_failure(entry: str, error: Exception) -> None:
+    print(f"llava-jax: error: {_printable(entry)}: {error}", file=sys.stderr)
+
+
+def _printable(entry: str) -> str:
+    """A file's name as it can be printed: not all of them are UTF-8, and a data URI may be a megabyte long."""
+    return shortened(entry).encode(errors="backslashreplace").decode()
 
 
 def _image_files(entry: str | None, sep: str) -> list[str]:
-    """The reference's image_parser, but a file that has `sep` in its own name is one file."""
+    """The reference's image_parser, but a file that has `sep` in its own name is one file, as a data URI is."""
     if entry is None:
         return []
-    return [entry] if os.path.exists(entry) else entry.split(sep)
+    whole = os.path.exists(entry) or (sep == "," and scheme_of(entry) == "data")
+    return [entry] if whole else entry.split(sep)
 
 
 def _print_stream(pieces: Iterator[str]) -> None:
@@ -124,7 +145,7 @@ def _print_stream(pieces: Iterator[str]) -> None:
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `llava-jax chat`."""
     add_model_arguments(parser)
-    parser.add_argument("--image-file", nargs="+", help="the picture, or several, as paths or URLs")
+    parser.add_argument("--image-file", nargs="+", help="the picture, or several, as paths, URLs or data URIs")
     add_sampling_arguments(parser)
 
 
@@ -151,8 +172,8 @@ def chat(args: argparse.Namespace) -> None:
                 return
             if command == "/image":
                 file = rest.strip().strip("'\"")
-                images = [load_image(file)] if file else []
-                talk = begin(images)
+                shown = [load_image(file)] if file else []
+                talk, images = begin(shown), shown
             elif command == "/reset":
                 talk = begin(images)
             elif command.startswith("/"):

@@ -65,6 +65,20 @@ def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_row(model, pictures):
     assert all(isinstance(x, ValueError) for x in llava.generate_batch(params, [(None, asked[1:])], **OPTIONS))
 
 
+def test_a_picture_that_cannot_be_read_is_an_error_of_its_questions(model, pictures):
+    llava, params = model("vicuna")
+    lost = [("nowhere.png", ["A?", "B?"]), ([pictures["chelsea"], b"no picture"], ["C?"])]
+    answers = llava.generate_batch(params, [lost[0], (None, ["Hi"]), lost[1]], **OPTIONS)
+    assert answers[2] == llava.generate(params, None, "Hi", **OPTIONS)
+    for answer, place, problem in (
+        (answers[0], "question 0 (image 0, 'A?')", "image 'nowhere.png': no such file"),
+        (answers[1], "question 1 (image 0, 'B?')", "image 'nowhere.png': no such file"),
+        (answers[3], "question 3 (image 2, 'C?')", "image: 10 bytes is not a picture"),
+    ):
+        assert type(answer) is ValueError and str(answer).startswith(f"{place}: {problem}")
+    assert all(isinstance(answer, ValueError) for answer in llava.generate_batch(params, lost, **OPTIONS))
+
+
 def test_a_chat_is_the_conversation_asked_at_once(model, pictures, monkeypatch):
     llava, params = model("vicuna")
     prefills, questions = [], []

@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import base64
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from llava_jax.cli import COMMANDS, main
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inference.chat import Chat
+from llava_jax.inputs.text import shortened
 
 
 def test_ask_prints_what_generate_returns(converted, pictures, capsys):
@@ -42,7 +44,7 @@ def test_several_images_and_none(converted, pictures, capsys):
 def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, capsys):
     folder, damaged = converted("vicuna"), tmp_path / "damaged.jpg"
     damaged.write_bytes(Path(pictures["chelsea"]).read_bytes()[:2000])
-    files = [pictures["chelsea"], str(damaged), f"{pictures['chelsea']},{pictures['coffee']}"]
+    files = [pictures["chelsea"], str(damaged), f"{pictures['chelsea']},{pictures['coffee']}", "/nowhere.jpg"]
     ask = ["ask", "--model-path", folder, "--query", "What?", "--max_new_tokens", "6", "--image-file", *files]
     capsys.readouterr()
     assert main([*ask, "--json"]) == 3
@@ -54,11 +56,19 @@ def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, ca
         image_file = images if isinstance(images, str) else ",".join(images)
         assert line == {"image_file": image_file, "query": "What?", "answer": wanted}
     assert f"llava-jax: error: {damaged}: " in err and "is damaged" in err
-    assert main([*ask[:-1], files[0]]) == 3
-    assert f"{files[0]}: {lines[0]['answer']}\n" in capsys.readouterr().out
-    assert main([*ask, "/nowhere.jpg"]) == 1  # before anything is asked
+    assert "llava-jax: error: /nowhere.jpg: image '/nowhere.jpg': no such file" in err
+    uri = "data:image/jpeg;base64," + base64.b64encode(Path(files[0]).read_bytes()).decode()
+    assert main([*ask[: -len(files)], files[0], uri, "\udc80.jpg", uri[:-9000]]) == 3
     out, err = capsys.readouterr()
-    assert out == "" and "'/nowhere.jpg': no such file" in err
+    assert out == f"{files[0]}: {lines[0]['answer']}\n{shortened(uri)}: {lines[0]['answer']}\n"
+    assert r"error: \udc80.jpg: " in err and "is damaged" in err and max(map(len, err.splitlines())) < 600
+
+
+def test_files_that_are_all_missing_are_named_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(llava_jax, "load", lambda *args, **options: pytest.fail("loaded"))
+    files = ["/nowhere.jpg", "data:,no picture", "foo://a.jpg,/nowhere.jpg", __file__]
+    assert main(["ask", "--model-path", "m", "--query", "What?", "--image-file", *files]) == 3
+    assert [line.startswith("llava-jax: error: ") for line in capsys.readouterr().err.splitlines()] == [True] * 4
 
 
 def typed(monkeypatch, *lines):
@@ -72,7 +82,8 @@ def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch,
     talk = llava.chat(params, pictures["chelsea"], **options)
     wanted = [talk.send("What is it?"), talk.send("And behind it?"), llava.chat(params, [], **options).send("Hi")]
     typed(
-        monkeypatch, "What is it?", "And behind it?", "/reset", "What is it?", "/image nowhere.jpg", "", "/image",
+        monkeypatch, "What is it?", "And behind it?", "/reset", "What is it?", "/image nowhere.jpg",
+        "/image http://127.0.0.1:1/a.jpg", "/image foo://a.jpg", "/image data:,a", "", "/image",
         "Hi", f"/image '{pictures['chelsea']}'", "What is it?", "/help", "What? " * 2000, "And behind it?",
     )  # fmt: skip
     capsys.readouterr()
@@ -83,6 +94,7 @@ def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch,
     first, second, alone = wanted
     assert [a.strip() for a in answers[:4]] == [first, second, first, alone]
     assert answers[4].strip() == first and answers[-1].strip() == second  # what was too long was not said
+    assert "Connection refused" in out and "'foo' is not known" in out and "'data:,a' is not a picture" in out
     assert "image 'nowhere.jpg': no such file" in out and "more than this model's tokenizer_model_max_length" in out
     assert out.count("/quit or Ctrl-D ends") == 2
 

@@ -3,11 +3,15 @@
 import hashlib
 import http.server
 import io
+import struct
 import threading
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from fuzz.odd import refusal_of
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.image import as_image_list, image_size, image_source, load_image, process_images
@@ -93,6 +97,52 @@ def test_what_is_not_a_picture_is_named(tmp_path):
     ):
         with pytest.raises(error, match=message):
             load_image(source)
+
+
+def claiming(width, height):
+    """A PNG whose header says so, of which nothing else is there."""
+    header = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II4s", zlib.crc32(header), 99, b"IDAT")
+
+
+def test_pixels_are_counted_before_they_are_decoded(monkeypatch):
+    assert image_size(claiming(13377, 13377)) == (13377, 13377)  # just below
+    for source, said in (
+        (claiming(20000, 10000), r"too large: Image size \(200000000 pixels\) exceeds limit of 178956970 pixels$"),
+        (claiming(1, 2**31 - 1), r"too large: Image size \(2147483647 pixels\) exceeds limit"),
+        (claiming(0, 5), "is damaged|is not a picture"),
+        (Image.new("RGB", (0, 0)), "it is 0x0 pixels"),
+        (Image.new("RGB", (5, 0)), "it is 5x0 pixels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_image(source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some set it
+    with pytest.raises(ValueError, match=r"Image size \(20000x10000 pixels\) exceeds limit of 178956970 pixels"):
+        image_size(claiming(20000, 10000))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, struct.error, KeyError, RecursionError, MemoryError])
+@pytest.mark.parametrize("owner, step", [(Image, "open"), (PngImageFile, "load"), (Image.Image, "convert")])
+def test_whatever_a_decoder_raises_is_the_pictures_fault(monkeypatch, owner, step, error):
+    def fail(*_, **__):
+        raise error("no\nsuch thing")
+
+    data = saved(Image.fromarray(noise()))
+    monkeypatch.setattr(owner, step, fail)
+    said = refusal_of(load_image, data)
+    assert isinstance(said, ValueError)
+    assert f"image: {len(data)} bytes is damaged: {error.__name__}: " in str(said) and "such thing" in str(said)
+
+
+def test_a_picture_whose_exif_cannot_be_read_stands_as_it_is(monkeypatch):
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: struct.unpack(">I", b""))
+    assert np.array_equal(np.asarray(load_image(saved(Image.fromarray(noise())))), noise())
+
+
+def test_a_picture_of_ones_own_that_cannot_be_decoded():
+    with Image.open(io.BytesIO(saved(Image.fromarray(noise(400, 300)))[:3000])) as image:
+        with pytest.raises(ValueError, match="image: a PIL image is damaged: "):
+            load_image(image)
 
 
 def test_one_many_or_none():

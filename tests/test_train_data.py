@@ -368,7 +368,10 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
             asked.append(number)
             return Loaded(np.array([number]), np.array([number]), [], [], None)
 
-        kill = join = close = lambda self: None
+        kill = stop = lambda self: None
+
+        def is_alive(self):
+            return True
 
     monkeypatch.setattr(workers, "_Worker", Worker)
     with Loader(examples, folder, CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=5) as batches:
@@ -385,6 +388,18 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
     assert got == order[:8] and sorted(asked) == sorted(order[:20])
 
 
+class Deadly:
+    """An image folder that kills the process that looks into it, unless it is this one."""
+
+    def __init__(self):
+        self.pid = os.getpid()
+
+    def __fspath__(self):
+        if os.getpid() != self.pid:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "nowhere"
+
+
 def test_a_worker_that_is_killed(folder, examples):
     with Loader(examples, folder, CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=1) as batches:
         steps = iter(batches)
@@ -392,10 +407,10 @@ def test_a_worker_that_is_killed(folder, examples):
         for number in (signal.SIGINT, signal.SIGTERM):  # what a preemption sends to everybody
             os.kill(batches._workers.pids[0], number)
         next(steps)
-        os.kill(batches._workers.pids[0], signal.SIGKILL)
+    with Loader(examples, Deadly(), CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=1) as batches:
         with pytest.raises(RuntimeError, match="a data worker died: killed, perhaps for memory"):
-            for _ in range(9):
-                next(steps)
+            for _ in zip(range(9), batches, strict=False):
+                pass
 
 
 KILLED = """

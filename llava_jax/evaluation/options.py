@@ -75,7 +75,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags; those that the reference's programs have keep its names."""
     add_model_arguments(parser)
     parser.add_argument("--question-file", required=True, help="jsonl; ScienceQA's json; MMBench's tsv")
-    parser.add_argument("--image-folder", default="", help="where the images named in it stand")
+    parser.add_argument("--image-folder", default="", help="where the images named in it stand, if not by URL")
     parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
     parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
     parser.add_argument("--annotations", metavar="PATH", help="score the answers too; see llava-jax score --help")

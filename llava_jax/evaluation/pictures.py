@@ -10,30 +10,33 @@ from functools import partial
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.groups import Wave
-from llava_jax.inputs.image import image_size, load_image, process_images
-from llava_jax.inputs.workers import Workers
+from llava_jax.inputs.image import image_size, image_source, load_image, process_images
+from llava_jax.inputs.sources import source_name
+from llava_jax.inputs.text import reason_of
+from llava_jax.inputs.workers import WorkerDied, Workers
 
 READERS = 32  # threads: an object store answers many requests at a time
 WORKERS = 8  # processes, where there are so many cores
 AHEAD = 2  # waves whose pictures are being loaded while the device works
 
-
-def picture_source(image: str | bytes | None, folder: str) -> str | bytes | None:
-    """What `load_image` takes: a question's image in its folder."""
-    return os.path.join(folder, image) if isinstance(image, str) else image
+Sizes = list[tuple[int, int]]  # (width, height) of a question's pictures, of which there are one or none
 
 
-def picture_sizes(sources: Sequence[str | bytes | None]) -> list[list[tuple[int, int]] | ValueError]:
-    """For each picture its (width, height), in a list; for none an empty list; or what is wrong with its file."""
+def picture_sizes(images: Sequence[str | bytes | None], folder: str) -> list[Sizes | ValueError]:
+    """The sizes of each question's pictures, or what is wrong with its file."""
 
-    def sizes(source):
+    def sizes(image):
         try:
-            return [] if source is None else [image_size(source)]
+            return [] if image is None else [image_size(_source(image, folder))]
         except (ValueError, OSError) as error:
             return ValueError(str(error))
 
     with ThreadPoolExecutor(READERS) as threads:
-        return list(threads.map(sizes, sources))
+        return list(threads.map(sizes, images))
+
+
+def _source(image: str | bytes, folder: str) -> str | bytes:
+    return image_source(image, folder) if isinstance(image, str) else image
 
 
 def load_tiles(config: LlavaConfig, rgb: bool, source: str | bytes):
@@ -42,19 +45,37 @@ def load_tiles(config: LlavaConfig, rgb: bool, source: str | bytes):
     Args:
         rgb: convert to RGB before everything else, as the original's loader and vqa programs do, and its science and
             mmbench programs do not.
+
+    Raises:
+        ValueError: what is wrong with the picture.
     """
     try:
         image = load_image(source, exif=False, rgb=rgb)
     except OSError as error:
         raise ValueError(str(error)) from error
-    return process_images([image], config), [image.size]
+    try:
+        return process_images([image], config), [image.size]
+    except Exception as error:  # a mode that cannot be resized, or too little memory
+        raise ValueError(f"{source_name(source)} cannot be made into tiles: {reason_of(error)}") from error
 
 
 class Pictures:
-    """Tiles of the waves' pictures, loaded by worker processes `AHEAD` waves before they are asked for."""
+    """Tiles of the waves' pictures, loaded by worker processes `AHEAD` waves before they are asked for.
 
-    def __init__(self, config: LlavaConfig, rgb: bool, sources: Sequence[str | bytes | None]):
-        self.sources = sources
+    Args:
+        images: of the questions, in the folder, as `picture_sizes` takes them.
+        sizes: what it gave.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        rgb: bool,
+        images: Sequence[str | bytes | None],
+        folder: str,
+        sizes: Sequence[Sizes | ValueError],
+    ):
+        self.images, self.folder, self.sizes = images, folder, sizes
         self.workers = Workers(partial(load_tiles, config, rgb), min(WORKERS, os.cpu_count() or 1))
 
     def __enter__(self) -> Pictures:
@@ -74,14 +95,23 @@ class Pictures:
             yield self._finish(*waiting.popleft())
 
     def _submit(self, number: int) -> Future | None:
-        source = self.sources[number]
-        return None if source is None else self.workers.submit(source)
+        image = self.images[number]
+        return None if image is None else self.workers.submit(_source(image, self.folder))
 
     def _finish(self, wave: Wave, futures: dict[int, Future | None]):
-        def result(future):
-            try:
-                return ([], []) if future is None else future.result()
-            except ValueError as error:
-                return error
+        return wave, {number: self._result(number, future) for number, future in futures.items()}
 
-        return wave, {number: result(future) for number, future in futures.items()}
+    def _result(self, number: int, future: Future | None):
+        image = self.images[number]
+        if image is None or future is None:
+            return [], []
+        name = source_name(_source(image, self.folder))
+        try:
+            tiles, sizes = future.result()
+        except ValueError as error:
+            return error
+        except WorkerDied:
+            return ValueError(f"{name}: the process that read it died, perhaps for memory")
+        if sizes != self.sizes[number]:  # another picture by now, or a file that says two things; the prompt is planned
+            return ValueError(f"{name}: was {self.sizes[number]} (width, height) at first, and is {sizes} now")
+        return tiles, sizes

@@ -40,7 +40,8 @@ class Question:
         question_id: as it stands in the file; None where a malformed entry has none that can be read.
         text: what is asked, without `<image>`; `user_turn` puts the image in front.
         prompt: echoed in the answer's "prompt"; it is not always the text (MMBench: without the single-pred sentence).
-        image: a file's name within the image folder, an image file's bytes (MMBench), or None.
+        image: a file's name within the image folder, or what stands for itself (see `inputs.image.image_source`); an
+            image file's bytes (MMBench), or None.
         fields: further fields of the answer's line, in the reference's order (MMBench: round_id, options, option_char).
         error: why it cannot be asked, naming file and line.
     """

@@ -15,12 +15,13 @@ from llava_jax.checkpoint import load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, Part, answer_id, answer_line, failure_of
 from llava_jax.evaluation.options import EvaluateOptions
-from llava_jax.evaluation.pictures import Pictures, picture_sizes, picture_source
+from llava_jax.evaluation.pictures import Pictures, picture_sizes
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
 from llava_jax.inference.options import plan_decode
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
+from llava_jax.inputs.sources import stands_alone
 from llava_jax.sharding import default_axes, make_mesh
 
 TEXT_ONLY = 16  # questions without a picture that share a prefix
@@ -111,8 +112,8 @@ def prepare(options: EvaluateOptions) -> Job:
         options.num_chunks,
         options.chunk_idx,
     )
-    in_files = any(isinstance(question.image, str) for question in questions)
-    if in_files and not epath.Path(options.image_folder).expanduser().is_dir():
+    in_folder = any(isinstance(q.image, str) and not stands_alone(q.image) for q in questions)
+    if in_folder and not epath.Path(options.image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"--image-folder {options.image_folder!r}: no such directory")
     numbers = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     _, _, sampling = plan_decode(config.generation, options.new_tokens, **numbers)
@@ -148,8 +149,8 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
     """Answer this process's share of the questions that are left."""
     shares = by_image(job.questions)[jax.process_index() :: jax.process_count()]
     shares = [kept for numbers in shares if (kept := [n for n in numbers if n in left])]
-    sources = [picture_source(job.questions[numbers[0]].image, job.options.image_folder) for numbers in shares]
-    sizes, lines = picture_sizes(sources), []
+    images, folder = [job.questions[numbers[0]].image for numbers in shares], job.options.image_folder
+    sizes, lines = picture_sizes(images, folder), []
     for i, (numbers, size) in enumerate(zip(shares, sizes, strict=True)):
         unreadable = str(size) if isinstance(size, ValueError) else None
         errors = {n: job.questions[n].error or unreadable for n in numbers}
@@ -165,7 +166,8 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
     part.append(lines)
     waves, answer = _plan(job, llava, params, groups, sizes)
     progress = tqdm(total=len(numbers) - len(lines), unit="question", disable=not hosts.is_first(), dynamic_ncols=True)
-    with Pictures(job.config, job.options.layout in ("loader", "vqa"), sources) as pictures, progress:
+    rgb = job.options.layout in ("loader", "vqa")
+    with Pictures(job.config, rgb, images, folder, sizes) as pictures, progress:
         for wave, loaded in pictures.of_waves(waves):
             lines = _answer_wave(job, llava, params, wave, loaded, numbers, answer)
             part.append(lines)

@@ -30,7 +30,7 @@ def memory_budget(params) -> int:
 
 
 def make_groups(llava, requests, conv_mode=None):
-    """Requests (sizes of the images, questions) as groups of ids.
+    """Requests (sizes of the images, or the ValueError of one; questions) as groups of ids.
 
     Returns:
         (groups, whose `images` is the request's number; for each question None, or the ValueError that it raises)
@@ -38,6 +38,9 @@ def make_groups(llava, requests, conv_mode=None):
     groups: list[Group] = []
     errors: list[ValueError | None] = []
     for n, (sizes, questions) in enumerate(requests):
+        if isinstance(sizes, ValueError):
+            errors += [sizes] * len(questions)
+            continue
         rows, places = [], []
         for question in questions:
             try:
@@ -143,18 +146,28 @@ def as_text(llava, tokens: np.ndarray) -> str:
 
 def answer_requests(llava, params, requests, memory_budget, conv_mode, decoding) -> list:
     """`Llava.generate_batch`."""
-    requests = [(llava.load_images(image), as_prompts(questions)) for image, questions in requests]
+    requests = [(_load(llava, image), as_prompts(questions)) for image, questions in requests]
     pictures = [picture for picture, _ in requests]
-    groups, answers = make_groups(llava, [(sizes, questions) for (_, sizes), questions in requests], conv_mode)
+    sizes = [picture if isinstance(picture, ValueError) else picture[1] for picture in pictures]
+    asked_of = [(size, questions) for size, (_, questions) in zip(sizes, requests, strict=True)]
+    groups, answers = make_groups(llava, asked_of, conv_mode)
     asked = [(n, question) for n, (_, questions) in enumerate(requests) for question in questions]
     for i, (n, question) in enumerate(asked):
         if answers[i] is not None:
             answers[i] = ValueError(f"question {i} (image {n}, {question!r:.60}): {answers[i]}")
     answer = answerer(llava, params, decoding)
-    for wave in plan(llava, params, groups, [sizes for _, sizes in pictures], decoding[0], memory_budget):
+    for wave in plan(llava, params, groups, sizes, decoding[0], memory_budget):
         for place, tokens in run_wave(llava, params, wave, pictures, answer):
             answers[place] = as_text(llava, tokens)
     return answers
+
+
+def _load(llava, image):
+    """(tiles, sizes) of a request's pictures, or what is wrong with one of them."""
+    try:
+        return llava.load_images(image)
+    except (ValueError, OSError) as error:
+        return ValueError(str(error))
 
 
 def score_candidates(llava, params, image, question, candidates, memory_budget, conv_mode) -> np.ndarray:

@@ -59,7 +59,7 @@ class Llava:
     """A LLaVA model without its weights, which every method takes as `params`. All jitted functions are built here,
     once; shapes are bucketed, so images of any size share a handful of compiled programs.
 
-    Images are given as a path, URL, bytes, PIL image, uint8 array, a list of those, or None.
+    Images are given as a path, URL, data URI, bytes, PIL image, uint8 array, a list of those, or None.
     """
 
     def __init__(self, config: LlavaConfig, tokenizer, mesh=None, int8_prefix: bool = False):
@@ -187,7 +187,8 @@ class Llava:
             options: as `generate` has them, without `stop`.
 
         Returns:
-            the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked.
+            the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked, for
+            its own sake or for its picture's.
         """
         return answer_requests(self, params, requests, memory_budget, conv_mode, self.plan_decode(**options))
 

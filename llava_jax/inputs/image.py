@@ -49,7 +49,7 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not shaped or not array.size:
         raise ValueError(
-            f"image: expected a path, URL, bytes, PIL image or a uint8 array [H, W], [H, W, 3] or [H, W, 4]; "
+            f"image: expected a path, URL, data URI, bytes, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]; "
             f"got {type(source).__name__} of dtype {array.dtype} and shape {array.shape}"
         )
     return Image.fromarray(array).convert("RGB")
@@ -81,7 +81,7 @@ def image_source(name: str, folder: str) -> str:
     if stands_alone(name):
         return name
     if os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"image {name!r} leads out of the image folder {folder!r}; name it by its absolute path")
+        raise ValueError(f"{source_name(name)} leads out of the image folder {folder!r}; name it by its absolute path")
     return os.path.join(folder, name)
 
 
@@ -101,7 +101,7 @@ def _faults_of(name: str) -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture that Pillow can read") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {reason_of(error).partition(', could be')[0]}") from None
+        raise ValueError(f"{name} is too large: {str(error).partition(', could be')[0]}") from None
     except Exception as error:  # NotImplementedError, RuntimeError, struct.error, KeyError, MemoryError … by the format
         raise ValueError(f"{name} is damaged: {reason_of(error)}") from error
 

@@ -6,29 +6,39 @@ import atexit
 import multiprocessing
 import queue
 import signal
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+
+from llava_jax.inputs.text import reason_of
+
+
+class WorkerDied(RuntimeError):
+    """A worker was killed, or crashed, while it worked on a task."""
 
 
 class Workers:
     """Processes that each do `work` on one task at a time; a context manager.
 
     They are spawned, so a script that makes them needs `if __name__ == "__main__":`. They do not outlive a killed
-    parent.
+    parent. One that dies is replaced.
 
     Args:
-        work: a picklable function; a ValueError that it raises comes back, any other exception is its end.
+        work: a picklable function.
         count: how many, at least 1.
     """
 
     def __init__(self, work: Callable, count: int):
+        self._work = work
         self._processes = [_Worker(work) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._processes:
             self._idle.put(worker)
-        self.close = weakref.finalize(self, _stop, self._processes, self._threads)
+        self._closing = threading.Event()
+        self.close = weakref.finalize(self, _stop, self._processes, self._threads, self._closing)
         atexit.register(self.close)  # runs before multiprocessing's own, which would wait for the workers
 
     def __enter__(self) -> Workers:
@@ -45,16 +55,29 @@ class Workers:
     def submit(self, *task) -> Future:
         """`work(*task)`, done by whichever is free; tasks are begun in order.
 
-        The future's exceptions: the work's ValueError, or a RuntimeError if the worker died.
+        The future's exceptions: a ValueError, the work's own or one that says what else it raised; WorkerDied if the
+        worker died over this task; or a RuntimeError if workers cannot be started at all.
         """
         return self._threads.submit(self._ask, task)
 
     def _ask(self, task):
         worker = self._idle.get()
         try:
+            if not worker.is_alive():  # killed while it had nothing to do, which is not this task's fault
+                worker = self._replaced(worker)
             return worker.ask(task)
+        except WorkerDied:
+            worker = self._replaced(worker)
+            raise
         finally:
             self._idle.put(worker)
+
+    def _replaced(self, dead: _Worker) -> _Worker:
+        if self._closing.is_set():
+            return dead
+        dead.stop()
+        new = self._processes[self._processes.index(dead)] = _Worker(self._work)
+        return new
 
 
 class _Worker:
@@ -66,13 +89,20 @@ class _Worker:
         its_end.close()
         self.unsent = [work]  # sent with the first task: the processes then start side by side
 
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
     def ask(self, task):
         try:
             while self.unsent:
-                self.pipe.send(self.unsent.pop())
+                self.pipe.send(self.unsent[0])
+                self.pipe.recv()  # it has it
+                self.unsent.pop()
             self.pipe.send(task)
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
+            if not self.unsent:
+                raise WorkerDied("a data worker died: killed, perhaps for memory (use fewer workers)") from error
             raise RuntimeError(
                 "a data worker died: killed, perhaps for memory (use fewer workers), or the script that started it "
                 'has no `if __name__ == "__main__":`'
@@ -81,28 +111,36 @@ class _Worker:
             raise answer
         return answer
 
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
 
 def _serve(pipe) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # often sent to all processes: the parent decides, and saves first
         signal.signal(number, signal.SIG_IGN)
     try:
         work = pipe.recv()
+        pipe.send(None)
         while True:
             task = pipe.recv()
             try:
-                answer = work(*task)
+                answer = ForkingPickler.dumps(work(*task))
             except ValueError as error:
-                answer = error
-            pipe.send(answer)
+                answer = ForkingPickler.dumps(ValueError(str(error)))
+            except Exception as error:  # whatever a decoder raises, or too little memory for this task
+                answer = ForkingPickler.dumps(ValueError(reason_of(error)))
+            pipe.send_bytes(answer)
     except (EOFError, OSError):
         return  # the parent has gone
 
 
-def _stop(processes: list[_Worker], threads: ThreadPoolExecutor) -> None:
+def _stop(processes: list[_Worker], threads: ThreadPoolExecutor, closing: threading.Event) -> None:
+    closing.set()
     threads.shutdown(wait=False, cancel_futures=True)
-    for worker in processes:
-        worker.process.kill()
+    for worker in list(processes):
+        worker.process.kill()  # which ends the threads' waiting
     threads.shutdown()
     for worker in processes:
-        worker.process.join()
-        worker.pipe.close()
+        worker.stop()
