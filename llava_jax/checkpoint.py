@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -172,6 +173,30 @@ def load_config(directory: str | Path) -> LlavaConfig:
     return config.replace(reading=manifest.get("reading", "original"), conv_mode=conv_mode)
 
 
+def fingerprint(directory: str | Path) -> str:
+    """What tells a checkpoint's weights from any others.
+
+    A conversion and a training run write it down. Of a checkpoint that is older it is what its files under params are
+    called and how long they are: Orbax names them at random.
+
+    Raises:
+        FileNotFoundError, ValueError: not a finished checkpoint of this version.
+    """
+    files = epath.Path(directory).expanduser()
+    written = _manifest(files).get("fingerprint")
+    if isinstance(written, str):
+        return written
+    return hashlib.sha256(json.dumps(sorted(_names_and_sizes(files / PARAMS))).encode()).hexdigest()
+
+
+def _names_and_sizes(directory: epath.Path) -> Iterator[tuple[str, int]]:
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _names_and_sizes(path)
+        else:
+            yield path.name, path.stat().length
+
+
 def load_params(
     directory: str | Path,
     config: LlavaConfig,
@@ -252,13 +277,19 @@ def stored_tree(path: Path, remedy: str) -> dict:
         return tree
 
 
-def load_tree(path: Path, abstract: dict, remedy: str) -> dict:
+def load_tree(path: Path, abstract: dict, remedy: str, alone: bool = False) -> dict:
     """The arrays of an Orbax directory as `abstract` asks for them (`ocp.PLACEHOLDER`: not at all).
+
+    Args:
+        alone: of several processes only this one reads; Orbax otherwise waits for the others.
 
     Raises:
         ValueError: it is damaged, and the remedy.
     """
     context = ocp.Context()
+    if alone:
+        context.multiprocessing_options.primary_host = jax.process_index()
+        context.multiprocessing_options.active_processes = {jax.process_index()}
     largest = max(math.prod(x.shape) for x in jax.tree.leaves(abstract) if x is not ocp.PLACEHOLDER)
     context.memory_options.read_concurrent_bytes = max(READ_BYTES, 4 * largest + 1)  # Orbax refuses a larger array
     with _readable(path, remedy), context:

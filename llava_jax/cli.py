@@ -57,7 +57,7 @@ def _evaluate(args) -> int:
     if args.annotations is not None:
         if args.num_chunks > 1:
             raise ValueError("--annotations: a chunk is not scored; join the chunks' files and use llava-jax score")
-        score.check_scorable(args.task, args.answers_file, args.annotations)
+        score.check_annotations(args.task, args.answers_file, args.annotations, args.question_file)
     _initialize(args)
     from llava_jax import hosts
     from llava_jax.evaluation.run import evaluate

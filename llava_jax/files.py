@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
 
-def write_atomically(path: Path, text: str) -> None:
+
+def write_atomically(path: Path, content: str | bytes) -> None:
     """All of it, safe on the disk, or what was there before, whenever the process is killed."""
     temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk is not to stay full of it
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """`write_atomically`, local or gs://, where an object appears whole anyway."""
+    if is_local(path):
+        write_atomically(Path(path), content)
+    else:
+        path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path, remedy: str) -> Iterator[None]:
+    """Turns whatever fails within it into one OSError that names the file; object stores raise errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path}: cannot be written ({reason_of(error)}); {remedy}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without the number and path of one from the operating system."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)

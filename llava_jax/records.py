@@ -5,11 +5,19 @@ Imports neither JAX nor torch.
 
 from __future__ import annotations
 
+import codecs
 import json
+import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
+
+from llava_jax.files import reason_of
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's little-endian mark begins with the first, too
+# Of a value: its types; an object's keys and their kinds; or, in a list, the kind of each of a list's entries.
+Kind: TypeAlias = "tuple[type, ...] | Mapping[str, Kind] | list[Kind]"
 
 
 def read_file(path) -> bytes:
@@ -20,14 +28,21 @@ def read_file(path) -> bytes:
     """
     try:
         return epath.Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        reason = getattr(error, "strerror", None) or error
-        raise FileNotFoundError(f"{path}: cannot be read ({reason})") from error
+    except Exception as error:  # a NUL in its name is a ValueError, and object stores have kinds of their own
+        raise FileNotFoundError(f"{path}: cannot be read ({reason_of(error)})") from error
 
 
 def read_lines(path) -> list[bytes]:
-    """A file's lines without their ends, as Python reads a text file; blank ones at the end are left out."""
-    return read_file(path).rstrip().splitlines()
+    """A file's lines without their ends, as Python reads a text file; blank ones at the end are left out.
+
+    Raises:
+        FileNotFoundError: it is not there, or cannot be read.
+        ValueError: it is UTF-16 or UTF-32, as a whole.
+    """
+    data = read_file(path)
+    if data.startswith(UTF_16):
+        raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+    return data.rstrip().splitlines()
 
 
 def parse_json(data: bytes | str, where: str, remedy: str = "") -> Any:
@@ -72,8 +87,38 @@ def read_json_object(path, remedy: str = "") -> dict:
     return value
 
 
-def problem_of(entry: object, kinds: Mapping[str, tuple[type, ...]]) -> str | None:
-    """What an entry lacks of being an object with these keys, of these types; None where it lacks nothing.
+def read_objects(path, kinds: Mapping[str, Kind], remedy: str = "") -> list[dict]:
+    """A file of JSON objects, one a line, each with these keys, of these kinds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_lines` and `parse_json`, or a line is no such object.
+    """
+    lines = enumerate(read_lines(path), 1)
+    return check_objects([parse_json(line, f"{path}, line {n}", remedy) for n, line in lines], kinds, path, remedy)
+
+
+def check_objects(
+    entries: object, kinds: Mapping[str, Kind], path, remedy: str = "", called: str = "line"
+) -> list[dict]:
+    """`entries` themselves, once they are seen to be a list of objects with these keys, of these kinds.
+
+    Args:
+        called: what an error calls one of them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    ending = remedy and "; " + remedy
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of entries, got {reprlib.repr(entries)}{ending}")
+    for number, entry in enumerate(entries, 1):
+        if problem := problem_of(entry, kinds):
+            raise ValueError(f"{path}, {called} {number}: {problem}{ending}")
+    return entries
+
+
+def problem_of(entry: object, kinds: Mapping[str, Kind]) -> str | None:
+    """What an entry lacks of being an object with these keys, of these kinds; None where it lacks nothing.
 
     True and False are of type bool alone here, though Python counts them among the integers.
     """
@@ -81,8 +126,22 @@ def problem_of(entry: object, kinds: Mapping[str, tuple[type, ...]]) -> str | No
         return f"expected an object with {', '.join(kinds)}, got {type(entry).__name__}"
     if missing := [key for key in kinds if key not in entry]:
         return f"has no {', '.join(map(repr, missing))}"
-    for key, types in kinds.items():
-        value = entry[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return f"{key!r} must be a {types[0].__name__}, got {value!r:.80}"
+    for key, kind in kinds.items():
+        if problem := _value_problem(entry[key], kind, repr(key)):
+            return problem
+    return None
+
+
+def _value_problem(value: object, kind: Kind, name: str) -> str | None:
+    if isinstance(kind, Mapping):
+        problem = problem_of(value, kind)
+        return problem and f"{name}: {problem}"
+    types = (list,) if isinstance(kind, list) else kind
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        return f"{name} must be a {types[0].__name__}, got {reprlib.repr(value)}"
+    if isinstance(kind, list):
+        assert isinstance(value, list)
+        for number, item in enumerate(value, 1):
+            if problem := _value_problem(item, kind[0], f"{name}, entry {number}"):
+                return problem
     return None

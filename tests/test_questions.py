@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.evaluation.questions import Question, get_chunk, read_questions, read_table, typed, user_turn
+from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.tables import read_table, typed
 from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.tokenizer import LlamaTokenizer, tokenizer_image_token

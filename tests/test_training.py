@@ -16,7 +16,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import llava_jax
-from llava_jax.checkpoint import load_config, load_params
+from llava_jax.checkpoint import fingerprint, load_config, load_params
+from llava_jax.conversion import checksums
 from llava_jax.conversion.key_table import invert_transform, liuhaotian_rules, published_name
 from llava_jax.training.optimizer import make_optimizer
 from llava_jax.training.options import TrainOptions
@@ -166,7 +167,8 @@ def test_a_run_leaves_a_checkpoint_that_answers_and_a_curve(finished, pictures):
     flat, old = flatten_dict(params, sep="/"), flatten_dict(before, sep="/")
     changed = {path.split("/")[0] for path in flat if not np.array_equal(flat[path], old[path])}
     assert changed == {"language_model", "mm_projector"}
-    assert not (output / "checksums.json").exists()  # the source's are not its own
+    assert checksums.check(output) == []
+    assert fingerprint(output) != fingerprint(options.model_path)
 
 
 def test_a_finished_run_is_not_trained_over(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,26 @@ def recorded(leaves: Iterable[tuple[str, np.ndarray]], record: dict[str, dict]) 
     for path, array in leaves:
         record[path] = {"dtype": array.dtype.name, "crc32": checksum(array)}
         yield path, array
+
+
+def fingerprint(record: dict[str, dict]) -> str:
+    """What tells these parameters from any others, the same wherever and whenever they are written."""
+    leaves = [[path, record[path]["dtype"], record[path]["crc32"]] for path in sorted(record)]
+    return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()
+
+
+def record_stored(path: Path) -> dict[str, dict]:
+    """The record of an Orbax directory of parameters that has just been written, by any number of processes.
+
+    One process calls this, and reads it back: a batch of parameters is in memory at a time.
+    """
+    stored = open_stored(path)
+    record: dict[str, dict] = {}
+    for batch in batches(as_tensor(stored, name, "identity") for name in sorted(stored.infos)):
+        arrays = load(stored, {tensor.path for tensor in batch})
+        for _ in recorded(arrays.items(), record):
+            pass
+    return record
 
 
 def write_record(directory: Path, record: dict[str, dict]) -> None:

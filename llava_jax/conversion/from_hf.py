@@ -146,7 +146,7 @@ def convert(
                 leaves = ((path, np.asarray(x)) for path, x in quantize_leaves(leaves, quantize_also))
             leaves = checksums.recorded(leaves, record)
             checkpoint.stream_params(temporary / checkpoint.PARAMS, leaves)
-        _write_small_files(temporary, published, plan, template.conv_mode)
+        _write_small_files(temporary, published, plan, template.conv_mode, checksums.fingerprint(record))
         checksums.write_record(temporary, record)
     say(f"wrote {output}: {len(plan.tensors)} parameters, {plan.nbytes / 2**30:.2f} GiB")
     return output
@@ -335,7 +335,7 @@ def _check_finite(array: np.ndarray, path: str, file: Path) -> None:
         raise ValueError(f"{file}: {path} holds NaN or Inf, as no published weights do; download it again")
 
 
-def _write_small_files(directory: Path, published: Published, plan: Plan, conv_mode: str) -> None:
+def _write_small_files(directory: Path, published: Published, plan: Plan, conv_mode: str, fingerprint: str) -> None:
     text = published.base or published.location  # whose tokenizer and generation defaults they are
     for location, names in (
         (published.location, ("config.json", *PROCESSOR_FILES)),
@@ -358,6 +358,7 @@ def _write_small_files(directory: Path, published: Published, plan: Plan, conv_m
         "layout": published.layout,
         "source": published.source,
         "dtype": _common_dtype(dtype.name for dtype in plan.dtypes.values()),
+        "fingerprint": fingerprint,
         "published": plan.record,
     }
     for name, content in (

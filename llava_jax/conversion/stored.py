@@ -125,7 +125,7 @@ def load(stored: Stored, paths: set[str]) -> dict[str, np.ndarray]:
         path: np.broadcast_to(np.zeros((), info.dtype), info.shape) if path in paths else ocp.PLACEHOLDER
         for path, info in stored.infos.items()
     }
-    loaded = checkpoint.load_tree(stored.path, unflatten_dict(wanted, sep="/"), _remedy(stored.path))
+    loaded = checkpoint.load_tree(stored.path, unflatten_dict(wanted, sep="/"), _remedy(stored.path), alone=True)
     return {path: array for path, array in flatten_dict(loaded, sep="/").items() if path in paths}
 
 

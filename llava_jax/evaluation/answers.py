@@ -11,23 +11,32 @@ from dataclasses import dataclass
 from etils import epath
 
 from llava_jax.evaluation.questions import Question
-from llava_jax.files import write_atomically
+from llava_jax.files import is_local, write_whole, writing
+from llava_jax.records import parse_json, read_file
 
 SHORTUUID = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+LETTERS = 22  # of an answer id
+WEIGHTS = 6  # of them, the first, say which weights answered
+KEPT = "what is answered is kept; make room for the rest, and start it again to go on"
 
 
-def answer_id(settings: Sequence, number: int, question: Question) -> str:
+def answer_id(weights: str, settings: Sequence, number: int, question: Question) -> str:
     """What the reference's shortuuid.uuid() looks like, but the same for the same question asked in the same way.
 
     Args:
+        weights: the checkpoint's fingerprint.
         settings: whatever else the answer depends on, as JSON has it.
         number: the question's place in the file, where the same question may stand twice.
     """
     image = question.image if isinstance(question.image, str | None) else hashlib.sha256(question.image).hexdigest()
     asked = [question.question_id, question.text, question.prompt, image, dict(question.fields)]
-    digest = hashlib.sha256(json.dumps([list(settings), number, asked]).encode()).digest()
-    value, letters = int.from_bytes(digest[:16]), []
-    for _ in range(22):
+    text = json.dumps([weights, list(settings), number, asked])
+    return _letters(json.dumps(weights), WEIGHTS) + _letters(text, LETTERS - WEIGHTS)
+
+
+def _letters(text: str, count: int) -> str:
+    value, letters = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16]), []
+    for _ in range(count):
         value, letter = divmod(value, len(SHORTUUID))
         letters.append(SHORTUUID[letter])
     return "".join(letters)
@@ -66,60 +75,78 @@ class AnswerFile:
 
         Raises:
             ValueError: a file holds other answers than this run's, or is damaged.
+            FileNotFoundError: a file cannot be read.
         """
-        numbers: dict[str | None, int] = {answer_id: number for number, answer_id in enumerate(self.ids)}
+        numbers = {answer_id: number for number, answer_id in enumerate(self.ids)}
         lines: dict[int, str] = {}
         for path in [*([self.path] if self.path.exists() else []), *self.parts()]:
             for n, line in enumerate(_whole_lines(path), 1):
-                number = numbers.get(_id_of(line))
+                number = numbers.get(str(_answer(line).get("answer_id")))
                 if number is None:
                     raise ValueError(
-                        f"{path}, line {n}: not an answer to these questions by this model, template and options; "
-                        "name another --answers-file, or delete this one (and its parts) to begin anew"
+                        f"{path}, line {n}: not an answer to these questions by this model, template and options "
+                        f"({self._origin(line)}); name another --answers-file, or delete this one (and its parts) to "
+                        "begin anew"
                     )
                 if number not in lines or failure_of(lines[number]):
                     lines[number] = line
         return lines
+
+    def _origin(self, line: str) -> str:
+        """Of an answer that is none of this run's: what it is."""
+        answer = _answer(line)
+        if not answer:
+            return "it is no JSON object"
+        model = f"it is by {answer.get('model_id')!r:.80}"
+        if not self.ids or str(answer.get("answer_id"))[:WEIGHTS] == self.ids[0][:WEIGHTS]:
+            return f"{model}, with these weights, but with another template, other options or to another question"
+        return f"{model}, with other weights than this checkpoint's or by another program"
 
     def merge(self) -> None:
         """All lines in the order of the questions, written at once; the parts are then deleted.
 
         Raises:
             ValueError: answers are missing.
+            OSError: it cannot be written; the parts are kept.
         """
         lines = self.answered()
         missing = len(self.ids) - len(lines)
         if missing:
             raise ValueError(f"{self.path}: {missing} of {len(self.ids)} questions have no answer yet; start again")
-        text = "".join(lines[number] for number in range(len(self.ids)))
-        if is_local(self.path):
-            write_atomically(self.path, text)
-        else:  # an object appears whole
-            self.path.write_text(text)
+        with writing(self.path, KEPT):
+            write_whole(self.path, "".join(lines[number] for number in range(len(self.ids))).encode())
         for part in self.parts():
             part.unlink()
 
 
 class Part:
-    """One process's part, to append to."""
+    """One process's part, to append to.
+
+    Raises:
+        OSError: it cannot be written, here or in `append`; it names the file, and what it held stays.
+    """
 
     def __init__(self, path: epath.Path):
         self.path, self._objects = path, 0
-        if is_local(path):
-            self._repair()
-        else:
-            self._write_object(b"")  # so that the others see it
+        with writing(path, KEPT):
+            if is_local(path):
+                self._repair()
+            else:
+                self._write_object(b"")  # so that the others see it
 
     def append(self, lines: Iterable[str]) -> None:
         """Lines that are safe on the disk when this returns."""
         text = "".join(lines).encode()
-        if text and is_local(self.path):
-            with open(self.path, "ab") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        elif text:
-            self._write_object(text)
+        if not text:
+            return
+        with writing(self.path, KEPT):
+            if is_local(self.path):
+                with open(self.path, "ab") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                self._write_object(text)
 
     def _write_object(self, text: bytes) -> None:
         """An object store has no appending: an object each time, written whole or not at all."""
@@ -134,22 +161,22 @@ class Part:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
 def failure_of(line: str) -> str | None:
     """Why the question of an answer's line could not be asked."""
-    return json.loads(line)["metadata"].get("error")
+    metadata = _answer(line).get("metadata")
+    error = metadata.get("error") if isinstance(metadata, dict) else None
+    return str(error) if error else None
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines(keepends=True)
+    data = read_file(path)
+    return [line.decode("utf-8", "replace") for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True)]
 
 
-def _id_of(line: str) -> str | None:
+def _answer(line: str) -> dict:
+    """What a line says; nothing if it is no answer."""
     try:
-        return json.loads(line).get("answer_id")
-    except (ValueError, AttributeError):
-        return None
+        answer = parse_json(line, "")
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}

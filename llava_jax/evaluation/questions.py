@@ -6,21 +6,15 @@ that cannot be asked is a `Question` with an `error`, so that the others are ask
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any, NamedTuple
-
-from etils import epath
+from typing import Any
 
 from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava_jax.evaluation.mmbench_table import OPTIONS, MMBenchRow, is_none, picture_reader, read_mmbench
 from llava_jax.inputs.text import text_problem
+from llava_jax.records import parse_json, problem_of, read_json, read_lines
 
 LAYOUTS = ("loader", "vqa", "science", "mmbench")  # named for the reference's programs
 LANGUAGES = ("en", "cn")
@@ -28,8 +22,7 @@ SINGLE_PRED_PROMPT = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
-OPTIONS = ["A", "B", "C", "D"]
-_ID = (str, int, float, type(None))
+ID = (str, int, float, bool, type(None))  # the reference repeats whatever an id is; its scorers look these up
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,7 @@ class Question:
             image file's bytes (MMBench), or None.
         fields: further fields of the answer's line, in the reference's order (MMBench: round_id, options, option_char).
         error: why it cannot be asked, naming file and line.
+        note: what of its row is not asked, as in the reference, though it stands in the file (MMBench).
     """
 
     question_id: str | int | float | None
@@ -52,6 +46,7 @@ class Question:
     image: str | bytes | None
     fields: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
+    note: str | None = None
 
 
 def user_turn(question: Question, mm_use_im_start_end: bool = False) -> str:
@@ -89,7 +84,7 @@ def read_questions(
     elif layout == "mmbench":
         questions = _read_mmbench(path, single_pred_prompt and SINGLE_PRED_PROMPT[lang], all_rounds)
     else:
-        questions = [_of_line(line, f"{path}, line {n}") for n, line in enumerate(read_lines(path), 1)]
+        questions = _read_lines(path)
     if not questions:
         raise ValueError(f"{path}: has no questions")
     return questions
@@ -123,141 +118,48 @@ def _check_arguments(layout: str, single_pred_prompt: bool, all_rounds: bool, la
         raise ValueError(f"lang={lang!r} is not known; use one of {', '.join(LANGUAGES)}")
 
 
-# ---- files
-
-
-def read_file(path) -> bytes:
-    """A file's bytes, local or `gs://`.
-
-    Raises:
-        FileNotFoundError: it is not there, or cannot be read.
-    """
-    try:
-        return epath.Path(path).read_bytes()
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def read_lines(path) -> list[bytes]:
-    """A file's lines without their ends, as Python reads a text file; blank ones at the end are left out."""
-    return read_file(path).rstrip().splitlines()
-
-
-def read_json(path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(read_file(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-
-
-class Row(NamedTuple):
-    """A row of a table: the line on which it starts, and its cells; None is an empty one."""
-
-    line: int
-    cells: Sequence[str | None]
-
-
-# What pandas takes for an empty cell.
-_EMPTY = frozenset(
-    ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN")
-    + ("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null")
-)
-
-
-def read_table(path) -> tuple[list[str], list[Row]]:
-    """The columns and rows of a table with tabs, as pandas' `read_table` reads it, but with all cells as text.
-
-    A row that is too short is filled with empty cells; one that is too long is left so.
-
-    Raises:
-        FileNotFoundError: the file cannot be read.
-        ValueError: it is not UTF-8, has no columns, or a quotation mark is never closed.
-    """
-    try:
-        text = read_file(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from error
-    sentinel = "\0\tend"  # the last row, of two cells unless a quotation mark is open
-    limit = csv.field_size_limit(len(text) + len(sentinel) + 1)  # the process's own; pictures are longer
-    try:
-        lines = [*io.StringIO(text, newline=""), sentinel]
-        reader = csv.reader(lines, delimiter="\t")
-        rows, line = [], 1
-        for cells in reader:
-            rows.append(Row(line, cells))
-            line = reader.line_num + 1
-    finally:
-        csv.field_size_limit(limit)
-    last = rows.pop()
-    if last.cells != sentinel.split("\t"):
-        raise ValueError(f"{path}, line {last.line}: a quotation mark is never closed")
-    rows = [row for row in rows if lines[row.line - 1].strip(" \r\n")]
-    if not rows:
-        raise ValueError(f"{path}: is empty; expected a first line that names the columns")
-    columns = [name or f"Unnamed: {i}" for i, name in enumerate(rows[0].cells)]
-    return columns, [Row(row.line, _filled(row.cells, len(columns))) for row in rows[1:]]
-
-
-def _filled(cells: Sequence[str | None], width: int) -> list[str | None]:
-    return [None if cell in _EMPTY else cell for cell in cells] + [None] * (width - len(cells))
-
-
-_INTEGER = re.compile(r" *[+-]?[0-9]+ *")
-_NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)? *")
-
-
-def typed(column: Sequence[str | None]) -> list[int | float | str | None]:
-    """A column's cells as pandas types them: all integers, or all numbers (an empty one is NaN), or all text."""
-    filled = [cell for cell in column if cell is not None]
-    if len(filled) == len(column) and all(map(_INTEGER.fullmatch, filled)):
-        return [int(cell) for cell in filled]
-    if all(map(_NUMBER.fullmatch, filled)):
-        return [math.nan if cell is None else float(cell) for cell in column]
-    return list(column)
-
-
 # ---- entries
 
 
-def _question(where: str, question_id, text, prompt, image, fields=None, problem: str | None = None) -> Question:
+def _question(
+    where: str, question_id, text, prompt, image, fields=None, problem: str | None = None, note: str | None = None
+) -> Question:
     problem = problem or _text_problem(text)
-    return Question(question_id, text, prompt, image, fields or {}, f"{where}: {problem}" if problem else None)
+    return Question(question_id, text, prompt, image, fields or {}, f"{where}: {problem}" if problem else None, note)
 
 
 def _malformed(where: str, entry: object, id_key: str, problem: str) -> Question:
     """A question that repeats the id, if it can be read."""
     question_id = entry.get(id_key) if isinstance(entry, dict) else None
-    return _question(where, question_id if isinstance(question_id, _ID) else None, "", "", None, problem=problem)
+    return _question(where, question_id if isinstance(question_id, ID) else None, "", "", None, problem=problem)
 
 
 def _text_problem(text: str) -> str | None:
     if DEFAULT_IMAGE_TOKEN in text:
         return f"the question has {DEFAULT_IMAGE_TOKEN}, but the one image is put in front of it; take it out"
-    return (problem := text_problem(text)) and f"the question {problem}"
+    problem = text_problem(text)
+    return problem and f"the question {problem}"
 
 
-def _problem(entry: object, kinds: Mapping[str, tuple[type, ...]]) -> str | None:
-    """What an entry lacks of being an object with these keys, of these types."""
-    if not isinstance(entry, dict):
-        return f"expected an object with {', '.join(kinds)}, got {type(entry).__name__}"
-    if missing := [key for key in kinds if key not in entry]:
-        return f"has no {', '.join(map(repr, missing))}"
-    wrong = [key for key, types in kinds.items() if not isinstance(entry[key], types)]
-    return f"{wrong[0]!r} must be a {kinds[wrong[0]][0].__name__}, got {entry[wrong[0]]!r:.80}" if wrong else None
+def _read_lines(path) -> list[Question]:
+    """model_vqa_loader and model_vqa: {"question_id", "image", "text"} a line."""
+    questions, readable = [], False
+    for n, line in enumerate(read_lines(path), 1):
+        where = f"{path}, line {n}"
+        try:
+            entry = parse_json(line, where)
+            readable = True
+        except ValueError as error:
+            questions.append(Question(None, "", "", None, error=str(error)))
+        else:
+            questions.append(_of_line(entry, where))
+    if questions and not readable:
+        raise ValueError(f"{path}: no line of it is JSON; the first error: {questions[0].error}")
+    return questions
 
 
-def _of_line(line: bytes, where: str) -> Question:
-    """model_vqa_loader and model_vqa: {"question_id", "image", "text"}."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return _malformed(where, None, "question_id", f"not JSON ({error})")
-    if problem := _problem(entry, {"question_id": _ID, "image": (str,), "text": (str,)}):
+def _of_line(entry: Any, where: str) -> Question:
+    if problem := problem_of(entry, {"question_id": ID, "image": (str,), "text": (str,)}):
         return _malformed(where, entry, "question_id", problem)
     return _question(where, entry["question_id"], entry["text"], entry["text"], entry["image"])
 
@@ -273,11 +175,10 @@ def _read_science(path, single_pred_prompt: bool) -> list[Question]:
 def _of_science(entry: Any, where: str, ending: str) -> Question:
     """model_vqa_science: {"id", "conversations": [{"value"}, …], "image" or none}; `<image>` is taken out."""
     has_image = isinstance(entry, dict) and "image" in entry
-    kinds = {"id": _ID, "conversations": (list,)} | ({"image": (str,)} if has_image else {})
-    problem = _problem(entry, kinds)
+    problem = problem_of(entry, {"id": ID, "conversations": (list,)} | ({"image": (str,)} if has_image else {}))
     if not problem:
         turns = entry["conversations"]
-        problem = _problem(turns[0], {"value": (str,)}) if turns else "'conversations' is empty"
+        problem = problem_of(turns[0], {"value": (str,)}) if turns else "'conversations' is empty"
     if problem:
         return _malformed(where, entry, "id", problem)
     text = turns[0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip() + ending
@@ -285,48 +186,34 @@ def _of_science(entry: Any, where: str, ending: str) -> Question:
     return _question(where, entry["id"], text, prompt, entry.get("image"))
 
 
-def _is_none(value: str | None) -> bool:
-    """The reference's function of this name, for cells."""
-    return value is None or value.lower() in ("nan", "none")
-
-
 def _read_mmbench(path, sentence: str | bool, all_rounds: bool) -> list[Question]:
-    columns, rows = read_table(path)
-    if missing := [name for name in ("index", "question", "hint", *OPTIONS, "image") if name not in columns]:
-        raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(columns)}")
-    ids = typed([row.cells[columns.index("index")] for row in rows])
-    questions = []
-    for row, question_id in zip(rows, ids, strict=True):
-        where = f"{path}, line {row.line}"
-        if len(row.cells) > len(columns):
-            problem = f"has {len(row.cells)} cells for {len(columns)} columns"
-            cells = dict.fromkeys(columns) | {"index": row.cells[columns.index("index")]}
-        else:
-            problem, cells = None, dict(zip(columns, row.cells, strict=True))
-        questions += _of_row(cells, where, question_id, sentence, all_rounds, problem)
-    return questions
+    columns, rows = read_mmbench(path)
+    if missing := [name for name in ("question", "hint", *OPTIONS, "image") if name not in columns]:
+        raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(columns):.500}")
+    picture_of = picture_reader(rows)
+    return [question for row in rows for question in _of_row(row, picture_of, sentence, all_rounds)]
 
 
-def _of_row(cells, where: str, question_id, sentence, all_rounds: bool, problem: str | None) -> list[Question]:
+def _of_row(row: MMBenchRow, picture_of: Callable[[str], bytes], sentence, all_rounds: bool) -> list[Question]:
     """model_vqa_mmbench: one question a round; the first empty option ends them; the sentence is not echoed."""
-    question, hint = cells["question"], cells["hint"]
-    empty = [name for name in ("index", "question", "image") if cells[name] is None]
-    problem = problem or (f"its {', '.join(empty)} is empty" if empty else None)
-    try:
-        image = base64.b64decode(cells["image"]) if cells["image"] else None
-    except ValueError as error:
-        image, problem = None, problem or f"its image is not base64 ({error})"
-    asked = (question or "") if _is_none(hint) else f"{hint}\n{question or ''}"
-    options = list(takewhile(lambda value: not _is_none(value), (cells[name] for name in OPTIONS)))
+    question, hint, cell, options = row.cells["question"], row.cells["hint"], row.cells["image"], row.options
+    empty = [name for name in ("index", "question", "image") if row.cells[name] is None]
+    problem = row.problem or (f"its {', '.join(empty)} is empty" if empty else None)
+    image = None
+    if cell:
+        try:
+            image = picture_of(cell)
+        except ValueError as error:
+            problem = problem or str(error)
+    asked = (question or "") if is_none(hint) else f"{hint}\n{question or ''}"
     if all_rounds and not options:  # the reference leaves such a row out without a word
         problem = problem or f"its {OPTIONS[0]} is empty, so there is no option to rotate"
     letters = OPTIONS[: len(options)]
-    question_id = None if cells["index"] is None else question_id
     rounds = []
     for r in range(max(1, len(options)) if all_rounds else 1):
         turned = options[r:] + options[:r]
         prompt = "\n".join([asked, *(f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True))])
         text = f"{prompt}\n{sentence}" if sentence else prompt
         fields = {"round_id": r, "options": turned, "option_char": letters[r:] + letters[:r]}
-        rounds.append(_question(where, question_id, text, prompt, image, fields, problem))
+        rounds.append(_question(row.where, row.index, text, prompt, image, fields, problem, row.lost))
     return rounds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 import llava_jax
 from llava_jax import hosts
-from llava_jax.checkpoint import load_config
+from llava_jax.checkpoint import fingerprint, load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, Part, answer_id, answer_line, failure_of
 from llava_jax.evaluation.options import EvaluateOptions
@@ -24,6 +26,7 @@ from llava_jax.inputs.conversation import Conversation, conv_templates, pick_con
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.sharding import default_axes, make_mesh
 
+NAMED = 20  # rows of which something is not asked
 TEXT_ONLY = 16  # questions without a picture that share a prefix
 
 
@@ -81,6 +84,7 @@ def evaluate(options: EvaluateOptions) -> list[str]:
     kept = f"what was answered is kept beside {options.answers_file}: start it again, everywhere, to go on"
     with hosts.watched(kept):
         job = prepare(options)
+        _say_what_is_not_asked(job.questions)
         answered = job.file.answered()
         part = Part(job.file.part(jax.process_index()))
         hosts.wait_for_all("every process has its part")
@@ -96,6 +100,13 @@ def evaluate(options: EvaluateOptions) -> list[str]:
             job.file.merge()
         hosts.wait_for_all("the answers are merged")
         return _failures(job)
+
+
+def _say_what_is_not_asked(questions: Sequence[Question]) -> None:
+    notes = list(dict.fromkeys(question.note for question in questions if question.note))
+    if notes and hosts.is_first():
+        more = f"; and {len(notes) - NAMED} more rows" if len(notes) > NAMED else ""
+        print("\n".join(notes[:NAMED]) + more, file=sys.stderr)
 
 
 def prepare(options: EvaluateOptions) -> Job:
@@ -121,9 +132,15 @@ def prepare(options: EvaluateOptions) -> Job:
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config)
     of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
-    settings = (config.name, config.reading, conv_mode, options.new_tokens, *of_options)
-    ids = tuple(answer_id(settings, number, question) for number, question in enumerate(questions))
+    settings = (config.name, _digest(config), conv_mode, options.new_tokens, *of_options)
+    weights = fingerprint(options.model_path)
+    ids = tuple(answer_id(weights, settings, number, question) for number, question in enumerate(questions))
     return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
+
+
+def _digest(config: LlavaConfig) -> str:
+    """What tells this config from others, of the same weights: how pictures are cut, where answers end."""
+    return hashlib.sha256(repr(config).encode(errors="backslashreplace")).hexdigest()
 
 
 def _conv_mode(asked: str | None, config: LlavaConfig) -> str:

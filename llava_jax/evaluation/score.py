@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from etils import epath
 
 from llava_jax.evaluation.published import MODEL, PUBLISHED, SOURCE, Published
-from llava_jax.evaluation.scores.checked import SCORERS, Files, Scorer, read_answers
+from llava_jax.evaluation.scores.annotations import Files
+from llava_jax.evaluation.scores.checked import NOTE, SCORERS, Scorer, read_answers
 
 # What becomes of the answers that GPT judges.
 JUDGED = {
@@ -47,15 +48,17 @@ def print_scores(
         FileNotFoundError: a file cannot be read.
         ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
     """
-    scorer, truth = check_scorable(task, answers_file, annotations)
-    answers = read_answers(answers_file, scorer.keys)
-    figures = scorer.score(answers, Files(answers_file, truth, question_file))
-    published = published_beside(task, truth)
+    scorer, path = check_scorable(task, answers_file, annotations)
+    answers, files = read_answers(answers_file, scorer.keys), Files(answers_file, path, question_file)
+    figures = scorer.score(answers, scorer.read(files), files)
+    published = published_beside(task, path)
     if as_json:
         scores = {name: entry.score for name, entry in published.items()}
         print(json.dumps({"task": task, "answers": len(answers), "published": scores, **figures}))
     else:
-        print(table(f"{task}, {len(answers)} answers", figures, published, scorer.table))
+        notes = figures.pop(NOTE, [])
+        lines = "\n".join([table(f"{task}, {len(answers)} answers", figures, published, scorer.table), *notes])
+        print(lines.encode(errors="backslashreplace").decode())  # an annotation's half characters
 
 
 def check_scorable(task: str | None, answers_file: str, annotations: str | None) -> tuple[Scorer, str]:
@@ -76,6 +79,16 @@ def check_scorable(task: str | None, answers_file: str, annotations: str | None)
     if not epath.Path(annotations).exists():
         raise FileNotFoundError(f"--annotations {annotations}: not there; {task} needs {scorer.annotations}")
     return scorer, annotations
+
+
+def check_annotations(task: str | None, answers_file: str, annotations: str | None, question_file: str | None) -> None:
+    """See that answers can be scored, before there are any: annotations that are damaged are named now.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_scorable`, or the annotations are malformed.
+    """
+    scorer, path = check_scorable(task, answers_file, annotations)
+    scorer.read(Files(answers_file, path, question_file))
 
 
 def published_beside(task: str, annotations: str) -> dict[str, Published]:

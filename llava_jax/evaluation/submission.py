@@ -18,9 +18,13 @@ from xml.sax.saxutils import escape
 
 from etils import epath
 
-from llava_jax.evaluation.questions import read_json, read_lines, read_table, typed
+from llava_jax.evaluation.questions import ID
 from llava_jax.evaluation.scores.mme import read_truth, truth_key
 from llava_jax.evaluation.scores.vqa import evalai_answer
+from llava_jax.evaluation.tables import read_table, typed
+from llava_jax.files import write_whole, writing
+from llava_jax.inputs.text import check_text
+from llava_jax.records import Kind, parse_json, problem_of, read_json, read_lines, read_objects
 
 NAMED = 3  # ids that an error names
 
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: a file cannot be read.
         ValueError: a flag is missing, a file is malformed, or an answer that the evaluator insists on is missing.
+        OSError: the file cannot be written.
     """
     submission = SUBMISSIONS[args.task]
     needed = [args.answers_file]
@@ -72,54 +77,47 @@ def run(args: argparse.Namespace) -> None:
         else {output: written}
     )
     for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with writing(path, "make room, or name another --output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
         print(f"wrote {path}")
 
 
 # ---- reading
 
 
-def _entry(line: bytes, keys: Sequence[str], where: str) -> dict:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-    if missing:
-        raise ValueError(f"{where}: has no {', '.join(missing)}")
-    if not isinstance(entry.get("text", ""), str):
-        raise ValueError(f"{where}: 'text' must be a string, got {entry['text']!r:.80}")
-    return entry
-
-
 def _entries(path, *keys: str) -> list[dict]:
-    """The objects of a file that has one a line, each with these keys."""
-    return [_entry(line, keys, f"{path}, line {n}") for n, line in enumerate(read_lines(path), 1)]
+    """The objects of a file that has one a line, each with a question_id and these keys, which are texts."""
+    return read_objects(path, _kinds(*keys))
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+def _kinds(*keys: str) -> Mapping[str, Kind]:
+    return {"question_id": ID, **dict.fromkeys(keys, (str,))}
 
 
 def _answers_by_id(path) -> dict:
     """{question_id: text}, lines that are not JSON passed over, as the converters for VQAv2 and VizWiz do."""
-    lines = read_lines(path)
-    entries = [
-        _entry(line, ("question_id", "text"), f"{path}, line {n}") for n, line in enumerate(lines, 1) if _is_json(line)
-    ]
-    if len(entries) < len(lines):
-        print(f"{path}: {len(lines) - len(entries)} lines are not JSON and were passed over")
-    return {entry["question_id"]: entry["text"] for entry in entries}
+    answers, passed_over = {}, 0
+    for n, line in enumerate(read_lines(path), 1):
+        where = f"{path}, line {n}"
+        try:
+            entry = parse_json(line, where)
+        except ValueError:
+            passed_over += 1
+            continue
+        if problem := problem_of(entry, _kinds("text")):
+            raise ValueError(f"{where}: {problem}")
+        answers[entry["question_id"]] = entry["text"]
+    if passed_over:
+        print(f"{path}: {passed_over} lines are not JSON and were passed over")
+    return answers
 
 
 def _check_all(path, missing: list) -> None:
     if missing:
-        some = ", ".join(map(str, missing[:NAMED])) + (", …" if len(missing) > NAMED else "")
+        some = ", ".join(f"{question_id!s:.80}" for question_id in missing[:NAMED]) + (
+            ", …" if len(missing) > NAMED else ""
+        )
         raise ValueError(f"{path}: has no answer to {len(missing)} questions ({some}); answer them all first")
 
 
@@ -129,7 +127,7 @@ def _check_all(path, missing: list) -> None:
 def vqav2(answers_file, question_file) -> bytes:
     """An answer to every question of the file, which for the server is the whole test split; "" where there is none."""
     answers = _answers_by_id(answers_file)
-    ids = [question["question_id"] for question in _entries(question_file, "question_id")]
+    ids = [question["question_id"] for question in _entries(question_file)]
     found = sum(question_id in answers for question_id in ids)
     print(f"{found} of {len(ids)} questions have an answer")
     said = [{"question_id": i, "answer": evalai_answer(answers[i]) if i in answers else ""} for i in ids]
@@ -138,30 +136,32 @@ def vqav2(answers_file, question_file) -> bytes:
 
 def vizwiz(answers_file, question_file) -> bytes:
     answers = _answers_by_id(answers_file)
-    questions = _entries(question_file, "question_id", "image")
+    questions = _entries(question_file, "image")
     _check_all(answers_file, [q["question_id"] for q in questions if q["question_id"] not in answers])
     said = [{"image": q["image"], "answer": evalai_answer(answers[q["question_id"]])} for q in questions]
     return json.dumps(said).encode()
 
 
 def gqa(answers_file) -> bytes:
-    answers = _entries(answers_file, "question_id", "text")
+    answers = _entries(answers_file, "text")
     said = [{"questionId": a["question_id"], "prediction": a["text"].rstrip(".").lower()} for a in answers]
     return json.dumps(said).encode()
 
 
 def mm_vet(answers_file) -> bytes:
-    answers = _entries(answers_file, "question_id", "text")
+    answers = _entries(answers_file, "text")
     return json.dumps({f"v1_{a['question_id']}": a["text"] for a in answers}, indent=2).encode()
 
 
 def seed(answers_file, annotations) -> bytes:
     """A line for each question of SEED-Bench.json, whose ids are texts where LLaVA's question file has integers."""
-    answers = {a["question_id"]: a["text"] for a in _entries(answers_file, "question_id", "text")}
+    answers = {a["question_id"]: a["text"] for a in _entries(answers_file, "text")}
     data = read_json(annotations)
-    questions = data.get("questions") if isinstance(data, dict) else None
-    if not isinstance(questions, list) or not all(isinstance(q, dict) and "question_id" in q for q in questions):
-        raise ValueError(f"{annotations}: expected SEED-Bench.json, with 'questions' that have a question_id")
+    if problem := problem_of(data, {"questions": [{"question_id": ID}]}):
+        raise ValueError(
+            f"{annotations}: expected SEED-Bench.json, with 'questions' that have a question_id: {problem}"
+        )
+    questions = data["questions"]
     keys = [(q["question_id"], _as_answered(q["question_id"], answers)) for q in questions]
     _check_all(answers_file, [question_id for question_id, key in keys if key not in answers])
     lines = [json.dumps({"question_id": question_id, "prediction": answers[key]}) for question_id, key in keys]
@@ -169,7 +169,7 @@ def seed(answers_file, annotations) -> bytes:
 
 
 def _as_answered(question_id, answers: Mapping):
-    if question_id in answers or not re.fullmatch(r"\s*[+-]?\d+\s*", str(question_id)):
+    if question_id in answers or not re.fullmatch(r"\s*[+-]?\d{1,30}\s*", str(question_id)):
         return question_id
     return int(question_id)
 
@@ -178,12 +178,13 @@ def mme(answers_file, annotations) -> dict[str, bytes]:
     """{category.txt: lines of image's .txt, question, truth, answer}, as MME's calculation.py takes them."""
     truth = read_truth(annotations)
     lines: dict[str, str] = {}
-    for n, answer in enumerate(_entries(answers_file, "question_id", "prompt", "text"), 1):
+    for n, answer in enumerate(_entries(answers_file, "prompt", "text"), 1):
+        check_text(answer["text"], f"{answers_file}, line {n}: the text")
         key = category, file, question = truth_key(answer, truth)
         if key not in truth:
             raise ValueError(
-                f"{answers_file}, line {n}: {annotations} has no question {answer['prompt']!r} in {category}/{file}; "
-                "is it the same release of MME?"
+                f"{answers_file}, line {n}: {annotations} has no question {answer['prompt']!r:.200} in "
+                f"{category:.80}/{file:.80}; is it the same release of MME?"
             )
         line = "\t".join((file, question, truth[key], answer["text"])) + "\n"
         lines[f"{category}.txt"] = lines.get(f"{category}.txt", "") + line
@@ -201,9 +202,9 @@ def mmbench(answers_file, question_file) -> bytes:
         if len(row.cells) > len(columns):
             raise ValueError(f"{question_file}, line {row.line}: {len(row.cells)} cells for {len(columns)} columns")
     if "index" not in columns:
-        raise ValueError(f"{question_file}: has no column index; its columns are {', '.join(columns)}")
+        raise ValueError(f"{question_file}: has no column index; its columns are {', '.join(columns):.500}")
     table = {name: typed([row.cells[i] for row in rows]) for i, name in enumerate(columns)}
-    answers = {a["question_id"]: a["text"] for a in _entries(answers_file, "question_id", "text")}
+    answers = {a["question_id"]: a["text"] for a in _entries(answers_file, "text")}
     kept = [(name, column) for name, column in table.items() if name not in _NOT_IN_SHEETS]
     kept.insert(_PREDICTION_AT, ("prediction", [answers.get(i) for i in table["index"]]))
     return workbook([[name for name, _ in kept], *zip(*(column for _, column in kept), strict=True)])

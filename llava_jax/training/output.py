@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax import checkpoint, hosts
 from llava_jax.config import LlavaConfig
-from llava_jax.conversion import key_table
+from llava_jax.conversion import checksums, key_table
 from llava_jax.conversion.sources import open_file, read_json, write_json
 from llava_jax.files import write_atomically
 from llava_jax.models.llava import param_shapes
@@ -207,7 +207,7 @@ def _save(path: Path, params: dict) -> None:
 
 
 def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path, output: Path) -> None:
-    """The config, the tokenizer and last, for with it the directory is a checkpoint, the manifest."""
+    """The config, the tokenizer, the manifest, with which the directory is a checkpoint, and its checksums."""
     of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
@@ -223,5 +223,7 @@ def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path,
             "tokenizer_padding_side": config.tokenizer_padding_side,
         }
     write_json(output / "config.json", hf)
-    manifest = read_json(source / checkpoint.MANIFEST) | {"source": str(source), "dtype": options.dtype}
-    write_json(output / checkpoint.MANIFEST, manifest)
+    record = checksums.record_stored(output / checkpoint.PARAMS)
+    own = {"source": str(source), "dtype": options.dtype, "fingerprint": checksums.fingerprint(record)}
+    write_json(output / checkpoint.MANIFEST, read_json(source / checkpoint.MANIFEST) | own)
+    checksums.write_record(output, record)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from llava_jax.records import read_file
+
 PERCEPTION = (
     "existence",
     "count",
@@ -30,7 +32,7 @@ def read_truth(folder) -> dict[Key, str]:
 
     Raises:
         FileNotFoundError: the folder is not there.
-        ValueError: a line is not a question, a tab and Yes or No.
+        ValueError: a file is not UTF-8, or a line is not a question, a tab and Yes or No.
     """
     folder, truth = epath.Path(folder), {}
     if not folder.is_dir():
@@ -38,10 +40,14 @@ def read_truth(folder) -> dict[Key, str]:
     for category in sorted(path for path in folder.iterdir() if path.is_dir()):
         texts = category / "questions_answers_YN" if (category / "images").exists() else category
         for path in sorted(texts.glob("*.txt")):
-            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            try:
+                lines = read_file(path).decode("utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 ({error})") from error
+            for line in filter(str.strip, lines):
                 question, _, answer = line.strip().rpartition("\t")
                 if not question or answer.lower() not in ("yes", "no"):
-                    raise ValueError(f"{path}: {line!r} is not a question, a tab and Yes or No")
+                    raise ValueError(f"{path}: {line!r:.200} is not a question, a tab and Yes or No")
                 truth[category.name, path.name, question] = answer
     return truth
 

@@ -61,8 +61,8 @@ def textvqa_question(prompt: str) -> str:
     elif len(lines) == 2:
         return lines[0].lower()
     raise ValueError(
-        f"the prompt {prompt!r} is of no TextVQA form: 'QUESTION\\nAnswer …', either with a line 'Reference OCR token: "
-        "…', or 'OCR tokens: … Question: QUESTION Short answer:'"
+        f"the prompt {prompt!r:.200} is of no TextVQA form: 'QUESTION\\nAnswer …', either with a line 'Reference OCR "
+        "token: …', or 'OCR tokens: … Question: QUESTION Short answer:'"
     )
 
 
