@@ -3,19 +3,23 @@
 import base64
 import json
 import re
+import resource
 import shutil
 from concurrent.futures import Future
 
 import fsspec
 import pytest
 import scenes
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import llava_jax
+from llava_jax.checkpoint import fingerprint
 from llava_jax.cli import main
+from llava_jax.demo.model import BUNDLED, NAME, convert_published
 from llava_jax.evaluation import pictures
-from llava_jax.evaluation.answers import Part
+from llava_jax.evaluation.answers import AnswerFile, Part, answer_line, failure_of
 from llava_jax.evaluation.options import EvaluateOptions
 from llava_jax.evaluation.questions import Question
 from llava_jax.evaluation.run import by_image, prepare
@@ -149,6 +153,168 @@ def test_answers_of_another_run_are_not_touched(benchmark, tmp_path, capsys, nam
     assert main(other) == 1
     assert f"{name}, line 1: not an answer to these questions by this model" in capsys.readouterr().err
     assert (tmp_path / name).read_bytes() == answers.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tuned(benchmark, tmp_path_factory):
+    """The same model under the same name, but for one bit of one weight."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(BUNDLED, folder / "published")
+    weights = folder / "published" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    return convert_published(folder / "published", folder / NAME)
+
+
+def _renamed(directory, name, **changes):
+    """The name is the source folder's, and what is converted from a copy has the copy's."""
+    path = directory / "llava_jax.json"
+    manifest = json.loads(path.read_text()) | {"name": name} | changes
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_answers_of_other_weights_are_refused(benchmark, tuned, tmp_path, capsys, monkeypatch, written):
+    """Also where no fingerprint was written, as before there were any: the files then tell the models apart."""
+    flags, _, answers = benchmark
+    monkeypatch.setattr(llava_jax, "load", lambda *args, **keywords: pytest.fail("loaded"))
+    fingerprints = {
+        "fingerprint": json.loads((tuned / "llava_jax.json").read_text())["fingerprint"] if written else None
+    }
+    _renamed(tuned, NAME, **fingerprints)
+    out = tmp_path / "answers.jsonl"
+    shutil.copy(answers, out)
+    assert main(scenes.command(flags | {"--model-path": tuned}, answers_file=out)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{out}, line 1: not an answer to these questions by this model" in error
+    assert f"(it is by '{NAME}', with other weights than this checkpoint's" in error and "name another" in error
+    assert main(scenes.command(flags, answers_file=out, conv_mode="v0")) == 1
+    assert f"(it is by '{NAME}', with these weights, but with another template" in capsys.readouterr().err
+    assert out.read_bytes() == answers.read_bytes() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_weights_are_known_wherever_they_are(benchmark, tuned, tmp_path):
+    """Converted once more, or copied: the same; without what the conversion wrote, the same when copied."""
+    flags, _, _ = benchmark
+    first = flags["--model-path"]
+    again = convert_published(BUNDLED, tmp_path / "again")
+    assert fingerprint(again) == fingerprint(first) != fingerprint(tuned)
+    _renamed(again, NAME, fingerprint=None)
+    shutil.copytree(again, tmp_path / "copied")
+    assert fingerprint(again) == fingerprint(tmp_path / "copied") != fingerprint(first)
+
+
+def test_another_config_over_the_same_weights_is_another_model(benchmark, tmp_path, capsys):
+    flags, _, answers = benchmark
+    shutil.copytree(flags["--model-path"], tmp_path / NAME)
+    config = json.loads((tmp_path / NAME / "config.json").read_text()) | {"image_aspect_ratio": "pad"}
+    (tmp_path / NAME / "config.json").write_text(json.dumps(config))
+    shutil.copy(answers, tmp_path / "answers.jsonl")
+    flags = flags | {"--model-path": tmp_path / NAME}
+    assert main(scenes.command(flags, answers_file=tmp_path / "answers.jsonl")) == 1
+    assert "not an answer to these questions by this model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, origin",
+    [
+        (b"[" * 100_000, "it is no JSON object"),
+        (b"\xff\xfe", "it is no JSON object"),
+        (b'{"answer_id": ["x"], "model_id": {}}', "it is by {}, with other weights"),
+        (b'{"question_id": 1, "text": "x"}', "it is by None, with other weights"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_named(tmp_path, line, origin):
+    (tmp_path / "a.jsonl.part-0").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match="line 1: not an answer to these questions") as error:
+        AnswerFile(epath.Path(tmp_path / "a.jsonl"), ("x" * 22,)).answered()
+    assert origin in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", {"error": {}}, {"error": 0}, {"error": ["why"]}, {"error": 7}])
+def test_answers_with_odd_metadata_are_gone_on_with(tmp_path, metadata):
+    answer = {"answer_id": "x" * 22} | ({"metadata": metadata} if metadata is not None else {})
+    path = epath.Path(tmp_path / "a.jsonl")
+    path.write_text(json.dumps(answer) + "\n")
+    ((number, line),) = AnswerFile(path, ("x" * 22,)).answered().items()
+    assert number == 0 and failure_of(line) in (None, "['why']", "7")
+
+
+def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
+    """Every file of this process may have a kilobyte here."""
+    ids = tuple(f"{n:022}" for n in range(8))
+    lines = [answer_line(Question(n, "?", "x" * 100, None), "y", ids[n], "model") for n in range(8)]
+    file = AnswerFile(epath.Path(tmp_path / "a.jsonl"), ids)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    part = Part(file.part(0))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        part.append(lines[:3])
+        with pytest.raises(
+            OSError, match=r"a.jsonl.part-0: cannot be written \(File too large\); what is answered is kept"
+        ):
+            part.append(lines[3:])
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        part = Part(file.part(0))
+        assert set(file.answered()) >= {0, 1, 2} and len(file.answered()) < 8
+        part.append(lines[n] for n in range(8) if n not in file.answered())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match=r"a.jsonl: cannot be written \(File too large\); what is answered is kept"):
+            file.merge()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.part-0"]
+    file.merge()
+    assert (tmp_path / "a.jsonl").read_text() == "".join(lines)
+
+
+def test_a_bucket_that_takes_nothing_is_named(monkeypatch):
+    fsspec.register_implementation("gs", _Bucket, clobber=True)
+    fsspec.register_implementation("gcs", _Bucket, clobber=True)
+    part = Part(epath.Path("gs://full/a.jsonl.part-0"))
+
+    def refuse(*_, **__):
+        raise RuntimeError("429, rate limit")  # of a kind of its own, as gcsfs'
+
+    monkeypatch.setattr(_Bucket, "_open", refuse)
+    with pytest.raises(
+        OSError, match=r"^gs://full/a.jsonl.part-0: cannot be written \(429, rate limit\); what is answ"
+    ):
+        part.append(["{}\n"])
+
+
+def test_nothing_is_loaded_where_nothing_can_be_asked(benchmark, tmp_path, capsys, monkeypatch):
+    flags, questions, _ = benchmark
+    scenes.write_lines(
+        tmp_path / "questions.jsonl", [questions[0] | {"image": "missing.png"}, questions[1] | {"text": 1}]
+    )
+    monkeypatch.setattr(llava_jax, "load", lambda *args, **keywords: pytest.fail("loaded"))
+    flags = flags | {"--question-file": tmp_path / "questions.jsonl"}
+    assert main(scenes.command(flags, answers_file=tmp_path / "a.jsonl")) == 3
+    assert [bool(a["metadata"]["error"]) for a in scenes.read_lines(tmp_path / "a.jsonl")] == [True, True]
+
+
+def test_damaged_annotations_are_told_before_anything_is_asked(benchmark, tmp_path, capsys):
+    (tmp_path / "val.json").write_text('{"data": [{"image_id": 5}]}')
+    flags = benchmark[0] | {"--task": "textvqa", "--annotations": tmp_path / "val.json"}
+    assert main(scenes.command(flags, answers_file=tmp_path / "a.jsonl")) == 1
+    assert "val.json, entry 1: has no 'question', 'answers'" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_options_that_are_not_asked_are_told(benchmark, tmp_path, capsys):
+    flags, _, _ = benchmark
+    table = "index\tquestion\thint\tA\tB\tC\tD\timage\n"
+    table += "".join(f"{n}\tWhich?\t\tred\tNone\tblue\t\t\n" for n in range(25))  # no picture: nothing is asked
+    (tmp_path / "q.tsv").write_text(table)
+    out = tmp_path / "a.jsonl"
+    assert main(scenes.command(flags | {"--question-file": tmp_path / "q.tsv"}, answers_file=out)) == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if "counts as empty" in line]
+    assert len(told) == 20 and told[0] == (
+        f"{tmp_path}/q.tsv, line 2, column B: 'None' counts as empty, as in the original; not asked: B, C"
+    )
+    assert told[-1].endswith("; and 5 more rows")
 
 
 def _stop_after(append, times):

@@ -119,6 +119,20 @@ def test_tables_as_pandas_reads_them(recorded, write):
     assert 20 < refused < len(recorded["tables"]) / 2
 
 
+def test_integers_that_pandas_has_no_room_for():
+    """Seen with pandas 2.2."""
+    largest = str(2**64 - 1)
+    assert typed(["1", largest]) == [1, 2**64 - 1] and typed(["-5", str(2**63 - 1)]) == [-5, 2**63 - 1]
+    for column in (
+        ["1", str(2**64)],
+        ["-1", str(2**63)],
+        [str(-(2**63) - 1), "3"],
+        ["1", None, str(2**64)],
+        ["1" * 5000],
+    ):
+        assert typed(column) == column
+
+
 def test_columns_typed_as_pandas_types_them(recorded):
     for cells, want in recorded["typed"]:
         got = [None if isinstance(x, float) and math.isnan(x) else x for x in typed(cells)]
@@ -224,6 +238,58 @@ def test_malformed_rows(write):
     assert nameless.question_id is None and "its index is empty" in nameless.error
 
 
+def test_an_option_that_reads_as_empty_is_named(write):
+    """It and those after it are not asked, as in the reference's runs, which are recorded; now it is said, too."""
+    image = base64.b64encode(bytes(100)).decode()
+    rows = {
+        ("cat", "dog", "bird", "fish"): None,
+        ("cat", "dog", "", ""): None,
+        ("cat", "dog", "nan", "NaN"): None,  # how a program writes what is not there
+        ("cat", "dog", "None", "fish"): "column C: 'None' counts as empty, as in the original; not asked: C, D",
+        ("cat", "NA", "", ""): "column B: 'NA' counts as empty, as in the original; not asked: B",
+        ("cat", "dog", "bird", "nOnE"): "column D: 'nOnE' counts as empty, as in the original; not asked: D",
+        ("cat", "", "bird", ""): "column B: is empty, as in the original; not asked: C",
+        ("nan", "dog", "", ""): "column A: 'nan' counts as empty, as in the original; not asked: B",
+    }
+    lines = [f"{n}\tWhat?\t\t{chr(9).join(options)}\t{image}\n" for n, options in enumerate(rows)]
+    path = write("q.tsv", COLUMNS + "".join(lines))
+    questions = read_questions(path, "mmbench")
+    for n, (question, options, note) in enumerate(zip(questions, rows, rows.values(), strict=True), 2):
+        assert question.note == (note and f"{path}, line {n}, {note}")
+        asked = question.fields["options"]
+        assert question.error is None and asked == list(options)[: len(asked)]
+    assert [len(question.fields["options"]) for question in questions] == [4, 2, 2, 2, 1, 3, 1, 0]
+
+
+def test_an_image_cell_may_be_another_rows_index(write):
+    picture = b"not a picture, but longer than any index of a row is"
+    cells = [base64.b64encode(picture).decode(), "1", " 2 ", "5", "4", "99", "6", "abc", "eHl6"]
+    rows = "".join(f"{n}\tx\t\tx\t\t\t\t{cell}\n" for n, cell in enumerate(cells, 1))
+    path = write("q.tsv", COLUMNS + rows)
+    first, again, through, *others, tiny = read_questions(path, "mmbench")
+    assert first.image == again.image == through.image == picture and again.image is first.image
+    assert tiny.image == b"xyz" and not any(q.error for q in (first, again, through, tiny))
+    problems = [
+        "its image is row 5's, which has none",
+        "its image is row 4's, which has none",
+        "its image is 99, neither base64 nor another row's index",
+        "its image is row 6's, which is 99, neither base64 nor another row's index",
+        "its image is not base64",
+    ]
+    for n, (question, problem) in enumerate(zip(others, problems, strict=True), 5):
+        assert question.image is None and question.error.startswith(f"{path}, line {n}: {problem}")
+    path = write("words.tsv", COLUMNS + f"a\tx\t\tx\t\t\t\t{cells[0]}\nb\tx\t\tx\t\t\t\ta\n")
+    assert [question.image for question in read_questions(path, "mmbench")] == [picture, picture]
+
+
+def test_ids_are_repeated_as_they_are(write):
+    """As the reference does: two that are the same, true, NaN, any number; but no lists, which nobody can score."""
+    ids = [7, 7, True, math.nan, 10**30, 1e308, -0.0, "\ud83d", "", None]
+    questions = read_questions(write("q.jsonl", lines(*(GOOD | {"question_id": number} for number in ids))), "vqa")
+    assert [repr(question.question_id) for question in questions] == [repr(number) for number in ids]
+    assert not any(question.error for question in questions)
+
+
 def test_large_pictures_in_a_table(write):
     picture = bytes(range(256)) * 1000
     path = write("q.tsv", COLUMNS + f"1\tx\t\tx\t\t\t\t{base64.b64encode(picture).decode()}\n")
@@ -250,6 +316,10 @@ def test_byte_order_mark_and_carriage_returns(write):
     ("layout", "content", "problem"),
     [
         ("loader", "\n \n", "has no questions"),
+        ("loader", b"\x1f\x8b\n\0", "no line of it is JSON; the first error: "),
+        ("vqa", json.dumps(GOOD).encode("utf-16"), "is UTF-16 or UTF-32; save it as UTF-8"),
+        ("science", "[" * 100_000, "not JSON (nested too deep)"),
+        ("science", b'[{"id": "\xff"}]', "not JSON"),
         ("science", "[]", "has no questions"),
         ("science", '{"0": {}}', "expected a list of questions, got dict"),
         ("science", '[{"id": 1}', "not JSON"),

@@ -240,6 +240,65 @@ def test_mmbench_is_checked(place, capsys):
         place.score("mmbench", answers, test_split, capsys=capsys)
 
 
+def test_mmbench_rows_that_lost_their_true_option_are_wrong(place, capsys):
+    """Their cell reads as empty, for MMBench's own program too; the others are scored."""
+    columns = ("index", "question", "hint", *"ABCD", "image", "answer", "category", "l2-category")
+    options = {"A": "dog", "B": "cat", "C": "None", "D": "owl"}
+    rows = [{"index": 3, "answer": "D", **options}, {"index": 4, "answer": "A", **options}]
+    rows += [{"index": 5, "answer": "C", "A": "dog", "B": "cat", "C": "", "D": ""}]
+    path = mmbench_table(place, "dev.tsv", rows, columns)
+    answers = [line for n in (3, 5) for line in mmbench_rounds(n, "A", ["A", "A"], ("dog", "cat"))]
+    answers += mmbench_rounds(4, "A", ["A", "B"], ("dog", "cat"))
+    figures = place.score("mmbench", answers, path, capsys=capsys)
+    assert figures["circular"] == figures["vanilla"] == pytest.approx(100 / 3)
+    assert figures["notes"] == [
+        f"{path}, line 2, column C: 'None' counts as empty, as in the original; not asked: C, D; "
+        "the answer is D, so it is scored as wrong",
+        f"{path}, line 6, column C: is empty; the answer is C, so it is scored as wrong",
+    ]
+    lines = place.score("mmbench", answers, path, capsys=capsys, as_json=False).splitlines()
+    assert lines[-2:] == figures["notes"]
+    no_options = {"round_id": 0, "text": "", "options": [], "option_char": []}
+    with pytest.raises(
+        ValueError, match=r"question 4 was asked with options \[\], but .* has the answer 'A'; give the"
+    ):
+        place.score("mmbench", [*answers[:4], {"question_id": 4, **no_options}], path, capsys=capsys)
+    with pytest.raises(ValueError, match="line 1: 'option_char' is not the letters of its 'options'"):
+        place.score("mmbench", [{**answers[0], "option_char": ["A", "Q"]}, *answers[1:]], path, capsys=capsys)
+    many = [{"index": n, "answer": "C", "C": ""} for n in range(30)]
+    path = mmbench_table(place, "many.tsv", many, columns)
+    answers = [line for n in range(30) for line in mmbench_rounds(n, "A", ["A"], ("dog", "cat"))]
+    notes = place.score("mmbench", answers, path, capsys=capsys)["notes"]
+    assert len(notes) == 21 and notes[-1] == "and 10 more rows are scored as wrong"
+
+
+@pytest.mark.parametrize("task", ["pope", "textvqa", "vqav2", "gqa", "vizwiz", "scienceqa", "mmbench", "mme", "seed"])
+def test_annotations_are_checked_before_anything_is_asked(place, task):
+    """As `evaluate --annotations` does: an annotation of another kind is one line that names the file."""
+    files = {
+        "coco/coco_pope_random.json": "7",
+        "q.jsonl": '{"question_id": 1, "category": "random", "image": 5}',
+        "textvqa": '{"data": [{"image_id": "i", "question": 5, "answers": []}]}',
+        "vqav2": '{"annotations": [{"question_id": 1, "answers": [5], "answer_type": "x", "question_type": "y"}]}',
+        "gqa": '{"1": {"answer": "x", "isBalanced": 1, "question": "?", "types": [], "semantic": [], "groups": {}}}',
+        "vizwiz": '[{"image": "a", "answers": [{"answer": null}], "answer_type": "x"}]',
+        "pid_splits.json": '{"test": [["1"]]}',
+        "problems.json": "{}",
+        "mmbench": "index\tanswer\nx\tA\n",
+        "MME/OCR/0.txt": b"\xff",
+        "seed": '{"questions": [{"question_id": 1, "question_type_id": 9, "data_type": "image", "answer": "A"}], '
+        '"question_type": {"Scene": 1}}',
+    }
+    for name, content in files.items():
+        (place.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    given = {"pope": "coco", "scienceqa": ".", "mme": "MME"}.get(task, task)
+    with pytest.raises(ValueError) as error:
+        asked = str(place.folder / "q.jsonl") if task == "pope" else None
+        score.check_annotations(task, "a.jsonl", str(place.folder / given), asked)
+    assert str(error.value).startswith(str(place.folder)) and "\n" not in str(error.value)
+
+
 def test_mme_is_checked(place, capsys):
     answers, truth = mme_answers(random.Random(1))
     folder = place.folder / "MME_Benchmark_release_version"

@@ -1,8 +1,10 @@
 """What is handed in: byte for byte as the reference's converters write it."""
 
 import argparse
+import errno
 import io
 import json
+import os
 import zipfile
 from xml.etree import ElementTree
 
@@ -129,6 +131,59 @@ def test_one_error(files, task, answers, flags, problem):
         submit(task, answers, *flags)
     assert problem in str(error.value)
     assert not (files / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "flags", "line", "problem"),
+    [
+        ("gqa", "odd.jsonl", [], '{"question_id": 1, "text": [1]}', "odd.jsonl, line 1: 'text' must be a str"),
+        (
+            "mm-vet",
+            "odd.jsonl",
+            [],
+            '{"question_id": {}, "text": ""}',
+            "odd.jsonl, line 1: 'question_id' must be a str",
+        ),
+        ("gqa", "odd.jsonl", [], "[" * 100_000, "odd.jsonl, line 1: not JSON (nested too deep)"),
+        (
+            "vqav2",
+            "answers.jsonl",
+            ["--question-file", "odd.jsonl"],
+            '{"question_id": []}',
+            "odd.jsonl, line 1: 'question",
+        ),
+        (
+            "seed",
+            "answers.jsonl",
+            ["--annotations", "odd.jsonl"],
+            '{"questions": [{"question_id": []}]}',
+            "odd.jsonl: expec",
+        ),
+        (
+            *("mme", "odd.jsonl", ["--annotations", "MME"]),
+            '{"question_id": "color/1.png", "prompt": "Is it red?", "text": "\\ud83d"}',
+            "odd.jsonl, line 1: the text: has '\\ud83d'",
+        ),
+    ],
+)
+def test_odd_lines_are_named(files, task, answers, flags, line, problem):
+    (files / "odd.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError) as error:
+        submit(task, answers, *flags)
+    assert str(error.value).startswith(problem) and not (files / "new").exists()
+
+
+def test_a_full_disk_is_named_and_what_was_there_stays(files, monkeypatch):
+    submit("gqa", "answers.jsonl")
+    before = (files / "new" / "out").read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"^new/out: cannot be written \(No space left on device\); make room, or name"):
+        submit("mm-vet", "answers.jsonl")
+    assert (files / "new" / "out").read_bytes() == before and len(list((files / "new").iterdir())) == 1
 
 
 def test_missing_files(files):

@@ -338,6 +338,7 @@ def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes):
     finally:
         for process in started:
             process.kill()
+    assert checksums.check(divided.output_dir) == []  # one process read back what both wrote
     ours, theirs = ([line["loss"] for line in logged(o.output_dir)] for o in (divided, by_one_device))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     one, eight = (flatten_dict(llava_jax.load(o.output_dir)[1], sep="/") for o in (by_one_device, divided))

@@ -94,14 +94,15 @@ def picture_reader(rows: Sequence[MMBenchRow]) -> Callable[[str], bytes]:
         named: list[str] = []
         while len(cell) <= REFERENCE and (name := cell.strip()) in images:
             if name in named or not images[name]:
-                raise ValueError(f"its image is row {(named or [name])[0]}'s, which has none")
+                raise ValueError(f"its image is row {[*named, name][0]}'s, which has none")
             named.append(name)
             cell = images[name] or ""
+        whose = f"its image is row {named[0]}'s, which" if named else "its image"
         if cell.strip().isdecimal():
-            raise ValueError(f"its image is {cell:.40}, which is neither base64 nor another row's index")
+            raise ValueError(f"{whose} is {cell:.40}, neither base64 nor another row's index")
         try:
             return decode(cell)
         except ValueError as error:
-            raise ValueError(f"its image is not base64 ({error})") from error
+            raise ValueError(f"{whose} is not base64 ({error})") from error
 
     return read

@@ -174,6 +174,8 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
         lines += [job.failure(n, error) for n, error in errors.items() if error]
         shares[i] = [n for n, error in errors.items() if not error]
     part.append(lines)
+    if not hosts.any_of(any(shares)):  # nobody has anything to ask
+        return
 
     llava, params = _load(job)
     requests = [(size, [job.prompt(n) for n in numbers]) for size, numbers in zip(sizes, shares, strict=True)]
