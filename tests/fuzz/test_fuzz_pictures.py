@@ -11,7 +11,7 @@ import numpy as np
 from fuzz import odd
 from PIL import Image, features
 
-from llava_jax.inputs.image import image_size, load_image
+from llava_jax.inputs.image import image_size, image_source, load_image
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # to be turned
@@ -98,6 +98,22 @@ def test_damaged_pictures(numbers, capfd):
             raise AssertionError(f"case {number}, {WAYS[number % len(WAYS)]}") from error
         printed = capfd.readouterr()
         assert by_libtiff(number) or printed == ("", ""), f"case {number}, {WAYS[number % len(WAYS)]}"
+
+
+BEGINNINGS = ("", "./", "../", "/", "~", "data:", "data:,", "data:;base64,", "file://", "http://127.0.0.1:1/", "foo://")
+
+
+@odd.cases(100, 3000)
+def test_odd_names(numbers, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    for number in numbers:
+        rng = odd.generator("names", number)
+        name = rng.choice(BEGINNINGS) + odd.text(rng) + rng.choice(("", ".png", "=", "%", "%zz", "?#"))
+        try:
+            assert odd.refusal_of(image_size, name)
+            assert odd.refusal_of(lambda name: load_image(image_source(name, str(tmp_path))), name)
+        except BaseException as error:
+            raise AssertionError(f"case {number}, {name[:100]!a}") from error
 
 
 def test_nothing_is_printed_about_them():
