@@ -64,10 +64,11 @@ def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, ca
     assert r"error: \udc80.jpg: " in err and "is damaged" in err and max(map(len, err.splitlines())) < 600
 
 
-def test_files_that_are_all_missing_are_named_before_the_model_is_loaded(monkeypatch, capsys):
+def test_files_that_are_all_missing_are_named_before_the_model_is_loaded(converted, monkeypatch, capsys):
     monkeypatch.setattr(llava_jax, "load", lambda *args, **options: pytest.fail("loaded"))
-    files = ["/nowhere.jpg", "data:,no picture", "foo://a.jpg,/nowhere.jpg", __file__]
-    assert main(["ask", "--model-path", "m", "--query", "What?", "--image-file", *files]) == 3
+    command = ["ask", "--model-path", converted("vicuna"), "--query", "What?", "--image-file"]
+    capsys.readouterr()  # the fixture's own
+    assert main([*command, "/nowhere.jpg", "data:,no picture", "foo://a.jpg,/nowhere.jpg", __file__]) == 3
     assert [line.startswith("llava-jax: error: ") for line in capsys.readouterr().err.splitlines()] == [True] * 4
 
 
