@@ -1,11 +1,13 @@
 """The packer: few shapes for many sizes, and what it refuses. Its results are in test_golden.py."""
 
+import jax
 import numpy as np
 import pytest
+import torch
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.anyres import num_image_tokens
-from llava_jax.inputs.batch import assign_images, bucket_count, bucket_length, pack
+from llava_jax.inputs.batch import as_rows, assign_images, bucket_count, bucket_length, pack
 
 CONFIG = LlavaConfig.preset("1.6-vicuna-7b")
 NINE = tuple((336 * w, 336 * h) for w in (1, 2, 3) for h in (1, 2, 3))
@@ -54,3 +56,11 @@ def test_an_image_takes_its_own_label_out():
         ValueError, match="row 0, position 1: 32000 is not in the embedding table, which has 32000 rows"
     ):
         pack([np.array([1, 32000])], [np.array([-100, -100])], [], [], CONFIG)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"])
+def test_ids_of_any_whole_type_are_rows(dtype):
+    ids, labels = as_rows(np.array([[1, 2, 0]], dtype), np.array([[1, 1, 0]], dtype), np.array([[3, 4, 5]], dtype))
+    assert ids[0].tolist() == [1, 2] and labels[0].tolist() == [3, 4] and ids[0].dtype == np.int64
+    torch_ids, _ = as_rows(torch.tensor([[1, 2]], dtype=torch.int32), jax.numpy.ones((1, 2), bool))
+    assert torch_ids[0].tolist() == [1, 2]

@@ -47,6 +47,7 @@ def test_liuhaotian_values_and_files(tiny, tmp_path):
     assert json.loads((output / "llava_jax.json").read_text()) == {
         "version": 1,
         "name": "llava-v1.6-tiny",
+        "conv_mode": "llava_v1",
         "reading": "original",
         "layout": "liuhaotian",
         "source": str(tiny.path),

@@ -65,8 +65,13 @@ def _rows(name: str, values, kinds: str = "iu") -> list[np.ndarray]:
     if not rows or any(row.ndim != 1 or (row.size and row.dtype.kind not in kinds) for row in rows):
         what = "one row of token ids for each prompt" if name == "input_ids" else "rows of numbers like input_ids'"
         raise ValueError(f"{name}: expected [B, L], {what}")
-    most = np.iinfo(np.int64).max  # of uint64, which would come out negative
-    return [row if row.size and row.dtype.kind in "bf" else np.minimum(row, most).astype(np.int64) for row in rows]
+    return [row if row.size and row.dtype.kind in "bf" else _as_int64(row) for row in rows]
+
+
+def _as_int64(row: np.ndarray) -> np.ndarray:
+    if row.dtype == np.uint64:  # the largest would come out negative
+        row = np.minimum(row, np.uint64(np.iinfo(np.int64).max))
+    return row.astype(np.int64)
 
 
 def check_ids(what: str, ids: np.ndarray, vocab_size: int, other: int) -> None:
