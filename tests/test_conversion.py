@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 import llava_jax.conversion.from_hf as from_hf
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import key_table, sources
+from llava_jax.conversion.checksums import fingerprint
 from llava_jax.conversion.from_hf import checkpoint_name, convert
 
 # ---- the layouts
@@ -52,6 +53,7 @@ def test_liuhaotian_values_and_files(tiny, tmp_path):
         "layout": "liuhaotian",
         "source": str(tiny.path),
         "dtype": "bfloat16",
+        "fingerprint": fingerprint(json.loads((output / "checksums.json").read_text())["parameters"]),
         "published": {"dtype": "bfloat16", "vision_tower": "inside"},
     }
     files = {"config.json", "generation_config.json", "tokenizer.model", "vision_config.json", "llava_jax.json"}

@@ -22,7 +22,7 @@ from llava_jax.evaluation import pictures
 from llava_jax.evaluation.answers import AnswerFile, Part, answer_line, failure_of
 from llava_jax.evaluation.options import EvaluateOptions
 from llava_jax.evaluation.questions import Question
-from llava_jax.evaluation.run import by_image, prepare
+from llava_jax.evaluation.run import by_image, described, prepare
 
 
 @pytest.fixture(scope="session")
@@ -167,42 +167,45 @@ def tuned(benchmark, tmp_path_factory):
     return convert_published(folder / "published", folder / NAME)
 
 
-def _renamed(directory, name, **changes):
-    """The name is the source folder's, and what is converted from a copy has the copy's."""
+def _copied(source, directory, **changes):
+    """A checkpoint's copy whose manifest is changed; None takes a key out."""
+    shutil.copytree(source, directory)
     path = directory / "llava_jax.json"
-    manifest = json.loads(path.read_text()) | {"name": name} | changes
+    manifest = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    return directory
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_answers_of_other_weights_are_refused(benchmark, tuned, tmp_path, capsys, monkeypatch, written):
-    """Also where no fingerprint was written, as before there were any: the files then tell the models apart."""
+@pytest.mark.parametrize("changes", [{}, {"fingerprint": None}])
+def test_answers_of_other_weights_are_refused(benchmark, tuned, tmp_path, capsys, monkeypatch, changes):
+    """By a model of the same name, whether or not its fingerprint was written down."""
     flags, _, answers = benchmark
+    other = _copied(tuned, tmp_path / "other", name=NAME, **changes)
     monkeypatch.setattr(llava_jax, "load", lambda *args, **keywords: pytest.fail("loaded"))
-    fingerprints = {
-        "fingerprint": json.loads((tuned / "llava_jax.json").read_text())["fingerprint"] if written else None
-    }
-    _renamed(tuned, NAME, **fingerprints)
-    out = tmp_path / "answers.jsonl"
+    out = tmp_path / "answers" / "a.jsonl"
+    out.parent.mkdir()
     shutil.copy(answers, out)
-    assert main(scenes.command(flags | {"--model-path": tuned}, answers_file=out)) == 1
+    assert main(scenes.command(flags | {"--model-path": other}, answers_file=out)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{out}, line 1: not an answer to these questions by this model" in error
     assert f"(it is by '{NAME}', with other weights than this checkpoint's" in error and "name another" in error
     assert main(scenes.command(flags, answers_file=out, conv_mode="v0")) == 1
     assert f"(it is by '{NAME}', with these weights, but with another template" in capsys.readouterr().err
-    assert out.read_bytes() == answers.read_bytes() and len(list(tmp_path.iterdir())) == 1
+    assert out.read_bytes() == answers.read_bytes() and len(list(out.parent.iterdir())) == 1
 
 
 def test_weights_are_known_wherever_they_are(benchmark, tuned, tmp_path):
-    """Converted once more, or copied: the same; without what the conversion wrote, the same when copied."""
-    flags, _, _ = benchmark
-    first = flags["--model-path"]
+    """Converted once more: the same. Of what was converted before there were fingerprints, a copy is the same."""
+    first = benchmark[0]["--model-path"]
     again = convert_published(BUNDLED, tmp_path / "again")
     assert fingerprint(again) == fingerprint(first) != fingerprint(tuned)
-    _renamed(again, NAME, fingerprint=None)
-    shutil.copytree(again, tmp_path / "copied")
-    assert fingerprint(again) == fingerprint(tmp_path / "copied") != fingerprint(first)
+    older, copied = (_copied(first, tmp_path / name, fingerprint=None) for name in ("older", "copied"))
+    others = (
+        _copied(again, tmp_path / "older again", fingerprint=None),
+        _copied(tuned, tmp_path / "t", fingerprint=None),
+    )
+    assert fingerprint(older) == fingerprint(copied)
+    assert len({fingerprint(path) for path in (first, older, tuned, *others)}) == 5
 
 
 def test_another_config_over_the_same_weights_is_another_model(benchmark, tmp_path, capsys):
@@ -267,6 +270,22 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.part-0"]
     file.merge()
     assert (tmp_path / "a.jsonl").read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "a b\nc?.jsonl", "é\udc80.jsonl"])
+def test_parts_are_found_whatever_the_file_is_called(tmp_path, name):
+    question = Question(1, "?", "?", None)
+    file = AnswerFile(epath.Path(tmp_path / name), ("x" * 22,))
+    Part(epath.Path(tmp_path / "b.jsonl.part-0")).append(["{}\n"])  # of another file, whose name * would match
+    Part(file.part(0)).append([answer_line(question, "yes", "x" * 22, "model")])
+    assert list(file.answered()) == [0]
+    file.merge()
+    assert {path.name for path in tmp_path.iterdir()} == {name, "b.jsonl.part-0"}
+
+
+def test_a_line_about_a_question_is_one_line():
+    assert described(Question("a/b c.jpg", "", "", None), "why") == "question a/b c.jpg: why"
+    assert described(Question("a\n\ud83d", "", "", None), "why") == r"question 'a\n\ud83d': why"
 
 
 def test_a_bucket_that_takes_nothing_is_named(monkeypatch):

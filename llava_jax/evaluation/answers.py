@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ class AnswerFile:
         return self.path.parent / f"{self.path.name}.part-{process}"
 
     def parts(self) -> list[epath.Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.part-*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
 
     def answered(self) -> dict[int, str]:
         """Question number → its line, as far as they are answered, well or with an error.

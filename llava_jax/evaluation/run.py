@@ -57,7 +57,7 @@ class Job:
             ValueError: `strict` asks for it.
         """
         if self.options.strict:
-            raise ValueError(f"question {self.questions[number].question_id}: {error}")
+            raise ValueError(described(self.questions[number], error))
         return self.line(number, "", error)
 
     def prompt(self, number: int) -> Conversation:
@@ -174,7 +174,7 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
         lines += [job.failure(n, error) for n, error in errors.items() if error]
         shares[i] = [n for n, error in errors.items() if not error]
     part.append(lines)
-    if not hosts.any_of(any(shares)):  # nobody has anything to ask
+    if jax.process_count() == 1 and not any(shares):  # of several, all load the model together
         return
 
     llava, params = _load(job)
@@ -239,4 +239,10 @@ def mesh_for(options: EvaluateOptions, config: LlavaConfig):
 
 def _failures(job: Job) -> list[str]:
     lines = sorted(job.file.answered().items())
-    return [f"question {job.questions[n].question_id}: {why}" for n, line in lines if (why := failure_of(line))]
+    return [described(job.questions[n], why) for n, line in lines if (why := failure_of(line))]
+
+
+def described(question: Question, why: str) -> str:
+    """One line about a question, whatever its id is."""
+    name = str(question.question_id)
+    return f"question {name if name.isprintable() else repr(name)}: {why}"

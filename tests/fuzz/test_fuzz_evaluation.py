@@ -215,7 +215,6 @@ def ask(path, layout, all_rounds):
 @pytest.mark.parametrize("layout", QUESTIONS)
 @odd.cases(25, 600)
 def test_question_files(tmp_path, numbers, layout):
-    """Two CPU seconds for all layouts, day by day."""
     path = tmp_path / "questions"
     path.write_bytes(as_bytes(QUESTIONS[layout]))
     assert odd.refusal_of(ask, path, layout, False) is None
@@ -264,7 +263,6 @@ def test_answers_to_go_on_with(tmp_path, numbers):
 @pytest.mark.parametrize("task", SCORED)
 @odd.cases(20, 300)
 def test_scores(tmp_path, numbers, task):
-    """Four CPU seconds for all tasks, day by day."""
     files, annotations, questions = SCORED[task]
 
     def run():
