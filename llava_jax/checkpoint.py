@@ -32,7 +32,7 @@ from llava_jax.sharding import param_shardings
 VERSION = 1
 MANIFEST = "llava_jax.json"
 PARAMS = "params"
-CHECKSUMS = "checksums.json"  # of what a conversion wrote
+CHECKSUMS = "checksums.json"  # of what a conversion, or a training run, wrote
 ADAPTERS, TRAIN_OPTIONS = "lora", "train_options.json"  # what a training run leaves beside them
 BATCH_BYTES = 512 << 20  # of tensors that are read, or written, at once while streaming
 CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
