@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -23,13 +24,17 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
+from llava_jax.config_schema import FILES, read_checked, refuse
 from llava_jax.constants import DTYPES
+from llava_jax.failures import first_line
 from llava_jax.inputs.conversation import check_conv_mode
 from llava_jax.models.llava import param_shapes
 from llava_jax.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
+from llava_jax.records import naming, read_json_object
 from llava_jax.sharding import param_shardings
 
 VERSION = 1
+AGAIN = "convert the checkpoint again with convert/from_hf.py"
 MANIFEST = "llava_jax.json"
 PARAMS = "params"
 CHECKSUMS = "checksums.json"  # of what a conversion, or a training run, wrote
@@ -108,20 +113,7 @@ def _writable(path: str | Path):
         raise
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        reason = "not a JSON object"
-    except FileNotFoundError:
-        reason = "missing"
-    except ValueError as error:
-        reason = f"damaged: {error}"
-    raise ValueError(f"{path}: {reason}; convert the checkpoint again with convert/from_hf.py")
-
-
-def _manifest(directory: Path) -> dict:
+def read_manifest(directory: Path) -> dict:
     """`llava_jax.json`, after checking that the directory is a finished one of this version."""
     convert = "python convert/from_hf.py"
     if not directory.is_dir():
@@ -138,12 +130,13 @@ def _manifest(directory: Path) -> dict:
             command = f"{convert} {shlex.quote(str(name))} --output {shlex.quote(f'{name}-jax')}"
             raise ValueError(f"{directory}: a published checkpoint, not converted yet; run `{command}` and load that")
         raise ValueError(f"{directory}: no llava_jax checkpoint (it has no {MANIFEST}); make one with `{convert}`")
-    manifest = _read_json(directory / MANIFEST)
+    manifest = read_json_object(directory / MANIFEST, AGAIN)
     if manifest.get("version") != VERSION:
         raise ValueError(
             f"{directory}: version {manifest.get('version')!r}, and this llava_jax reads version {VERSION}; "
             f"update llava_jax, or convert the checkpoint again with `{convert}`"
         )
+    refuse(FILES[MANIFEST].problems("", manifest), str(directory / MANIFEST), AGAIN)
     if not (directory / PARAMS).is_dir():
         raise ValueError(
             f"{directory}: half-written (it has no {PARAMS}); delete it and convert again with `{convert}`"
@@ -158,19 +151,18 @@ def load_config(directory: str | Path) -> LlavaConfig:
         FileNotFoundError, ValueError: not a finished checkpoint of this version; the message says what to do.
     """
     files = epath.Path(directory).expanduser()
-    manifest = _manifest(files)
+    manifest = read_manifest(files)
     generation = files / "generation_config.json"
-    config = LlavaConfig.from_hf(
-        _read_json(files / "config.json"),
-        _read_json(files / "vision_config.json"),
-        _read_json(files / "preprocessor_config.json"),
-        _read_json(generation) if generation.is_file() else None,
-        name=manifest.get("name", ""),
+    config, vision, preprocessor = (
+        read_checked(files / name, AGAIN) for name in ("config.json", "vision_config.json", "preprocessor_config.json")
     )
+    defaults = read_checked(generation, AGAIN) if generation.is_file() else None
+    with naming(files):
+        read = LlavaConfig.from_hf(config, vision, preprocessor, defaults, manifest.get("name", ""))
     conv_mode = manifest.get("conv_mode")  # older conversions wrote none
     if conv_mode is not None:
         check_conv_mode(conv_mode, str(files / MANIFEST))
-    return config.replace(reading=manifest.get("reading", "original"), conv_mode=conv_mode)
+    return read.replace(reading=manifest.get("reading", "original"), conv_mode=conv_mode)
 
 
 def fingerprint(directory: str | Path) -> str:
@@ -183,7 +175,7 @@ def fingerprint(directory: str | Path) -> str:
         FileNotFoundError, ValueError: not a finished checkpoint of this version.
     """
     files = epath.Path(directory).expanduser()
-    written = _manifest(files).get("fingerprint")
+    written = read_manifest(files).get("fingerprint")
     if isinstance(written, str):
         return written
     return hashlib.sha256(json.dumps(sorted(_names_and_sizes(files / PARAMS))).encode()).hexdigest()
@@ -197,6 +189,31 @@ def _names_and_sizes(directory: epath.Path) -> Iterator[tuple[str, int]]:
             yield path.name, path.stat().length
 
 
+def check_small_files(directory: str | Path) -> None:
+    """Compare the small files with their SHA-256 that the conversion recorded, where it did: a warning names JSON that
+    differs, for somebody may have edited it.
+
+    Raises:
+        ValueError: the tokenizer's model differs, which nobody edits.
+    """
+    files = epath.Path(directory).expanduser()
+    if not (files / CHECKSUMS).is_file():
+        return
+    record = read_checked(files / CHECKSUMS, AGAIN)["files"]
+    names = [name for name in record if name.endswith((".json", ".jinja", ".model")) and "/" not in name]
+    changed = [name for name in names if not (files / name).is_file() or sha256(files / name) != record[name]]
+    for name in changed:
+        told = f"{files / name}: not what the conversion wrote (its SHA-256 differs, or it is gone)"
+        if name.endswith(".model"):
+            raise ValueError(f"{told}; {AGAIN}")
+        warnings.warn(f"{told}; if nobody edited it, {AGAIN}", stacklevel=3)
+
+
+def sha256(path) -> str:
+    """Of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_params(
     directory: str | Path,
     config: LlavaConfig,
@@ -206,6 +223,9 @@ def load_params(
     quantize_also=(),
 ) -> dict:
     """The parameters, restored straight into the mesh's shardings (no mesh: onto the first device) and cast.
+
+    The small files are compared with what the conversion recorded (`check_small_files`). The parameters are not, for
+    that takes longer: `llava-jax verify DIR --quick` does it.
 
     Args:
         directory: a converted checkpoint, local or gs://.
@@ -220,14 +240,15 @@ def load_params(
     """
     files = epath.Path(directory).expanduser()
     check_quantize(quantize, quantize_also)
-    _manifest(files)
+    read_manifest(files)
+    check_small_files(files)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if dtype is None:
         dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
     path = files / PARAMS
-    remedy = f"delete {files} and convert the checkpoint again with convert/from_hf.py"
+    remedy = f"delete {files} and {AGAIN}"
     stored = stored_tree(path, remedy)
     shapes = with_scales(param_shapes(config), quantized_paths(stored))
     check_tree(files, stored, shapes)
@@ -304,8 +325,7 @@ def _readable(path: Path, remedy: str):
     except (MemoryError, jax.errors.JaxRuntimeError):  # the directory is not to blame
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: half-written or damaged ({reason}); {remedy}") from error
+        raise ValueError(f"{path}: half-written or damaged ({first_line(error)}); {remedy}") from error
 
 
 def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:
@@ -327,5 +347,5 @@ def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
             f"{directory}: its parameters do not match its config.json: {'; '.join(problems[:5])}{more}; restore "
-            "config.json, or convert the checkpoint again with convert/from_hf.py"
+            f"config.json, or {AGAIN}"
         )

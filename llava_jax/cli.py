@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation import ahead, score, submission
 from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
+from llava_jax.failures import exit_status
 from llava_jax.flags import check_paths, options_from
 from llava_jax.training.arguments import add_train_arguments
 from llava_jax.training.options import TrainOptions
@@ -222,7 +222,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status; an error of the user's is one line on stderr and status 1."""
+    """Run one command and return its exit status; an error is one line on stderr and status 1."""
     parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA-1.6 in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -230,21 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         its = commands.add_parser(command.name, help=command.help, description=command.description, epilog=example)
         command.add_arguments(its)
         its.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
-    _take_any_text()
-    try:
+
+    def run() -> int | None:
+        args = parser.parse_args(argv)
         check_paths(vars(args))
-        return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"llava-jax: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interruption:
-        print(interruption, file=sys.stderr)
-        return 130
+        return args.run(args)
 
-
-def _take_any_text() -> None:
-    """Text that is not UTF-8 costs its question where it is read, and shows as \\udc80 where it is printed."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        with contextlib.suppress(AttributeError):  # what stands in for it may be anything
-            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+    return exit_status("llava-jax", run)

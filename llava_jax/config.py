@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
-PROJECTOR_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
-PROJECTOR_TYPES = ("linear", "mlpNx_gelu (mlp2x_gelu, …)", "identity")
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-SELECT_FEATURES = ("patch", "cls_patch")
-ASPECT_RATIOS = ("anyres", "pad", "square")
-ROPE_TYPES = ("linear", "dynamic", "llama3")
-PADDING_SIDES = ("right", "left")
-READINGS = ("original", "llava-hf")
+from llava_jax import config_schema as schema
 
 PINPOINTS_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 def one_of(key: str, value: Any, supported) -> None:
-    if value not in supported:
-        raise ValueError(f"config: {key}={value!r} is not supported; supported: {', '.join(map(str, supported))}")
+    schema.refuse(schema.one_of(*supported).problems(key, value), "config")
+
+
+def has_row(key: str, ids: int | tuple[int, ...] | None, rows: int) -> None:
+    """ValueError unless the id (one of several: the model cannot give the others) has a row in the embedding table."""
+    given = ids if isinstance(ids, tuple) else () if ids is None else (ids,)
+    if given and min(given) >= rows:
+        raise ValueError(f"config: {key}={ids} has no row in the embedding table of vocab_size={rows}")
 
 
 def divides(key: str, value: int, by_key: str, by: int) -> None:
@@ -46,8 +44,12 @@ class VisionConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        one_of("vision_config.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        schema.check_fields(self, schema.TOWER_FILE, "vision_config")
         divides("vision_config.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        if self.patch_size > self.image_size:
+            raise ValueError(
+                f"config: vision_config.patch_size={self.patch_size} is above image_size={self.image_size}"
+            )
 
     @property
     def num_patches_per_side(self) -> int:
@@ -76,7 +78,13 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        one_of("rope_scaling.type", self.rope_type, ROPE_TYPES)
+        schema.refuse(schema.ROPE_TYPE.problems("rope_scaling.type", self.rope_type), "config")
+        schema.check_fields(self, schema.ROPE, "rope_scaling")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"config: rope_scaling.low_freq_factor={self.low_freq_factor} must be under "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,11 @@ class TextConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        one_of("hidden_act", self.hidden_act, ("silu",))
+        schema.check_fields(self, schema.DECODER)
         divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        divides("head_dim", self.head_dim, "the two halves that are rotated", 2)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            has_row(key, getattr(self, key), self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,9 @@ class GenerationDefaults:
     pad_token_id: int = 0
     top_p: float = 1.0
     top_k: int = 50
+
+    def __post_init__(self):
+        schema.check_fields(self, schema.SAMPLING, "generation_config")
 
 
 @dataclass(frozen=True)
@@ -151,13 +165,10 @@ class LlavaConfig:
     source: dict | None = field(default=None, compare=False, repr=False)  # the config.json that was read
 
     def __post_init__(self):
-        if not PROJECTOR_MLP.fullmatch(self.mm_projector_type):
-            one_of("mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
-        one_of("mm_patch_merge_type", self.mm_patch_merge_type, MERGE_TYPES)
-        one_of("mm_vision_select_feature", self.mm_vision_select_feature, SELECT_FEATURES)
-        one_of("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
-        one_of("tokenizer_padding_side", self.tokenizer_padding_side, PADDING_SIDES)
-        one_of("reading", self.reading, READINGS)
+        schema.check_fields(self, schema.LLAVA)
+        one_of("reading", self.reading, schema.READINGS)
+        for key in ("eos_token_ids", "pad_token_id"):
+            has_row(f"generation_config.{key.removesuffix('s')}", getattr(self.generation, key), self.text.vocab_size)
         layers = self.vision.num_hidden_layers
         one_of("mm_vision_select_layer", self.mm_vision_select_layer, range(-layers - 1, layers + 1))
         self._check_images()
@@ -204,7 +215,7 @@ class LlavaConfig:
     @property
     def projector_depth(self) -> int:
         """Number of linear layers in the projector: 0 for identity."""
-        mlp = PROJECTOR_MLP.fullmatch(self.mm_projector_type)
+        mlp = schema.PROJECTOR_MLP.fullmatch(self.mm_projector_type)
         return int(mlp.group(1)) if mlp else {"identity": 0, "linear": 1}[self.mm_projector_type]
 
     @property
@@ -267,10 +278,11 @@ class LlavaConfig:
             name: the checkpoint's name, from which the conversation template is picked.
 
         Raises:
-            ValueError: a value is not supported; the message names the key, the value and what is supported.
+            ValueError: values are not supported; the message names their keys, the values and what is supported.
         """
         from llava_jax import config_layouts as layouts  # it builds the classes above
 
+        layouts.check(config, vision_config, preprocessor_config, generation_config)
         fields = layouts.read_llava_hf(config) if "text_config" in config else layouts.read_liuhaotian(config)
         if vision_config is not None or "vision" not in fields:
             fields["vision"] = layouts.read_vision(vision_config, fields["mm_vision_tower"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
-import json
 import os
 from typing import Any
 
 from llava_jax import config as c
+from llava_jax import config_schema as schema
+from llava_jax.records import read_json_object
 
 
 def overlay(source: dict, before: dict, after: dict) -> dict:
@@ -26,6 +26,25 @@ def overlay(source: dict, before: dict, after: dict) -> dict:
 # ---- the two layouts, read
 
 
+def check(config: dict, vision: dict | None, preprocessor: dict | None, generation: dict | None) -> None:
+    """ValueError for all keys that are wrong in a checkpoint's files, together (`LlavaConfig.from_hf`'s arguments)."""
+    layout = schema.LLAVA_HF if isinstance(config, dict) and "text_config" in config else schema.LIUHAOTIAN
+    problems = layout.problems("", config)
+    if vision is not None:
+        problems += schema.CLIP.problems("vision_config", tower_of(vision))
+    if preprocessor is not None:
+        problems += schema.PREPROCESSOR.problems("preprocessor_config", preprocessor)
+    if generation is not None:
+        problems += schema.GENERATION.problems("generation_config", generation)
+    schema.refuse(problems, "config")
+
+
+def tower_of(vision_config: Any) -> Any:
+    """A CLIP's `vision_config`, of its whole `config.json` or alone; not checked yet."""
+    whole = isinstance(vision_config, dict) and vision_config.get("vision_config")
+    return whole or vision_config
+
+
 # What transformers' CLIPVisionConfig means by a key that a file leaves out (it is ViT-B/32's shape).
 _CLIP_DEFAULTS = c.VisionConfig(768, 3072, 12, 12, 224, 32)
 
@@ -37,9 +56,9 @@ def read_vision(vision_config: dict | None, tower: str | None) -> c.VisionConfig
         path = os.path.join(os.path.expanduser(tower or ""), "config.json")
         if not tower or not os.path.isfile(path):
             return c.VisionConfig()  # mm_hidden_size is checked against it
-        with open(path, encoding="utf-8") as file:
-            vision_config = json.load(file)
-    inner = vision_config.get("vision_config") or vision_config
+        vision_config = read_json_object(path)
+    inner = tower_of(vision_config)
+    schema.refuse(schema.CLIP.problems("vision_config", inner), tower or "config")
     known = {f.name for f in dataclasses.fields(c.VisionConfig)}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
     return dataclasses.replace(_CLIP_DEFAULTS, **values)
@@ -50,11 +69,12 @@ _MISTRAL_DEFAULTS = dict(intermediate_size=14336, num_key_value_heads=8, max_pos
 
 
 def _read_text(config: dict, mistral: bool) -> c.TextConfig:
-    c.one_of("mlp_bias", config.get("mlp_bias", False), (False,))
     values = {f.name: config[f.name] for f in dataclasses.fields(c.TextConfig) if config.get(f.name) is not None}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in config:
             values[key] = tuple(config[key]) if isinstance(config[key], list) else config[key]
+    if values.get("pad_token_id") == -1:
+        values["pad_token_id"] = None
     if mistral:
         values = {**_MISTRAL_DEFAULTS, **values}
         if config.get("sliding_window") is not None:
@@ -76,69 +96,46 @@ def _read_rope(rope: dict) -> c.RopeScaling | None:
     if kind == "default":
         return None
     known = {f.name for f in dataclasses.fields(c.RopeScaling)} - {"rope_type"}
-    if kind in c.ROPE_TYPES and "factor" not in rope:
-        raise ValueError(f"config: rope_scaling={rope!r} has no 'factor'")
+    if not schema.ROPE_TYPE.problems("", kind) and "factor" not in rope:
+        raise ValueError(f"config: rope_scaling={schema.shown(rope)} has no 'factor'")
     return c.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
 
 
-def _read_pinpoints(value) -> tuple[tuple[int, int], ...]:
-    try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
-        return tuple((int(w), int(h)) for w, h in pairs or ())
-    except (ValueError, SyntaxError, TypeError):
-        raise ValueError(
-            f"config: image_grid_pinpoints={value!r} is not supported; supported: a list of [width, height] pairs, "
-            "or that list as a string"
-        ) from None
-
-
-def _read_scales(value) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        return tuple(sorted(int(s) for s in parts))
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"config: s2_scales={value!r} is not supported; supported: sizes in pixels, like '336,672,1008'"
-        ) from None
+def _given(config: dict, key: str, default):
+    """What a key says; null says nothing."""
+    value = config.get(key)
+    return default if value is None else value
 
 
 def read_liuhaotian(config: dict) -> dict:
-    c.one_of("model_type", config.get("model_type"), ("llava", "llava_llama", "llava_mistral", "llava_next"))
     kind = (config.get("architectures") or [config["model_type"]])[0].lower()
     return dict(
         text=_read_text(config, mistral="mistral" in kind),
         mm_vision_tower=config.get("mm_vision_tower", config.get("vision_tower")),
         mm_vision_select_layer=config.get("mm_vision_select_layer", -2),
-        mm_vision_select_feature=config.get("mm_vision_select_feature") or "patch",
-        mm_projector_type=config.get("mm_projector_type") or "linear",
+        mm_vision_select_feature=_given(config, "mm_vision_select_feature", "patch"),
+        mm_projector_type=_given(config, "mm_projector_type", "linear"),
         mm_hidden_size=config.get("mm_hidden_size"),
-        mm_patch_merge_type=config.get("mm_patch_merge_type") or "flat",
-        image_aspect_ratio=config.get("image_aspect_ratio") or "square",
-        image_grid_pinpoints=_read_pinpoints(config.get("image_grid_pinpoints")),
-        mm_use_im_start_end=bool(config.get("mm_use_im_start_end", False)),
-        mm_use_im_patch_token=bool(config.get("mm_use_im_patch_token", True)),
-        tokenizer_padding_side=config.get("tokenizer_padding_side") or "right",
+        mm_patch_merge_type=_given(config, "mm_patch_merge_type", "flat"),
+        image_aspect_ratio=_given(config, "image_aspect_ratio", "square"),
+        image_grid_pinpoints=schema.read_pinpoints(config.get("image_grid_pinpoints")),
+        mm_use_im_start_end=_given(config, "mm_use_im_start_end", False),
+        mm_use_im_patch_token=_given(config, "mm_use_im_patch_token", True),
+        tokenizer_padding_side=_given(config, "tokenizer_padding_side", "right"),
         tokenizer_model_max_length=config.get("tokenizer_model_max_length"),
-        s2=bool(config.get("s2", False)),
-        s2_scales=_read_scales(config.get("s2_scales") or "336,672,1008"),
-        unfreeze_mm_vision_tower=bool(config.get("unfreeze_mm_vision_tower", False)),
+        s2=_given(config, "s2", False),
+        s2_scales=schema.read_scales(_given(config, "s2_scales", "336,672,1008")),
+        unfreeze_mm_vision_tower=_given(config, "unfreeze_mm_vision_tower", False),
     )
 
 
 def read_llava_hf(config: dict) -> dict:
-    c.one_of("model_type", config.get("model_type"), ("llava", "llava_next"))
-    c.one_of("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",))
-    c.one_of("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,))
     strategy = config.get("vision_feature_select_strategy", "default")
-    c.one_of("vision_feature_select_strategy", strategy, ("default", "full"))
     anyres = config["model_type"] == "llava_next"
     text = dict(config["text_config"])
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    kind = text.get("model_type", "llama")
-    c.one_of("text_config.model_type", kind, ("llama", "mistral"))
     vision_config = config.get("vision_config") or {}
-    c.one_of("vision_config.model_type", vision_config.get("model_type", "clip_vision_model"), ("clip_vision_model",))
-    read_text = _read_text(text, kind == "mistral")
+    read_text = _read_text(text, text.get("model_type") == "mistral")
     pinpoints = config.get("image_grid_pinpoints") or (c.PINPOINTS_336 if anyres else ())
     return dict(
         text=read_text,
@@ -150,7 +147,7 @@ def read_llava_hf(config: dict) -> dict:
         mm_hidden_size=None,
         mm_patch_merge_type="spatial_unpad" if anyres else "flat",
         image_aspect_ratio="anyres" if anyres else "pad",  # the original's 1.5 pads; llava-hf's processor crops
-        image_grid_pinpoints=_read_pinpoints(pinpoints),
+        image_grid_pinpoints=schema.read_pinpoints(pinpoints),
         tokenizer_model_max_length=read_text.max_position_embeddings if anyres else None,
         s2=False,
         s2_scales=(336, 672, 1008),
@@ -165,7 +162,7 @@ def read_generation(generation: dict | None, text: c.TextConfig) -> c.Generation
     eos = generation.get("eos_token_id")
     eos = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     pad = generation.get("pad_token_id")
-    if pad is None:
+    if pad in (None, -1):
         pad = eos[0] if eos else 0  # as transformers' generate does
     top_p, top_k = generation.get("top_p"), generation.get("top_k")
     return c.GenerationDefaults(eos, pad, 1.0 if top_p is None else top_p, 50 if top_k is None else top_k)

@@ -6,9 +6,10 @@ Imports neither JAX nor torch.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from etils import epath
@@ -18,9 +19,10 @@ from llava_jax.files import reason_of
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's little-endian mark begins with the first, too
 # Of a value: its types; an object's keys and their kinds; or, in a list, the kind of each of a list's entries.
 Kind: TypeAlias = "tuple[type, ...] | Mapping[str, Kind] | list[Kind]"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how what git clones in place of a large file begins
 
 
-def read_file(path) -> bytes:
+def read_file(path, remedy: str = "") -> bytes:
     """A file's bytes.
 
     Raises:
@@ -29,7 +31,7 @@ def read_file(path) -> bytes:
     try:
         return epath.Path(path).read_bytes()
     except Exception as error:  # a NUL in its name is a ValueError, and object stores have kinds of their own
-        raise FileNotFoundError(f"{path}: cannot be read ({reason_of(error)})") from error
+        raise FileNotFoundError(f"{path}: cannot be read ({reason_of(error)}){remedy and '; ' + remedy}") from error
 
 
 def read_lines(path) -> list[bytes]:
@@ -60,7 +62,8 @@ def parse_json(data: bytes | str, where: str, remedy: str = "") -> Any:
     except RecursionError:
         reason = "nested too deep"
     except ValueError as error:  # UnicodeDecodeError is one
-        reason = str(error)
+        pointer = isinstance(data, bytes) and data.startswith(LFS_POINTER)
+        reason = "a git-LFS pointer" if pointer else str(error)
     raise ValueError(f"{where}: not JSON ({reason}){remedy and '; ' + remedy}")
 
 
@@ -71,7 +74,7 @@ def read_json(path, remedy: str = "") -> Any:
         FileNotFoundError: it is not there, or cannot be read.
         ValueError: as `parse_json`.
     """
-    return parse_json(read_file(path), str(path), remedy)
+    return parse_json(read_file(path, remedy), str(path), remedy)
 
 
 def read_json_object(path, remedy: str = "") -> dict:
@@ -85,6 +88,15 @@ def read_json_object(path, remedy: str = "") -> dict:
         got = type(value).__name__
         raise ValueError(f"{path}: a JSON object was expected, not {got}{remedy and '; ' + remedy}")
     return value
+
+
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """A ValueError raised in this block begins with what it is about, such as a directory."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def read_objects(path, kinds: Mapping[str, Kind], remedy: str = "") -> list[dict]:

@@ -131,7 +131,7 @@ def main() -> None:
     source = args.directory / config.name
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
-    (source / "tokenizer.model").write_bytes(b"a stand-in: the conversion copies it and reads nothing of it")
+    shutil.copyfile(ROOT / "tests" / "golden" / "tokenizers" / "llama" / "tokenizer.model", source / "tokenizer.model")
     tower = tower_shapes(config.vision, "model.vision_tower.vision_tower.vision_model.")
     projector = projector_shapes(config, ("model.mm_projector.0", "model.mm_projector.2"))
     newline = {"model.image_newline": (config.text.hidden_size,)}

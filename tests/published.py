@@ -55,6 +55,17 @@ def write_json(path, value):
     path.write_text(json.dumps(value))
 
 
+def tokenizer_model(words=TEXT["vocab_size"], stem="word"):
+    """A `tokenizer.model` of so many pieces."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    model = pb.ModelProto()
+    for i in range(words):
+        piece = ("<unk>", "<s>", "</s>")[i] if i < 3 else f"{stem}{i}"
+        model.pieces.add(piece=piece, score=-i, type=(2, 3, 3)[i] if i < 3 else 1)  # unknown, control, or normal
+    return model.SerializeToString()
+
+
 def random_tensors(shapes, dtype=ml_dtypes.bfloat16, seed=0):
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
@@ -119,7 +130,7 @@ class Checkpoint:
         self.tensors = random_tensors(liuhaotian_shapes(self.config, tower), dtype)
         write_json(self.path / "config.json", self.published)
         write_json(self.path / "generation_config.json", {"eos_token_id": 2})
-        (self.path / "tokenizer.model").write_bytes(b"tokens")
+        (self.path / "tokenizer.model").write_bytes(tokenizer_model())
         self.save()
 
     def save(self):
@@ -138,7 +149,7 @@ def hf_checkpoint(tmp_path, decoder, head, tower, projector, newline, kind="llav
     }
     write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", PREPROCESSOR)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.model").write_bytes(tokenizer_model())
     parsed = LlavaConfig.from_hf(config)
     linears = tuple(f"{projector}linear_{n}" for n in (1, 2))
     shapes = decoder_shapes(parsed.text, decoder, head) | tower_shapes(parsed.vision, tower)

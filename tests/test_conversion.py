@@ -25,6 +25,7 @@ from published import (
     hf_checkpoint,
     original_name,
     read_params,
+    tokenizer_model,
     write_clip,
     write_json,
 )
@@ -139,7 +140,7 @@ def test_what_transformers_saves(tmp_path, anyres, tied):
         model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(**parts))
     path = tmp_path / "live"
     model.save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.model").write_bytes(tokenizer_model())
 
     def name_of(name):
         name = original_name(name).replace(TOWER, "model.vision_tower.")
@@ -287,7 +288,7 @@ def test_stage_1_projector_over_a_base(tmp_path, prefix):
     torch.save(stage_1, tiny.path / "mm_projector.bin")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer"):
         convert(tiny.path, tmp_path / "out", progress=False)
-    (tiny.path / "tokenizer.model").write_bytes(b"not this one")
+    (tiny.path / "tokenizer.model").write_bytes(tokenizer_model(stem="another"))
     with pytest.raises(FileNotFoundError, match="stage-1 projector: give its language model with --model-base"):
         convert(tiny.path, tmp_path / "out", progress=False)
     base_tensors = {n: t for n, t in tiny.tensors.items() if "mm_projector" not in n}
@@ -296,7 +297,7 @@ def test_stage_1_projector_over_a_base(tmp_path, prefix):
     tensors = {n: t.astype(np.float32) if "mm_projector" in n else t for n, t in tiny.tensors.items()}
     clip = {n.replace("vision_model.", TOWER): t for n, t in tiny.clip_tensors.items()}
     assert check_values(output, tensors | clip) > set(tensors)
-    assert (output / "tokenizer.model").read_bytes() == b"tokens"
+    assert (output / "tokenizer.model").read_bytes() == tokenizer_model()
     with pytest.raises(FileNotFoundError, match=r"no mm_projector\.bin; --model-base is for"):
         convert(with_config(tmp_path, tiny), tmp_path / "out2", model_base=str(base), progress=False)
 

@@ -79,7 +79,7 @@ def test_bad_directories(tiny, tmp_path):
     write_json(tiny.path / "adapter_config.json", {})
     fails(FileNotFoundError, "LoRA adapter: merge it")
     (tiny.path / "config.json").write_text('{"model_type": "llava",')
-    fails(ValueError, r"config.json: not valid JSON \(.*\); get the file again")
+    fails(ValueError, r"config.json: not JSON \(.*\); get the file again")
     (tiny.path / "config.json").write_text("[]")
     fails(ValueError, "config.json: a JSON object was expected, not list")
     (tiny.path / "config.json").unlink()

@@ -149,7 +149,7 @@ def test_llava_hf_names_of_every_generation(tmp_path, prefixes, kind):
     (path / "chat_template.jinja").write_text("{{ messages }}")
     back = assert_round_trip(path, tmp_path, load_file(path / "model.safetensors"))
     assert json.loads((back / "preprocessor_config.json").read_text()) == PREPROCESSOR
-    for file in ("processor_config.json", "chat_template.jinja", "tokenizer.json"):
+    for file in ("processor_config.json", "chat_template.jinja", "tokenizer.model"):
         assert (back / file).read_bytes() == (path / file).read_bytes()
 
 

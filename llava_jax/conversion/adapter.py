@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from llava_jax import checkpoint
 from llava_jax.checkpoint import ADAPTERS, TRAIN_OPTIONS
+from llava_jax.config_schema import read_checked
 from llava_jax.conversion import key_table
 from llava_jax.conversion.directories import check_output, new_directory
 from llava_jax.conversion.safetensors_files import write_safetensors
-from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.conversion.sources import write_json
 from llava_jax.conversion.stored import (
     Converted,
     Stored,
@@ -71,7 +72,7 @@ def export_adapter(
             arrays = read_tensors(converted.stored, others.values(), bar)
             _write_torch(temporary / "non_lora_trainables.bin", dict(zip(others, arrays, strict=True)))
         write_json(temporary / "adapter_config.json", _adapter_config(options, tensors))
-        write_json(temporary / "config.json", read_json(converted.directory / "config.json"))
+        write_json(temporary / "config.json", read_checked(converted.directory / "config.json"))
     say(f"wrote {output}: {nbytes / 2**20:.0f} MiB")
     return output
 
@@ -92,7 +93,7 @@ def _read_options(converted: Converted) -> dict:
         raise ValueError(
             f"{directory}: no adapters ({ADAPTERS}, {TRAIN_OPTIONS}); --adapter is for what --stage lora left"
         )
-    return read_json(directory / TRAIN_OPTIONS)
+    return read_checked(directory / TRAIN_OPTIONS)
 
 
 def _adapter_tensors(converted: Converted, adapters: Stored, dtype: str | None) -> dict[str, Written]:
@@ -132,7 +133,7 @@ def _adapter_config(options: dict, tensors: dict[str, Written]) -> dict:
     base = Path(options["model_path"])
     manifest = base / checkpoint.MANIFEST
     return {
-        "base_model_name_or_path": read_json(manifest)["source"] if manifest.is_file() else str(base),
+        "base_model_name_or_path": read_checked(manifest)["source"] if manifest.is_file() else str(base),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

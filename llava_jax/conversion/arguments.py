@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from llava_jax.constants import DTYPES
+from llava_jax.failures import exit_status
 from llava_jax.inputs.conversation import conv_templates
 
 LAYOUTS = ("liuhaotian", "llava-hf")
@@ -51,11 +53,6 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained, unmerged (a PEFT directory)")
 
 
-def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> None:
-    """Parse and run one of the scripts in convert/; an error of the user's is one line and status 1."""
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing is left behind")
+def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> NoReturn:
+    """Parse and run one of the scripts in convert/, and end with its status."""
+    sys.exit(exit_status("", lambda: run(parser.parse_args(argv))))

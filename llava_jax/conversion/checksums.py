@@ -13,7 +13,8 @@ import numpy as np
 
 from llava_jax import checkpoint
 from llava_jax.checkpoint import CHECKSUMS
-from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.config_schema import read_checked
+from llava_jax.conversion.sources import write_json
 from llava_jax.conversion.stored import Stored, as_tensor, batches, load, open_stored
 
 
@@ -51,13 +52,8 @@ def record_stored(path: Path) -> dict[str, dict]:
 
 def write_record(directory: Path, record: dict[str, dict]) -> None:
     """The record of the parameters, and the SHA-256 of the small files that stand beside them by now."""
-    files = {path.name: _sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    files = {path.name: checkpoint.sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
     write_json(directory / CHECKSUMS, {"files": files, "parameters": dict(sorted(record.items()))})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(directory: str | os.PathLike) -> list[str]:
@@ -74,19 +70,16 @@ def check(directory: str | os.PathLike) -> list[str]:
     if not (directory / CHECKSUMS).is_file():
         return [f"{CHECKSUMS}: there is none (trained, or converted by an older llava_jax): nothing to compare with"]
     try:
-        record = read_json(directory / CHECKSUMS)
-        files, parameters = dict(record["files"]), dict(record["parameters"])
+        record = read_checked(directory / CHECKSUMS)
         stored = open_stored(directory / checkpoint.PARAMS)
-    except (KeyError, TypeError):
-        return [f"{CHECKSUMS}: damaged"]
     except ValueError as error:
         return [str(error)]
-    return _check_files(directory, files) + _check_parameters(stored, parameters)
+    return _check_files(directory, record["files"]) + _check_parameters(stored, record["parameters"])
 
 
 def _check_files(directory: Path, files: dict[str, str]) -> list[str]:
     missing = [name for name in files if not (directory / name).is_file()]
-    changed = [name for name in files if name not in missing and _sha256(directory / name) != files[name]]
+    changed = [name for name in files if name not in missing and checkpoint.sha256(directory / name) != files[name]]
     return [f"{name}: missing" for name in missing] + [
         f"{name}: changed since it was written (its SHA-256 differs)" for name in changed
     ]

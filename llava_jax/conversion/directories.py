@@ -62,6 +62,8 @@ def new_directory(output: Path, nbytes: int) -> Iterator[Path]:
             temporary.rename(output)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"interrupted; nothing is left of {output}") from error
             if isinstance(error, OSError) and error.errno in FULL:
                 raise OSError(
                     f"{output}: the disk became full ({os.strerror(error.errno)}); free {nbytes / 2**30:.1f} GiB, or "

@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from llava_jax import checkpoint
+from llava_jax import checkpoint, config_layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
 from llava_jax.conversion import checksums, key_table, sources
 from llava_jax.conversion.arguments import add_arguments, run_command
@@ -27,23 +27,14 @@ from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
 from llava_jax.conversion.prompt_template import choose_template
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
+from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES, check_small_files
 from llava_jax.conversion.sources import Location, Tensor, write_json
 from llava_jax.conversion.stored import quiet_orbax
+from llava_jax.inputs.text import check_text
 from llava_jax.models.llava import param_shapes
 from llava_jax.quantize import check_quantize, quantize_leaves
+from llava_jax.records import naming
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.json",
-)
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)  # of llava-hf, for the way back
 BUFFERS = "buffers.safetensors"  # what the published checkpoint holds beside its parameters, for the way back
 
 
@@ -118,11 +109,11 @@ def convert(
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: one clear reason; nothing is left behind.
     """
-    source = os.fspath(source)
+    source = check_text(os.fspath(source), "source")
     key_table.check_dtype(dtype)
     check_quantize(quantize, quantize_also)
     name = checkpoint_name(source)
-    output = Path(output if output is not None else name).expanduser().absolute()
+    output = Path(check_text(os.fspath(output if output is not None else name), "--output")).expanduser().absolute()
     check_output(output)
     say = print if progress else lambda *_: None
     if new_projector is None and anyres:
@@ -154,7 +145,7 @@ def convert(
 
 def checkpoint_name(source: str) -> str:
     """A checkpoint's name (the original's get_model_name_from_path); of a hub cache's snapshot, its repository's."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     parts = Path(os.path.abspath(path)).parts if path.is_dir() else path.parts
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].rpartition("--")[2]
@@ -177,6 +168,12 @@ def read_published(
     location = sources.locate(source, revision)
     config = location.read_config()
     layout = "llava-hf" if "text_config" in config else "liuhaotian"
+    base = sources.locate(model_base) if model_base is not None else None
+    text = base or location  # whose tokenizer and generation defaults they are
+    generation = text.read_json("generation_config.json")
+    if new_projector is None:
+        with naming(source):
+            config_layouts.check(config, None, None, generation)
     tower, tower_error = None, ""
     vision_config, preprocessor = config.get("vision_config"), _preprocessor(location)
     if layout == "liuhaotian":
@@ -186,11 +183,9 @@ def read_published(
     if new_projector is not None:
         named = vision_tower if tower is None or tower.commit else str(tower.path)
         config = llava_config(config, new_projector, named, vision_config, anyres)
-    base = sources.locate(model_base) if model_base is not None else None
-    generation = (base or location).read_json("generation_config.json")
-    parsed = LlavaConfig.from_hf(config, vision_config, preprocessor, generation, name)
-    if not any(((base or location).path / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
-        raise FileNotFoundError(f"{(base or location).given}: no tokenizer (tokenizer.model or tokenizer.json)")
+    with naming(source):
+        parsed = LlavaConfig.from_hf(config, vision_config, preprocessor, generation, name)
+    check_small_files(location, text, parsed)
     vision_config = vision_config or _vision_dict(parsed.vision)
     preprocessor = preprocessor or _preprocessor_dict(parsed.vision)
     new = new_projector is not None

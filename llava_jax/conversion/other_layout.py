@@ -8,8 +8,9 @@ from typing import Any
 
 from llava_jax import config_layouts as layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig
+from llava_jax.config_schema import read_checked
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.conversion.sources import write_json
 from llava_jax.inputs.tokenizer import load_tokenizer
 
 ROWS = 64  # where llava-hf's tables grow for `<image>`, it is to a multiple of this
@@ -106,11 +107,11 @@ def _check(layout: str, config: LlavaConfig, again: dict, what: str) -> None:
 
 def image_token(config: LlavaConfig, directory: Path) -> int:
     """The id of `<image>` in a checkpoint's tokenizer files, or the one that it gets there."""
-    listed = {token["content"]: int(i) for i, token in _config(directory).get("added_tokens_decoder", {}).items()}
+    listed = {token["content"]: int(i) for i, token in (_config(directory).get("added_tokens_decoder") or {}).items()}
     if (directory / "added_tokens.json").is_file():
-        listed |= read_json(directory / "added_tokens.json")
+        listed |= read_checked(directory / "added_tokens.json")
     if (directory / "tokenizer.json").is_file():
-        listed |= {t["content"]: t["id"] for t in read_json(directory / "tokenizer.json").get("added_tokens", [])}
+        listed |= {t["content"]: t["id"] for t in read_checked(directory / "tokenizer.json").get("added_tokens") or []}
     if DEFAULT_IMAGE_TOKEN in listed:
         return listed[DEFAULT_IMAGE_TOKEN]
     return len(load_tokenizer(directory, config.name, config.reading))
@@ -126,14 +127,14 @@ def add_image_token(directory: Path, token: int) -> None:
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     entry = {"content": DEFAULT_IMAGE_TOKEN, **flags, "special": True}
     config, added = _config(directory), directory / "added_tokens.json"
-    if "added_tokens_decoder" in config:
+    if config.get("added_tokens_decoder") is not None:
         config["added_tokens_decoder"].setdefault(str(token), entry)
         write_json(directory / "tokenizer_config.json", config)
-    listed = read_json(added) if added.is_file() else {}
+    listed = read_checked(added) if added.is_file() else {}
     write_json(added, {DEFAULT_IMAGE_TOKEN: token, **listed})
     fast = directory / "tokenizer.json"
     if fast.is_file():
-        content = read_json(fast)
+        content = read_checked(fast)
         if all(one["content"] != DEFAULT_IMAGE_TOKEN for one in content.setdefault("added_tokens", [])):
             content["added_tokens"].append({"id": token, **entry})
             write_json(fast, content)
@@ -141,7 +142,7 @@ def add_image_token(directory: Path, token: int) -> None:
 
 def _config(directory: Path) -> dict:
     path = directory / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_checked(path) if path.is_file() else {}
 
 
 # ---- what transformers prepares the inputs with

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
+from llava_jax.config_schema import HEADER, read_checked, refuse
 from llava_jax.conversion.key_table import TensorInfo
+from llava_jax.failures import first_line
 from llava_jax.files import write_atomically
+from llava_jax.records import parse_json
 
 # In the order of preference, as in transformers: the file itself, or an index that lists the shards.
 WEIGHT_FILES = (
@@ -24,6 +28,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+AGAIN = "get the file again"
 PROJECTOR_FILE = "mm_projector.bin"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
@@ -57,7 +62,7 @@ class Location:
     def read_json(self, name: str) -> dict | None:
         """A JSON file of the directory; None where there is none."""
         path = self.path / name
-        return read_json(path) if path.is_file() else None
+        return read_checked(path, AGAIN) if path.is_file() else None
 
     def read_config(self) -> dict:
         """`config.json`, which a published checkpoint has."""
@@ -65,16 +70,6 @@ class Location:
         if config is None:
             raise FileNotFoundError(f"{self.given}: there is no config.json, so this is no published checkpoint")
         return config
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); get the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was expected, not {type(value).__name__}; get the file again")
-    return value
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -88,7 +83,7 @@ def locate(source: str, revision: str | None = None) -> Location:
     Raises:
         FileNotFoundError: neither of them can be had; the message says why.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises for a home of nobody
     if source and path.is_dir():
         if revision is not None:
             raise ValueError(f"--revision {revision}: {source} is a local directory; a revision is for a hub id only")
@@ -150,9 +145,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ValueError(f"{index}: has no weight_map from tensors to files; get the file again")
+    weight_map = read_checked(index, AGAIN)["weight_map"]
     shards = sorted(set(weight_map.values()))
     location.fetch(shards)
     absent = [shard for shard in shards if not (location.path / shard).is_file()]
@@ -162,9 +155,9 @@ def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
     lies, unlisted = [], []
     for shard in shards:
         held = open_file(location.path / shard)
-        lies += [f"{n} ({shard})" for n, file in weight_map.items() if file == shard and n not in held]
+        lies += [f"{n:.200} ({shard})" for n, file in weight_map.items() if file == shard and n not in held]
         tensors |= {n: t for n, t in held.items() if weight_map.get(n) == shard}
-        unlisted += [f"{n} ({shard})" for n in held if n not in weight_map]
+        unlisted += [f"{n:.200} ({shard})" for n in held if n not in weight_map]
     for what, names in (("lists tensors that their files do not hold", lies), ("leaves out tensors", unlisted)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -179,8 +172,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         if size < 8 or length > min(size - 8, 100 << 20):
             raise ValueError(f"{path}: truncated, or not a safetensors file (a git-lfs pointer?); download it again")
         try:
-            entries = _read_entries(json.loads(file.read(length)))
-        except (ValueError, AttributeError, TypeError, KeyError):
+            entries = _read_entries(parse_json(file.read(length), str(path)))
+        except ValueError:
             raise ValueError(f"{path}: its safetensors header is damaged; download it again") from None
     start = 8 + length
     end = start + max((stop for *_, stop in entries.values()), default=0)
@@ -194,14 +187,15 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_entries(header: dict) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def _read_entries(header: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
     """Name → (dtype, shape, first byte, end) of each tensor.
 
     Raises:
-        ValueError, AttributeError, TypeError, KeyError: damaged; tensors fill their file without a gap, as in the
-            safetensors library.
+        ValueError: damaged; tensors fill their file without a gap, as in the safetensors library.
     """
-    header.pop("__metadata__", None)
+    if isinstance(header, dict):
+        header = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    refuse(HEADER.problems("", header), "header")
     entries, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
@@ -243,8 +237,8 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
             if "mmap can only be used" not in str(error):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of every kind, as bytes of it happen to be read
+        reason = first_line(error)
         raise ValueError(f"{path}: truncated, or not a file of tensors ({reason}); download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a dictionary of tensors, so no published weights")

@@ -18,7 +18,6 @@ from llava_jax import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import key_table
 from llava_jax.conversion.key_table import TensorInfo
-from llava_jax.conversion.sources import read_json
 from llava_jax.models.llava import param_shapes
 
 
@@ -81,10 +80,10 @@ def open_converted(directory: str | os.PathLike) -> Converted:
         FileNotFoundError, ValueError: not a finished converted checkpoint.
     """
     directory = Path(directory).expanduser()
-    config = checkpoint.load_config(directory)
+    config, manifest = checkpoint.load_config(directory), checkpoint.read_manifest(directory)
     stored = open_stored(directory / checkpoint.PARAMS)
     checkpoint.check_tree(directory, unflatten_dict(stored.infos, sep="/"), param_shapes(config))
-    return Converted(directory, read_json(directory / checkpoint.MANIFEST), config, stored)
+    return Converted(directory, manifest, config, stored)
 
 
 def as_tensor(stored: Stored, path: str, transform: str, dtype: str | None = None) -> Written:

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from llava_jax.config_schema import read_checked
 from llava_jax.conversion import key_table, other_layout, sources
 from llava_jax.conversion.adapter import export_adapter
 from llava_jax.conversion.arguments import add_export_arguments, run_command
 from llava_jax.conversion.directories import check_output, new_directory
-from llava_jax.conversion.from_hf import BUFFERS, PROCESSOR_FILES, TOKENIZER_FILES
+from llava_jax.conversion.from_hf import BUFFERS
 from llava_jax.conversion.safetensors_files import write_checkpoint
-from llava_jax.conversion.sources import Tensor, read_json, write_json
+from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES
+from llava_jax.conversion.sources import Tensor, write_json
 from llava_jax.conversion.stored import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has long had it
@@ -97,7 +99,7 @@ def _has(converted: Converted, name: str) -> bool:
 def published_config(converted: Converted, layout: str, vision_tower: str | None) -> dict:
     """The `config.json` to write, but for its dtype."""
     if layout == converted.layout:
-        config = read_json(converted.directory / "config.json")
+        config = read_checked(converted.directory / "config.json")
         return config | ({"mm_vision_tower": vision_tower} if vision_tower else {})
     what = str(converted.directory)
     if layout == "liuhaotian":
@@ -164,7 +166,7 @@ def _write_small_files(directory: Path, converted: Converted, layout: str, confi
     same = layout == converted.layout
     if same:
         names += ["preprocessor_config.json", *PROCESSOR_FILES]
-    if config == read_json(converted.directory / "config.json"):
+    if config == read_checked(converted.directory / "config.json"):
         names.append("config.json")  # byte for byte
     else:
         write_json(directory / "config.json", config)

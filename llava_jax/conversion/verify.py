@@ -282,4 +282,4 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: verify.py llava-v1.6-vicuna-7b --reference liuhaotian/llava-v1.6-vicuna-7b --image photo.jpg",
     )
     add_verify_arguments(parser)
-    run_command(parser, lambda args: sys.exit(run(args)), argv)
+    run_command(parser, run, argv)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_jax.checkpoint import MANIFEST, load_config, load_params
-from llava_jax.conversion.sources import read_json, write_json
+from llava_jax.conversion.sources import write_json
 from llava_jax.demo.dataset import DATA, IMAGES, write_dataset
 from llava_jax.demo.model import (
     NAME,
@@ -20,6 +20,7 @@ from llava_jax.demo.model import (
 )
 from llava_jax.demo.pretrain import pretrain_tower
 from llava_jax.inputs.tokenizer import load_tokenizer
+from llava_jax.records import read_json_object
 
 SEED = 1  # of the training scenes; `score` draws its own
 TOWER_STEPS, TOWER_RATE = 5000, 2e-3
@@ -129,4 +130,4 @@ def _run(phase: Phase, number: int, start: Path, output: Path) -> Path:
 def _set_aspect(directory: Path, ratio: str) -> None:
     """A converted checkpoint's image_aspect_ratio, which its next phase trains with."""
     file = directory / "config.json"
-    write_json(file, read_json(file) | {"image_aspect_ratio": ratio})
+    write_json(file, read_json_object(file) | {"image_aspect_ratio": ratio})

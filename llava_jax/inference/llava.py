@@ -353,6 +353,9 @@ def load(
 ) -> tuple[Llava, dict]:
     """A converted checkpoint, ready to use.
 
+    A small file that is not what the conversion wrote is warned about; the parameters' checksums are compared by
+    `llava-jax verify DIR --quick` only, for that takes longer than this may.
+
     Args:
         directory: what `convert/from_hf.py` wrote.
         dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU.

@@ -7,7 +7,6 @@ slow one, legacy or not, and the fast one. It needs sentencepiece only. Imports 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -17,15 +16,18 @@ from pathlib import Path
 from etils import epath
 from sentencepiece import SentencePieceProcessor
 
+from llava_jax.config_schema import SPECIAL_NAMES, read_checked
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_jax.failures import first_line
+from llava_jax.records import LFS_POINTER, read_file
 
 SPIECE_UNDERLINE = "▁"
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 # Serialized `normalizer_spec`s: after a model's bytes, such a message overrides those fields of the model's own.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # add_dummy_prefix: false
 _PREFIX_AND_NOTHING_ELSE = b"\x1a\x06\x12\x00\x18\x01\x20\x00"  # no charsmap, dummy prefix, extra spaces kept
+AGAIN = "download it again"
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -97,6 +99,10 @@ class LlamaTokenizer:
     def __len__(self) -> int:
         """Number of different tokens, the added ones included: the rows that the embedding table needs."""
         return len(self._vocabulary)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → id of everything that a text can become."""
+        return dict(self._vocabulary)
 
     def add_tokens(self, tokens: Iterable[str | AddedToken]) -> LlamaTokenizer:
         """A new tokenizer that has these as special tokens too, as transformers' `add_tokens(…, special_tokens=True)`.
@@ -318,29 +324,27 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
     if (files / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast  # slow to import
 
-        _read_json(files / "tokenizer.json")
+        for file in (files / "tokenizer_config.json", files / "special_tokens_map.json", files / "tokenizer.json"):
+            _read_checked(file)
         with tempfile.TemporaryDirectory() as local:  # transformers reads no gs://
             for file in files.glob("*token*.json"):
                 (Path(local) / file.name).write_bytes(file.read_bytes())
-            return PreTrainedTokenizerFast.from_pretrained(local)
+            try:
+                return PreTrainedTokenizerFast.from_pretrained(local)
+            except Exception as error:  # the Rust library's own, and whatever comes of keys that are not there
+                raise ValueError(f"{files / 'tokenizer.json'}: no tokenizer ({first_line(error)}); {AGAIN}") from error
     raise FileNotFoundError(
         f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
     )
 
 
 def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
-    path = directory / "tokenizer.model"
-    proto = path.read_bytes()
-    try:
-        SentencePieceProcessor().LoadFromSerializedProto(proto)
-    except RuntimeError as error:
-        raise ValueError(f"{path} ({len(proto)} bytes) is not a SentencePiece model; download it again") from error
-
-    config = _read_json(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" in config:
+    proto = _read_model(directory / "tokenizer.model")
+    config = _read_checked(directory / "tokenizer_config.json")
+    if config.get("added_tokens_decoder") is not None:
         added = {int(i): _added_token(token) for i, token in config["added_tokens_decoder"].items()}
     else:
-        config |= _read_json(directory / "special_tokens_map.json")
+        config |= _read_checked(directory / "special_tokens_map.json")
         added = _added_tokens_of_older_files(directory)
     by_content = {token.content: token for token in added.values()}
     special = {name: AddedToken(content) for name, content in DEFAULT_SPECIAL.items() if name not in config}
@@ -348,6 +352,8 @@ def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
         if config.get(name) is not None:
             token = _added_token(config[name])
             special[name] = by_content.get(token.content, token)
+    if "unk_token" not in special:
+        raise ValueError(f"{directory}: its tokenizer files say unk_token=null, which must be a text; {AGAIN}")
     # Those without a name override the listed ones only where they say how they strip.
     additional = [t if isinstance(t, str) else _added_token(t) for t in config.get("additional_special_tokens") or []]
 
@@ -358,17 +364,29 @@ def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
         additional_special_tokens=tuple(t if isinstance(t, str) else t.content for t in additional),
         legacy=config.get("legacy", True) is not False,
         fast=fast,
-        add_bos_token=config.get("add_bos_token", True),
-        add_eos_token=config.get("add_eos_token", False),
+        add_bos_token=bool(config.get("add_bos_token", True)),
+        add_eos_token=bool(config.get("add_eos_token", False)),
     )
     in_order = [special[name] for name in SPECIAL_NAMES if name in special]
     return tokenizer.add_tokens([*in_order, *additional])
 
 
+def _read_model(path: Path) -> bytes:
+    proto = read_file(path, AGAIN)
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(proto)
+        for override in (_NO_DUMMY_PREFIX, _PREFIX_AND_NOTHING_ELSE):
+            SentencePieceProcessor().LoadFromSerializedProto(proto + override)
+    except RuntimeError as error:
+        pointer = "a git-LFS pointer, not" if proto.startswith(LFS_POINTER) else "not"
+        raise ValueError(f"{path} ({len(proto)} bytes) is {pointer} a SentencePiece model; {AGAIN}") from error
+    return proto
+
+
 def _added_tokens_of_older_files(directory: Path) -> dict[int, AddedToken]:
     """Added tokens where `tokenizer_config.json` does not list them, from the files of before and from the fast one."""
-    added = {i: AddedToken(content) for content, i in _read_json(directory / "added_tokens.json").items()}
-    listed = _read_json(directory / "tokenizer.json").get("added_tokens", [])
+    added = {i: AddedToken(content) for content, i in _read_checked(directory / "added_tokens.json").items()}
+    listed = _read_checked(directory / "tokenizer.json").get("added_tokens") or []
     return added | {token["id"]: _added_token(token) for token in listed}
 
 
@@ -378,10 +396,5 @@ def _added_token(token: str | dict) -> AddedToken:
     return AddedToken(token["content"], *(bool(token.get(key)) for key in ("lstrip", "rstrip", "special")))
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+def _read_checked(path: Path) -> dict:
+    return read_checked(path, AGAIN) if path.is_file() else {}

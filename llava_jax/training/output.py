@@ -16,9 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax import checkpoint, hosts
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import checksums, key_table
-from llava_jax.conversion.sources import open_file, read_json, write_json
+from llava_jax.conversion.sources import open_file, write_json
 from llava_jax.files import write_atomically
 from llava_jax.models.llava import param_shapes
+from llava_jax.records import read_json_object
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params
 from llava_jax.training.options import TrainOptions
@@ -40,7 +41,7 @@ def check_output(options: TrainOptions) -> None:
     if (output / checkpoint.MANIFEST).exists():
         raise FileExistsError(f"{output}: trained already; give another --output-dir")
     if (output / checkpoint.TRAIN_OPTIONS).exists():
-        before = read_json(output / checkpoint.TRAIN_OPTIONS)
+        before = read_json_object(output / checkpoint.TRAIN_OPTIONS)
         others = [f"{name} was {before.get(name)!r}" for name, value in told.items() if before.get(name) != value]
         if others:
             raise FileExistsError(
@@ -212,7 +213,7 @@ def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path,
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
             shutil.copyfile(file, output / file.name)
-    hf = read_json(source / "config.json")
+    hf = read_json_object(source / "config.json")
     if "text_config" not in hf:  # the original's layout says how it was trained
         hf |= {
             "tune_mm_mlp_adapter": options.stage == "pretrain",
@@ -225,5 +226,5 @@ def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path,
     write_json(output / "config.json", hf)
     record = checksums.record_stored(output / checkpoint.PARAMS)
     own = {"source": str(source), "dtype": options.dtype, "fingerprint": checksums.fingerprint(record)}
-    write_json(output / checkpoint.MANIFEST, read_json(source / checkpoint.MANIFEST) | own)
+    write_json(output / checkpoint.MANIFEST, read_json_object(source / checkpoint.MANIFEST) | own)
     checksums.write_record(output, record)

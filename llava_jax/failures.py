@@ -1,0 +1,86 @@
+"""How a command ends when something goes wrong: one line on stderr, and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable
+
+TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
+INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
+
+
+def exit_status(program: str, run: Callable[[], int | None]) -> int:
+    """Run a command, whatever comes of it.
+
+    Args:
+        program: how its errors begin: "PROGRAM: error: …"; "" is "error: …".
+        run: the command; what it returns is its exit status, None is 0.
+
+    Returns:
+        the exit status; 1 for an error, 130 for Ctrl-C, 141 where nobody reads what is printed any more.
+    """
+    _take_any_text()
+    try:
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except SystemExit:  # argparse's
+        raise
+    except KeyboardInterrupt as interruption:
+        _say(str(interruption) or "interrupted")
+        return INTERRUPTED
+    except BaseException as error:  # some libraries' own derive from no Exception
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return READER_GONE
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exception(error)
+        _say(f"{program}{program and ': '}error: {describe(error)}")
+        return 1
+
+
+def describe(error: BaseException) -> str:
+    """An error as its line tells it: the messages of ValueError and OSError are written for users, others are not."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error)
+    first = first_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "out of memory" in first.lower():
+        return f"not enough memory ({first}); ask for less at once, or hold the model in fewer bytes (--quantize int8)"
+    return f"{type(error).__name__}: {first} ({TRACEBACK}=1 shows where)"
+
+
+def _take_any_text() -> None:
+    """Text that is not UTF-8 costs its question where it is read, and shows as \\udc80 where it is printed."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        with contextlib.suppress(AttributeError):  # what stands in for it may be anything
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads that either
+        print(line, file=sys.stderr, flush=True)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output's reader who is gone; then no more is written to it."""
+    try:
+        stdout, poll = sys.stdout.fileno(), select.poll()
+        poll.register(stdout, select.POLLOUT)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        return True
+    except (OSError, ValueError, AttributeError):  # no file, or no poll on this system
+        return False

@@ -1,0 +1,108 @@
+"""Whatever goes wrong in a command is one line and a status; the traceback is there for the asking."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from make_7b import ROOT
+
+from llava_jax import cli
+from llava_jax.failures import exit_status
+
+ENV = {key: value for key, value in os.environ.items() if key != "LLAVA_JAX_TRACEBACK"}
+
+
+class Panic(BaseException):
+    """As a Rust library's own, which derives from no Exception."""
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("--x 3 is wrong"), "p: error: --x 3 is wrong"),
+        (FileNotFoundError("/a: no such file"), "p: error: /a: no such file"),
+        (OverflowError("too large\nfor C"), "p: error: OverflowError: too large (LLAVA_JAX_TRACEBACK=1 shows where)"),
+        (RuntimeError("\n\na data worker died\n"), "p: error: RuntimeError: a data worker died (LLAVA_JAX_TRACEBACK=1"),
+        (RecursionError(), "p: error: RecursionError: RecursionError (LLAVA_JAX_TRACEBACK=1 shows where)"),
+        (ValueError(), "p: error: ValueError: ValueError (LLAVA_JAX_TRACEBACK=1 shows where)"),
+        (Panic("index out of bounds"), "p: error: Panic: index out of bounds (LLAVA_JAX_TRACEBACK=1 shows where)"),
+        (MemoryError("Unable to allocate 9"), "p: error: not enough memory (Unable to allocate 9); ask for less"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 B."), "p: error: not enough memory (RESOURCE"),
+        (ValueError("a file named '\udcff'"), r"p: error: a file named '\udcff'"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_status_1(error, line, capsys, monkeypatch):
+    monkeypatch.delenv("LLAVA_JAX_TRACEBACK", raising=False)
+    assert exit_status("p", raising(error)) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(line) and told.count("\n") == 1
+    monkeypatch.setenv("LLAVA_JAX_TRACEBACK", "1")
+    assert exit_status("p", raising(error)) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.splitlines()[-1].startswith(line)
+
+
+def test_statuses(capsys):
+    assert exit_status("p", lambda: None) == 0 and exit_status("p", lambda: 3) == 3
+    assert exit_status("p", raising(KeyboardInterrupt())) == 130
+    assert exit_status("p", raising(KeyboardInterrupt("saved at step 5"))) == 130
+    assert capsys.readouterr().err == "interrupted\nsaved at step 5\n"
+    with pytest.raises(SystemExit, match="2"):
+        exit_status("p", raising(SystemExit(2)))
+    assert exit_status("p", raising(BrokenPipeError("a worker's pipe"))) == 1  # standard output is well
+    assert "a worker's pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OverflowError("Python int too large"), MemoryError(), RuntimeError("died")])
+def test_both_ways_in_use_it(monkeypatch, capsys, error):
+    monkeypatch.setattr("llava_jax.conversion.from_hf.run", lambda args: raising(error)())
+    assert cli.main(["convert", "x"]) == 1
+    assert capsys.readouterr().err.startswith("llava-jax: error: ")
+    from llava_jax.conversion import from_hf
+
+    with pytest.raises(SystemExit, match="1"):
+        from_hf.main(["x"])
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def python(code, **options):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, **options)
+
+
+def test_a_reader_that_is_gone_is_no_error():
+    code = "import sys\nfrom llava_jax.failures import exit_status\n"
+    code += "sys.exit(exit_status('p', lambda: [print('x' * 1000) for _ in range(10000)] and None))"
+    process = python(code, stdout=subprocess.PIPE, env=ENV)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_terminal_that_cannot_show_an_answer():
+    code = r"""
+import sys
+from llava_jax.failures import exit_status
+def run():
+    print("caf\u00e9 \udcff")
+    raise ValueError("na\u00efve \udcfe")
+sys.exit(exit_status("p", run))
+"""
+    process = python(code, stdout=subprocess.PIPE, env={**ENV, "PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate()
+    assert (out, err, process.returncode) == (b"caf\\xe9 \\udcff\n", b"p: error: na\\xefve \\udcfe\n", 1)
+
+
+def test_odd_bytes_on_the_command_line():
+    command = [sys.executable, "-m", "llava_jax", "ask", "--model-path", b"/no\xffwhere", "--query", "Hi"]
+    done = subprocess.run(command, cwd=ROOT, env={**ENV, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("llava-jax: error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command[:3], b"\xff"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and "invalid choice" in done.stderr
