@@ -159,12 +159,13 @@ def test_answers_of_another_run_are_not_touched(benchmark, tmp_path, capsys, nam
 def tuned(benchmark, tmp_path_factory):
     """The same model under the same name, but for one bit of one weight."""
     folder = tmp_path_factory.mktemp("tuned")
-    shutil.copytree(BUNDLED, folder / "published")
-    weights = folder / "published" / "model.safetensors"
+    published = folder / "published" / NAME
+    shutil.copytree(BUNDLED, published)
+    weights = published / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2] ^= 1
     weights.write_bytes(data)
-    return convert_published(folder / "published", folder / NAME)
+    return convert_published(published, folder / NAME)
 
 
 def _copied(source, directory, **changes):
@@ -180,7 +181,7 @@ def _copied(source, directory, **changes):
 def test_answers_of_other_weights_are_refused(benchmark, tuned, tmp_path, capsys, monkeypatch, changes):
     """By a model of the same name, whether or not its fingerprint was written down."""
     flags, _, answers = benchmark
-    other = _copied(tuned, tmp_path / "other", name=NAME, **changes)
+    other = _copied(tuned, tmp_path / "other", **changes)
     monkeypatch.setattr(llava_jax, "load", lambda *args, **keywords: pytest.fail("loaded"))
     out = tmp_path / "answers" / "a.jsonl"
     out.parent.mkdir()
