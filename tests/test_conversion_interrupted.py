@@ -17,21 +17,22 @@ from llava_jax.conversion.from_hf import convert
 
 # ---- interrupted
 
-# Converts, saying "half" when half the tensors are written, and then waits to be killed (or for its input to end).
+# Converts, saying "half" when some tensors are written, and then waits to be killed (or for its input to end).
 STOP_HALFWAY = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
+from orbax.checkpoint import v1 as ocp
 from llava_jax import checkpoint
 from llava_jax.conversion import from_hf
 checkpoint.BATCH_BYTES = 2000
-leaves = from_hf._leaves
-def halfway(plan, bar):
-    for n, leaf in enumerate(leaves(plan, bar)):
-        if n == len(plan.tensors) // 2:
-            print("half", flush=True)
-            sys.stdin.read()
-        yield leaf
-from_hf._leaves = halfway
+save, written = ocp.partial.save, []
+def halfway(path, tree):
+    written.append(path)
+    if len(written) == 4:
+        print("half", flush=True)
+        sys.stdin.read()
+    return save(path, tree)
+ocp.partial.save = halfway
 from_hf.main(sys.argv[1:])
 """
 
