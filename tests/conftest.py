@@ -1,10 +1,15 @@
-"""Shared by all tests: exact arithmetic on the CPU, the recorded reference, its checkpoints, each converted once."""
+"""Shared by all tests and all workers: exact arithmetic on the CPU, the recorded reference, its checkpoints."""
 
+import fcntl
 import functools
+import inspect
+import json
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["LLAVA_JAX_CACHE_DIR"] = ""  # what a test compiles is counted, and does not come from an earlier run
+os.environ["LLAVA_JAX_CACHE_DIR"] = ""  # nothing comes from an earlier run, but where a test says so
 
 import jax
 import numpy as np
@@ -14,13 +19,39 @@ from golden import checkpoints, images
 jax.config.update("jax_default_matmul_precision", "highest")
 pytest.register_assert_rewrite("published")  # its asserts show their values, as those of the tests do
 
-# Where the time goes. A worker takes a file at a time, and none is to be left with one of these at the end.
-LONGEST = ("test_training.py", "test_notebooks.py", "test_evaluate_pod.py", "test_ahead.py", "test_demo.py")
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "data")
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+def pytest_configure(config):
+    """What this run compiles is kept for its workers and for every process that they start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llava_jax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """(name, make) → (a folder of that name, what `make(folder)` returned, as JSON has it).
+
+    The first worker that asks makes it, the others wait. It is everybody's: no test changes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(name, make):
+        folder, done = root / name, root / f"{name}.json"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                done.write_text(json.dumps(make(folder)))
+        return folder, json.loads(done.read_text())
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -36,48 +67,87 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def pictures(made_once):
     """{name: path} of the test pictures."""
-    return images.write(str(tmp_path_factory.mktemp("pictures")))
+    return made_once("pictures", lambda folder: images.write(str(folder)))[1]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def checkpoint(made_once):
     """variant → (folder of the tiny checkpoint in its published layout, its weights' fingerprint)."""
-    root = tmp_path_factory.mktemp("checkpoints")
 
     @functools.cache
     def write(variant):
-        folder = str(root / f"llava-{variant}")
-        return folder, checkpoints.write(variant, folder)
+        folder, fingerprint = made_once(f"llava-{variant}", lambda folder: checkpoints.write(variant, str(folder)))
+        return str(folder), fingerprint
 
     return write
 
 
 @pytest.fixture(scope="session")
-def converted(checkpoint):
+def converted(checkpoint, made_once):
     """variant → the folder that the converter made of it."""
     from llava_jax.conversion.from_hf import convert
 
     @functools.cache
     def run(variant):
-        folder, _ = checkpoint(variant)
-        convert(folder, output=folder + "-jax")
-        return folder + "-jax"
+        published, _ = checkpoint(variant)
+        folder, _ = made_once(f"llava-{variant}-jax", lambda folder: str(convert(published, output=str(folder))))
+        return str(folder)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def model(converted):
-    """variant → (llava, params) in float32."""
+def scenes_model(made_once):
+    """The folder of the bundled model, converted."""
+    from llava_jax.demo.model import BUNDLED, NAME, convert_published
+
+    return made_once(NAME, lambda folder: str(convert_published(BUNDLED, folder)))[0]
+
+
+@pytest.fixture(scope="session")
+def loads():
+    """`llava_jax.load`, but what it has loaded once it gives again, with the programs that were compiled for it."""
     import llava_jax
 
-    @functools.cache
-    def load(variant):
-        return llava_jax.load(converted(variant))
+    load = llava_jax.load
+    kept = functools.cache(lambda arguments: load(**dict(arguments)))
 
-    return load
+    @functools.wraps(load)
+    def loaded_once(path, *others, **options):
+        bound = inspect.signature(load).bind(str(path), *others, **options)
+        bound.apply_defaults()
+        return kept(tuple(bound.arguments.items()))
+
+    return loaded_once
+
+
+@pytest.fixture
+def load_once(loads, monkeypatch):
+    """For tests of what asks for a model by its path."""
+    monkeypatch.setattr("llava_jax.load", loads)
+
+
+@pytest.fixture(scope="session")
+def model(converted, loads):
+    """variant → (llava, params) in float32."""
+    return lambda variant: loads(converted(variant))
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """(name, arguments) of each jitted function of a model that is called while the test runs."""
+    from llava_jax.inference.compiling import Announced
+
+    seen, call = [], Announced.__call__
+
+    def noted(program, *args):
+        seen.append((program.name, args))
+        return call(program, *args)
+
+    monkeypatch.setattr(Announced, "__call__", noted)
+    return seen
 
 
 @pytest.fixture

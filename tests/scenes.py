@@ -7,14 +7,14 @@ from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
 
 
-def write(folder, count):
-    """Writes model, images and questions.jsonl.
+def write(folder, count, model=None):
+    """Writes images and questions.jsonl, and the model where none is given.
 
     Returns:
         (the command's flags without --answers-file, the questions)
     """
     (folder / "images").mkdir()
-    convert_published(BUNDLED, folder / NAME)
+    model = model or convert_published(BUNDLED, folder / NAME)
     questions = []
     for n in range(count):
         scene = held_out_scene(0, n)
@@ -24,7 +24,7 @@ def write(folder, count):
             questions.append(entry | {"answer": question.answer})
     questions = questions[::2] + questions[1::2]  # an image's questions are not side by side
     write_lines(folder / "questions.jsonl", questions)
-    flags = {"--model-path": folder / NAME, "--question-file": folder / "questions.jsonl"}
+    flags = {"--model-path": model, "--question-file": folder / "questions.jsonl"}
     flags |= {"--image-folder": folder / "images", "--max_new_tokens": 24}
     return flags, questions
 

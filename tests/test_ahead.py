@@ -46,6 +46,7 @@ def test_a_slice_has_its_chips(name):
     assert len(topologies.get_topology_desc(platform="tpu", **named).devices) == where.chips
 
 
+@pytest.mark.long
 def test_programs_of_a_wave():
     """Over a v5e-8, 256 prefixes of 1024: a cache that is too large for a core's own memory."""
     config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 256
@@ -234,6 +235,7 @@ def test_one_chip_needs_int8(capsys):
     assert programs.chip_bytes(params) / 2**30 == pytest.approx(6.85, abs=0.1)  # but for embeddings, head and projector
 
 
+@pytest.mark.long
 def test_an_int8_wave_on_one_chip():
     """Half the bytes of kernels and prefix, and no copy of either in another dtype."""
     held, shapes, groups = roofline.Held("int8", True), Shapes(1024, 2, 32, 64), 64

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from llava_jax.batch import Batch, Questions
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.groups import Cost, common_length, group_prompts, pack_questions, plan_waves
 from llava_jax.inputs.tokenizer import tokenizer_image_token
@@ -20,6 +21,11 @@ def requests(pictures):
         ([pictures["chelsea"], pictures["tiny_20x13"]], ["<image> or <image>?", "Is it <image> or <image>?"]),
         (pictures["astronaut"], ["Is there a cat?", ["Is there a cat?", "No.", "Why?"]]),
     ]
+
+
+def given(programs, name, kind):
+    """What of that kind each call of a program was given."""
+    return [arg for called, args in programs if called == name for arg in args if isinstance(arg, kind)]
 
 
 def one_by_one(llava, params, requests, **options):
@@ -40,17 +46,19 @@ def test_a_seed_gives_the_same_in_a_batch(model, requests):
     assert llava.generate_batch(params, requests[:1], **options) == one_by_one(llava, params, requests[:1], **options)
 
 
-def test_each_image_is_prefilled_once_however_small_the_budget(model, requests, monkeypatch):
+def test_each_image_is_prefilled_once_however_small_the_budget(model, requests, programs):
     llava, params = model("vicuna")
-    prefills, answers = [], []
-    prefill, answer = llava._prefill, llava._answer
-    monkeypatch.setattr(llava, "_prefill", lambda *args: prefills.append(len(args[1].index)) or prefill(*args))
-    monkeypatch.setattr(llava, "_answer", lambda *args: answers.append(args[4].ids.shape) or answer(*args))
+
+    def prefixes_and_questions():
+        prefills = [len(batch.index) for batch in given(programs, "prefill", Batch)]
+        return prefills, [questions.active.size for questions in given(programs, "answer", Questions)]
+
     wanted = llava.generate_batch(params, requests[:3], **OPTIONS)
-    assert sum(prefills) == 3 and sum(g * r for g, r, _ in answers) == 6
-    prefills.clear(), answers.clear()
+    prefills, answers = prefixes_and_questions()
+    assert sum(prefills) == 3 and sum(answers) == 6
+    programs.clear()
     assert llava.generate_batch(params, requests[:3], memory_budget=1, **OPTIONS) == wanted
-    assert prefills == [1, 1, 1] and [g * r for g, r, _ in answers] == [1] * 6
+    assert prefixes_and_questions() == ([1, 1, 1], [1] * 6)
 
 
 def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_row(model, pictures):
@@ -79,19 +87,16 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_its_questions(model, pictu
     assert all(isinstance(answer, ValueError) for answer in llava.generate_batch(params, lost, **OPTIONS))
 
 
-def test_a_chat_is_the_conversation_asked_at_once(model, pictures, monkeypatch):
+def test_a_chat_is_the_conversation_asked_at_once(model, pictures, programs):
     llava, params = model("vicuna")
-    prefills, questions = [], []
-    prefill, first = llava._prefill, llava._first
-    monkeypatch.setattr(llava, "_prefill", lambda *args: prefills.append(1) or prefill(*args))
-    monkeypatch.setattr(llava, "_first", lambda *args: questions.append(int(args[4].lengths[0, 0])) or first(*args))
     chat = llava.chat(params, pictures["chelsea"], **OPTIONS)
     for question in ("Is there a cat?", "Where is it, and what does it do there?", "Why? " * 9):
         before = list(chat.turns)
         wanted = llava.generate(params, pictures["chelsea"], [*before, question], **OPTIONS)
         assert chat.send(question) == wanted
         assert chat.turns == [*before, question, wanted]
-    assert prefills == [1] and questions[0] == 1 and max(questions) < 60
+    asked = [int(questions.lengths[0, 0]) for questions in given(programs, "first token", Questions)]
+    assert len(given(programs, "prefill", Batch)) == 1 and asked[0] == 1 and max(asked) < 60
 
 
 def test_a_chat_goes_on_after_an_answer_that_was_not_read_to_its_end(model):

@@ -19,6 +19,8 @@ from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inference.chat import Chat
 from llava_jax.inputs.text import shortened
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 
 def test_ask_prints_what_generate_returns(converted, pictures, capsys):
     folder, image = converted("vicuna"), pictures["chelsea"]

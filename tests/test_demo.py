@@ -250,6 +250,7 @@ def test_a_step_of_the_towers_pretraining_and_one_more(tmp_path, config, monkeyp
     assert np.array_equal(kernel, again["embeddings"]["patch_embedding"]["kernel"])
 
 
+@pytest.mark.long
 def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, monkeypatch):
     import llava_jax
     from llava_jax.conversion.from_hf import convert

@@ -24,12 +24,14 @@ from llava_jax.evaluation.options import EvaluateOptions
 from llava_jax.evaluation.questions import Question
 from llava_jax.evaluation.run import by_image, described, prepare
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 
 @pytest.fixture(scope="session")
-def benchmark(tmp_path_factory):
+def benchmark(tmp_path_factory, scenes_model):
     """(flags, questions, the finished answer file)"""
     folder = tmp_path_factory.mktemp("benchmark")
-    flags, questions = scenes.write(folder, 5)
+    flags, questions = scenes.write(folder, 5, scenes_model)
     assert main(scenes.command(flags, answers_file=folder / "answers.jsonl")) == 0
     return flags, questions, folder / "answers.jsonl"
 

@@ -1,10 +1,10 @@
 """Evaluation by several processes, over several devices, and killed: the answer file of one process left alone."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import scenes
@@ -12,16 +12,69 @@ import scenes
 from llava_jax import hosts
 
 PROCESS = """
-import json, sys
+import json, os, signal, sys
 import jax
 from llava_jax import hosts
 from llava_jax.cli import main
+from llava_jax.evaluation.answers import Part
 if __name__ == "__main__":
-    address, processes, number, flags = map(json.loads, sys.argv[1:])
+    address, processes, number, killed, flags = map(json.loads, sys.argv[1:])
     if processes > 1:
         jax.distributed.initialize(address, processes, number)
     hosts.SILENCE = 8
+    if killed:
+        append = Part.append
+
+        def append_and_die(part, lines):
+            lines = list(lines)
+            append(part, lines)
+            if lines:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Part.append = append_and_die
     sys.exit(main(flags))
+"""
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from llava_jax.cli import main
+from llava_jax.evaluation import answers  # JAX is imported once; each child makes its own backend
+from llava_jax.inputs import groups
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def append(part, lines):
+    if text := "".join(lines).encode():
+        Part.calls += 1
+        with open(part.path, "ab") as file:
+            if (Part.calls, "within") == kill_at:
+                file.write(text[: len(text) // 2])
+                file.flush()
+                kill()
+            file.write(text)
+        if (Part.calls, "after") == kill_at:
+            kill()
+
+def write(path, text):
+    path.write_text(text)
+    kill()
+
+groups.MAX_GROUPS = 1  # a picture's answers at a time
+Part, Part.calls = answers.Part, 0
+out, *flags = sys.argv[1:]
+for kill_at in ((1, "within"), (1, "after"), (2, "within"), "merge", None):
+    left = sum(path.stat().st_size for path in Path(out).parent.glob("answers.jsonl*part-*"))
+    if (child := os.fork()) == 0:
+        if kill_at == "merge":
+            answers.write_atomically = write
+        elif kill_at:
+            Part.append = append
+        os._exit(main(flags))
+    ended = os.waitpid(child, 0)[1]
+    assert ended == (0 if kill_at is None else signal.SIGKILL), (kill_at, ended)
+    print("left", left, flush=True)
 """
 
 KILLED = """
@@ -56,45 +109,43 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory):
-    """(flags, questions, the answer file of one process left alone, the environment: compiled programs are kept)"""
+def benchmark(tmp_path_factory, scenes_model):
+    """(flags, questions, the answer file of one process left alone)"""
     folder = tmp_path_factory.mktemp("benchmark")
-    flags, questions = scenes.write(folder, 8)
-    env = {**os.environ, "LLAVA_JAX_CACHE_DIR": str(folder / "compiled"), "JAX_PLATFORMS": "cpu"}
+    flags, questions = scenes.write(folder, 4, scenes_model)
     (folder / "process.py").write_text(PROCESS)
     answers = folder / "answers.jsonl"
-    (process,) = start(folder, env, scenes.command(flags, answers_file=answers))
+    (process,) = start(folder, scenes.command(flags, answers_file=answers))
     assert process.wait(timeout=300) == 0, process.stderr.read()
-    return flags, questions, answers, env
+    return flags, questions, answers
 
 
-def start(folder, env, command, processes=1, devices=1):
-    """The command in so many processes, each with so many simulated devices."""
-    import json
-
+def start(folder, command, processes=1, devices=1, killed=None):
+    """The command in so many processes, each with so many simulated devices; `killed` dies once it has answers."""
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
-    env = env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    told = [json.dumps(value) for value in (address, processes)]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(folder / "process.py"), *told, str(number), json.dumps(command)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(processes)
-    ]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    script, started = [sys.executable, str(folder / "process.py")], []
+    for number in range(processes):
+        told = map(json.dumps, (address, processes, number, number == killed, command))
+        started.append(subprocess.Popen([*script, *told], env=env, stderr=subprocess.PIPE, text=True))
+    return started
 
 
 @pytest.mark.parametrize(
-    "processes, devices, mesh", [(2, 1, None), (4, 2, None), (1, 8, "data=2,tensor=4"), (1, 8, "tensor=8")]
+    "processes, devices, mesh",
+    [
+        (2, 1, None),
+        (1, 8, "data=2,tensor=4"),
+        pytest.param(4, 2, None, marks=pytest.mark.long),
+        pytest.param(1, 8, "tensor=8", marks=pytest.mark.long),
+    ],
 )
 def test_several_answer_as_one_does(benchmark, tmp_path, processes, devices, mesh):
-    flags, _, answers, env = benchmark
+    flags, _, answers = benchmark
     flags = flags | ({} if mesh is None else {"--mesh": mesh})
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
-    started = start(answers.parent, env, command, processes, devices)
+    started = start(answers.parent, command, processes, devices)
     errors = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [0] * processes, errors
     assert (tmp_path / "answers.jsonl").read_bytes() == answers.read_bytes()
@@ -102,43 +153,53 @@ def test_several_answer_as_one_does(benchmark, tmp_path, processes, devices, mes
     assert all("questions on" in error for error in errors)  # each had its share
 
 
+def test_killed_where_it_writes_it_gives_the_same_file(benchmark, tmp_path):
+    """Within a line, between two pictures, within a later line, and before the parts are deleted."""
+    flags, _, answers = benchmark
+    out = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-c", KILLED_AT, str(out), *scenes.command(flags, answers_file=out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = [int(line.removeprefix("left ")) for line in done.stdout.splitlines() if line.startswith("left ")]
+    assert 0 == left[0] < left[1] < left[2] < left[3] < left[4]  # each went on where the one before was killed
+    assert out.read_bytes() == answers.read_bytes() and [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+@pytest.mark.long
 def test_killed_twenty_times_it_gives_the_same_file(benchmark, tmp_path):
-    flags, _, answers, env = benchmark
+    flags, _, answers = benchmark
     out = tmp_path / "answers.jsonl"
     (tmp_path / "answers.jsonl.wanted").write_bytes(answers.read_bytes())
     command = [sys.executable, "-c", KILLED, str(out), *scenes.command(flags, answers_file=out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("20 kills"), done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_one_of_several_is_killed_the_others_stop(benchmark, tmp_path, victim):
-    flags, _, answers, env = benchmark
+    flags, _, answers = benchmark
     assert hosts.SILENCE + 4 * hosts.BEAT < 60
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
-    started = start(answers.parent, env, command, processes=2)
-    part = tmp_path / f"answers.jsonl.part-{victim}"
-    while not part.exists() or not part.read_bytes():
-        assert started[victim].poll() is None, started[victim].stderr.read()
-        time.sleep(0.01)
-    started[victim].kill()
+    started = start(answers.parent, command, processes=2, killed=victim)
+    started[victim].wait(timeout=300)
     _, error = started[1 - victim].communicate(timeout=60)
     assert started[1 - victim].returncode not in (0, None)
     ended = "process 1 has ended (nothing was heard of it for 8 seconds)", "process 1 was stopped"
     assert ended[victim == 0] in error and "start it again, everywhere, to go on" in error
     started[victim].communicate()
-    started = start(answers.parent, env, command, processes=2)
+    assert (tmp_path / f"answers.jsonl.part-{victim}").read_bytes()
+    started = start(answers.parent, command, processes=2)
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert (tmp_path / "answers.jsonl").read_bytes() == answers.read_bytes()
 
 
 def test_an_error_of_one_stops_the_others(benchmark, tmp_path):
-    flags, questions, answers, env = benchmark
+    flags, questions, answers = benchmark
     entries = [questions[0], questions[8] | {"image": "missing.png"}]
     scenes.write_lines(tmp_path / "questions.jsonl", entries)
     flags = flags | {"--question-file": tmp_path / "questions.jsonl", "--strict": True}
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
-    first, second = start(answers.parent, env, command, processes=2)
+    first, second = start(answers.parent, command, processes=2)
     _, error = second.communicate(timeout=60)
     assert second.returncode == 1 and "llava-jax: error: question" in error and "missing.png': no such file" in error
     _, error = first.communicate(timeout=60)

@@ -30,14 +30,9 @@ from llava_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return convert(BUNDLED, vision_tower=str(BUNDLED / TOWER), output=tmp_path_factory.mktemp("bundled") / NAME)
-
-
-@pytest.fixture(scope="module")
-def loaded(directory):
+def loaded(scenes_model):
     """(llava and params as stored; the same in int8, and with int8 prefixes)"""
-    return llava_jax.load(directory), llava_jax.load(directory, quantize="int8", int8_prefix=True)
+    return llava_jax.load(scenes_model), llava_jax.load(scenes_model, quantize="int8", int8_prefix=True)
 
 
 def dequantized(params):
@@ -92,7 +87,7 @@ def test_a_linear_layer_is_flaxs_dense():
     assert jnp.array_equal(Linear(8).apply(params, x), nn.Dense(8).apply(params, x))
 
 
-def test_stored_or_made_while_loading_is_the_same(directory, loaded, tmp_path):
+def test_stored_or_made_while_loading_is_the_same(scenes_model, loaded, tmp_path):
     (_, params), (_, at_load) = loaded
     convert(BUNDLED, vision_tower=str(BUNDLED / TOWER), output=tmp_path / NAME, quantize="int8")
     _, stored = llava_jax.load(tmp_path / NAME)
@@ -102,7 +97,7 @@ def test_stored_or_made_while_loading_is_the_same(directory, loaded, tmp_path):
     def size(folder):
         return sum(file.stat().st_size for file in (folder / checkpoint.PARAMS).rglob("*") if file.is_file())
 
-    assert size(tmp_path / NAME) < 0.7 * size(directory)  # half of bfloat16's kernels, and what is not int8
+    assert size(tmp_path / NAME) < 0.7 * size(scenes_model)  # half of bfloat16's kernels, and what is not int8
     again = llava_jax.load(tmp_path / NAME, quantize="int8")[1]  # is int8 already
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), again, stored))
     half = flatten_dict(llava_jax.load(tmp_path / NAME, dtype="bfloat16")[1], sep="/")
@@ -110,11 +105,11 @@ def test_stored_or_made_while_loading_is_the_same(directory, loaded, tmp_path):
     assert all(x.dtype in (jnp.int8, kinds.get(path.split("/")[-1], jnp.bfloat16)) for path, x in half.items())
 
 
-def test_levels_are_those_of_what_is_stored(directory, tmp_path):
+def test_levels_are_those_of_what_is_stored(scenes_model, tmp_path):
     """However the rest is cast: weights that bfloat16 does not hold."""
-    llava, params = llava_jax.load(directory, dtype="float32")
+    llava, params = llava_jax.load(scenes_model, dtype="float32")
     exact = jax.tree.map(lambda x: x * 1.0013, params)
-    shutil.copytree(directory, tmp_path / NAME)
+    shutil.copytree(scenes_model, tmp_path / NAME)
     shutil.rmtree(tmp_path / NAME / checkpoint.PARAMS)
     checkpoint.save_params(tmp_path / NAME / checkpoint.PARAMS, exact)
     wanted = flatten_dict(quantize_params(exact), sep="/")
@@ -183,12 +178,12 @@ print(json.dumps(llava.generate_batch(params, requests, max_new_tokens=24)))
 """
 
 
-def test_over_eight_devices(directory, loaded):
+def test_over_eight_devices(scenes_model, loaded):
     llava, params = loaded[1]
     requests = [(draw(held_out_scene(0, n)), ["Describe the image.", "What color is the heart?"]) for n in range(2)]
     wanted = llava.generate_batch(params, requests, max_new_tokens=24)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED, str(directory)]
+    command = [sys.executable, "-c", SHARDED, str(scenes_model)]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == wanted
@@ -208,9 +203,9 @@ def test_an_int8_prefix_is_planned_for():
         ({"quantize_also": ["lm_head"]}, "quantize_also needs quantize='int8'"),
     ],
 )
-def test_wrong_options_are_refused(directory, tmp_path, options, message):
+def test_wrong_options_are_refused(scenes_model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        llava_jax.load(directory, **options)
+        llava_jax.load(scenes_model, **options)
     with pytest.raises(ValueError, match=message):
         convert(BUNDLED, vision_tower=str(BUNDLED / TOWER), output=tmp_path / NAME, **options)
     assert not (tmp_path / NAME).exists()

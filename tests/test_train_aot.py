@@ -121,6 +121,7 @@ def test_all_that_is_held_of_7b_is_divided(stage, no_tpu):
     assert chip_bytes(held) == pytest.approx(whole / mesh.size, abs=8 * MIB)
 
 
+@pytest.mark.long
 def test_a_chip_works_on_its_own_rows(no_tpu):
     """What finetune makes on one of 64 chips: activations of its row, a layer's weights, no logits of all positions."""
     config = narrow(LlavaConfig.preset("1.6-vicuna-7b"))

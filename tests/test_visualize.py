@@ -18,7 +18,6 @@ from llava_jax.attention_maps import (
     tower_attention,
 )
 from llava_jax.config import LlavaConfig
-from llava_jax.demo.model import converted as converted_demo
 from llava_jax.demo.model import scenes_config
 from llava_jax.demo.scenes import SIGN, draw
 from llava_jax.demo.score import held_out_scene
@@ -32,9 +31,8 @@ SHAPES = [("anyres", merge) for merge in ("flat", "spatial", "spatial_unpad")] +
 
 
 @pytest.fixture(scope="module")
-def demo():
-    with converted_demo(None, None) as directory:
-        return llava_jax.load(directory)
+def demo(scenes_model):
+    return llava_jax.load(scenes_model)
 
 
 def shaped(aspect, merge):

@@ -202,15 +202,6 @@ def test_closing_waits_for_the_answers(conversations):
 # ---- the server
 
 
-@pytest.fixture(scope="module")
-def directory():
-    """The bundled model, converted."""
-    from llava_jax.demo.model import converted
-
-    with converted(None, None) as path:
-        yield path
-
-
 SERVE = """
 import argparse, signal, sys
 from llava_jax import web
@@ -228,9 +219,9 @@ web.run(parser.parse_args())
 """
 
 
-def test_it_serves_until_ctrl_c_and_sends_nothing_elsewhere(directory, port, tmp_path):
+def test_it_serves_until_ctrl_c_and_sends_nothing_elsewhere(scenes_model, port, tmp_path):
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
-    command = [sys.executable, "-c", SERVE, "--model-path", str(directory), "--port", str(port)]
+    command = [sys.executable, "-c", SERVE, "--model-path", str(scenes_model), "--port", str(port)]
     # gradio reads these, and analytics and share links are on by default, or by such a variable
     environment = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_SHARE": "True", "GRADIO_ANALYTICS_ENABLED": "True"}
     with subprocess.Popen(
@@ -262,11 +253,11 @@ def gate():
 
 
 @pytest.fixture(scope="module")
-def bundled(directory, gate):
+def bundled(scenes_model, gate):
     """(llava, params) of the bundled model."""
     import llava_jax
 
-    llava, params = llava_jax.load(directory)
+    llava, params = llava_jax.load(scenes_model)
     straight = llava.decode
 
     def decode(*args):
