@@ -2,19 +2,17 @@
 
 import json
 
-from llava_jax.demo.model import BUNDLED, NAME, convert_published
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
 
 
-def write(folder, count, model=None):
-    """Writes images and questions.jsonl, and the model where none is given.
+def write(folder, count, model):
+    """Writes images and questions.jsonl.
 
     Returns:
         (the command's flags without --answers-file, the questions)
     """
     (folder / "images").mkdir()
-    model = model or convert_published(BUNDLED, folder / NAME)
     questions = []
     for n in range(count):
         scene = held_out_scene(0, n)

@@ -79,10 +79,11 @@ def address(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_picture_from_anywhere_costs_no_more_than_its_question(tmp_path, monkeypatch, capsys, address):
-    """Loads and compiles the bundled model: some ten seconds."""
+def test_a_picture_from_anywhere_costs_no_more_than_its_question(
+    scenes_model, load_once, tmp_path, monkeypatch, capsys, address
+):
     monkeypatch.setattr(pictures, "Workers", InThisProcess)
-    flags, (question, *_) = scenes.write(tmp_path, 1)
+    flags, (question, *_) = scenes.write(tmp_path, 1, scenes_model)
     images = tmp_path / "images"
     good = images / "0.png"
     (images / "deadly.png").write_bytes(good.read_bytes())

@@ -135,7 +135,7 @@ def start(folder, command, processes=1, devices=1, killed=None):
 @pytest.mark.parametrize(
     "processes, devices, mesh",
     [
-        (2, 1, None),
+        pytest.param(2, 1, None, marks=pytest.mark.long),  # as the run does that goes on after a kill
         (1, 8, "data=2,tensor=4"),
         pytest.param(4, 2, None, marks=pytest.mark.long),
         pytest.param(1, 8, "tensor=8", marks=pytest.mark.long),

@@ -141,7 +141,7 @@ def test_ten_steps_equal_the_references(name, recorded, model, converted, data):
 
 def run_options(model_path, data_path, output_dir, **others):
     options = dict(
-        stage="finetune", version="v1", max_steps=8, save_steps=2, dataloader_num_workers=0, learning_rate=1e-3
+        stage="finetune", version="v1", max_steps=6, save_steps=2, dataloader_num_workers=0, learning_rate=1e-3
     )
     return TrainOptions(
         **options | others,
@@ -166,7 +166,7 @@ def logged(output):
 def test_a_run_leaves_a_checkpoint_that_answers_and_a_curve(finished, pictures):
     options, output = finished
     lines = logged(output)
-    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert [line["step"] for line in lines] == list(range(1, 7)) and lines[-1]["loss"] < lines[0]["loss"] - 1
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     llava, params = llava_jax.load(output)
     assert llava.config.tokenizer_model_max_length == options.model_max_length
@@ -213,7 +213,7 @@ def killed(options, script, step, how):
     return done.stderr
 
 
-@pytest.mark.parametrize("how, step", [(signal.SIGKILL, 6), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize("how, step", [(signal.SIGKILL, 4), (signal.SIGTERM, 3)])
 def test_a_killed_run_resumed_gives_what_it_would_have_given(how, step, finished, tmp_path):
     """Killed, and started again: the same losses and the same weights, to the bit."""
     options, whole = finished
@@ -225,7 +225,7 @@ def test_a_killed_run_resumed_gives_what_it_would_have_given(how, step, finished
     if how == signal.SIGTERM:
         assert "saved after step 3" in errors and steps == [1, 2, 3]
     else:
-        assert steps == [1, 2, 3, 4, 5]  # of which no more than four are in a saved state
+        assert steps == [1, 2, 3]  # of which two at most are in a saved state
     train(options)
     assert [(x["step"], x["loss"]) for x in logged(output)] == [(x["step"], x["loss"]) for x in logged(whole)]
     ours, theirs = (flatten_dict(llava_jax.load(d)[1], sep="/") for d in (output, whole))
