@@ -24,7 +24,7 @@ from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation
 from llava_jax.inputs.groups import no_questions
-from llava_jax.inputs.image import as_image_list, load_image, process_images
+from llava_jax.inputs.image import as_image_list, process_image
 from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.prompt import build_conversation, prompt_ids
 from llava_jax.inputs.stream import TextStream
@@ -328,8 +328,8 @@ class Llava:
 
     def load_images(self, images) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         """(tiles, sizes) of pictures in any form."""
-        pictures = [load_image(image) for image in as_image_list(images)]
-        return process_images(pictures, self.config), [picture.size for picture in pictures]
+        processed = [process_image(image, self.config) for image in as_image_list(images)]
+        return [image.tiles for image in processed], [image.size for image in processed]
 
 
 def _read_sizes(image_sizes, count: int) -> list[tuple[int, int]]:

@@ -29,8 +29,13 @@ def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
 
     Returns:
         int64 array of that shape: most effective pixels first, then least waste, then the first listed.
+
+    Raises:
+        ValueError: a size without pixels.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    if np.any(widths < 1) or np.any(heights < 1):
+        raise ValueError(f"image size: {widths.min()} x {heights.min()} pixels; both must be above 0")
     best = np.zeros(np.broadcast(widths, heights).shape, np.int64)
     most_effective = np.zeros(best.shape, np.int64)
     least_wasted = np.full(best.shape, np.iinfo(np.int64).max)

@@ -7,20 +7,32 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolution
+from llava_jax.inputs.resample import Axis, resample
 from llava_jax.inputs.sources import open_source, source_name, stands_alone
 from llava_jax.inputs.text import reason_of
 
 MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit
+LONGEST_SIDE = 2**17  # pixels; resizing makes up to a tile's side times as many
+LARGE = 2**24  # pixels, 64 MiB
 
 # What Pillow remarks about a file is an error below or no matter; whoever asks for its remarks still gets them.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedImage:
+    """A picture as the model takes it, a few megabytes however large it was."""
+
+    tiles: np.ndarray  # uint8 [T, S, S, 3]
+    size: tuple[int, int]  # (width, height) in pixels
 
 
 def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
@@ -130,11 +142,24 @@ def as_image_list(images) -> list:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at (width, height): bicubic, but for palettes and bilevel pictures, whose pixels are picked.
+
+    Pillow below 13 resizes across before it resizes down, and so LLaVA was trained; 13 chooses by the picture. Two
+    calls are the old order in any Pillow, to the bit.
+    """
+    premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
+    if premultiplied and image.size != size:  # once around both steps, as Pillow has it
+        return resize(image.convert(premultiplied), size).convert(image.mode)
+    across = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
+    return across.resize(size, Image.Resampling.BICUBIC)
+
+
 def resize_and_pad_image(image: Image.Image, target_resolution) -> Image.Image:
     """The picture as large as fits into (width, height), centred on black (llava.mm_utils.resize_and_pad_image)."""
     size, corner = fit_on_canvas(image.size, target_resolution)
     canvas = Image.new("RGB", target_resolution, (0, 0, 0))
-    canvas.paste(image.resize(size), corner)
+    canvas.paste(resize(image, size), corner)
     return canvas
 
 
@@ -149,13 +174,33 @@ def expand2square(image: Image.Image, background_color) -> Image.Image:
     return square
 
 
+def _is_wasteful(image: Image.Image, made: int) -> bool:
+    """Whether making so many pixels takes far more memory than the picture; `resample` then makes those that count.
+
+    It is some five times slower for each pixel that it reads.
+    """
+    return made > max(LARGE, 2 * image.width * image.height)
+
+
+def _pad(image: Image.Image, side: int, background: tuple[int, ...]) -> Image.Image:
+    """`expand2square`, and the square at `side`."""
+    longest = max(image.size)
+    if not _is_wasteful(image, longest**2):
+        return resize(expand2square(image, background), (side, side))
+    across, down = (Axis(longest, (longest - pixels) // 2, pixels, side, range(side)) for pixels in image.size)
+    return Image.fromarray(resample(np.asarray(image), across, down, background))
+
+
 def _shortest_edge_and_crop(image: Image.Image, side: int) -> Image.Image:
     """Shortest edge to `side`, then the centre (CLIPImageProcessor's resize and centre crop)."""
-    width, height = image.size
-    longest = int(side * max(width, height) / min(width, height))
-    width, height = (side, longest) if width <= height else (longest, side)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    longest = int(side * max(image.size) / min(image.size))
+    size = (side, longest) if image.width <= image.height else (longest, side)
+    left, top = ((pixels - side) // 2 for pixels in size)
+    if not _is_wasteful(image, size[0] * size[1]):
+        return resize(image, size).crop((left, top, left + side, top + side))
+    across = Axis(image.width, 0, image.width, size[0], range(left, left + side))
+    down = Axis(image.height, 0, image.height, size[1], range(top, top + side))
+    return Image.fromarray(resample(np.asarray(image), across, down, 0))
 
 
 def _anyres_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
@@ -163,7 +208,7 @@ def _anyres_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
     side = config.tile_size
     canvas = resize_and_pad_image(image, select_best_resolution(image.size, pinpoints(config)))
     corners = [(x, y) for y in range(0, canvas.height, side) for x in range(0, canvas.width, side)]
-    return [image.resize((side, side))] + [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
+    return [resize(image, (side, side))] + [canvas.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def process_images(images, config: LlavaConfig) -> list[np.ndarray]:
@@ -176,15 +221,34 @@ def process_images(images, config: LlavaConfig) -> list[np.ndarray]:
     Returns:
         one uint8 [T, S, S, 3] for each image: anyres has the whole picture first, then the grid row by row;
         pad and square have T = 1; with S2, S is the largest scale.
+
+    Raises:
+        ValueError: a picture without pixels, or one with a side above `LONGEST_SIDE`.
     """
     mean_color = tuple(int(m * 255) for m in config.vision.image_mean)
     out = []
     for image in images:
+        if not 0 < min(image.size) <= max(image.size) <= LONGEST_SIDE:
+            width, height = image.size
+            raise ValueError(f"image: {width} x {height} pixels; sides must be from 1 to {LONGEST_SIDE}")
         if config.image_aspect_ratio == "anyres":
             tiles = _anyres_tiles(image, config)
         elif config.image_aspect_ratio == "pad":
-            tiles = [_shortest_edge_and_crop(expand2square(image.convert("RGB"), mean_color), config.tile_size)]
+            tiles = [_pad(image.convert("RGB"), config.tile_size, mean_color)]
         else:
             tiles = [_shortest_edge_and_crop(image.convert("RGB"), config.tile_size)]
         out.append(np.stack([np.asarray(tile.convert("RGB")) for tile in tiles]))
     return out
+
+
+def process_image(source, config: LlavaConfig) -> ProcessedImage:
+    """A picture in any form, a `ProcessedImage` as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_image` and `process_images`.
+    """
+    if isinstance(source, ProcessedImage):
+        return source
+    picture = load_image(source)
+    (tiles,) = process_images([picture], config)
+    return ProcessedImage(tiles, picture.size)

@@ -41,6 +41,9 @@ OTHER_MODES = {
     "animated_320x240": "gif",
     "exif_rotated_400x240": "jpg",  # orientation 6: shown as 240x400
 }
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F")
+SHAPES = ((220, 610), (610, 220), (30, 1300), (75, 90))  # (width, height), in each of those modes
+THIN = ((1, 1), (1, 1500), (1500, 1), (3, 4200), (4200, 2), (13, 2001), (2001, 13), (200, 1500), (1500, 200))  # in RGB
 PHOTO_NAMES = ("chelsea", "astronaut", "coffee")
 NAMES = (*PHOTO_NAMES, *SYNTHETIC, *OTHER_MODES)
 
@@ -57,23 +60,26 @@ def noise(width, height, channels, seed):
     return np.clip(base + ramp - 60 + fine, 0, 255).astype(np.uint8)
 
 
+def in_mode(mode, width, height, seed):
+    """Noise, as a Pillow image of any of MODES."""
+    pixels = noise(width, height, {"LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode, 1), seed)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    if mode in ("1", "I", "F"):
+        return Image.fromarray(pixels[..., 0]).convert(mode)
+    image = Image.frombytes(mode, (width, height), pixels.tobytes())
+    if mode == "P":
+        image.putpalette(noise(256, 1, 3, seed).tobytes())
+    return image
+
+
 def other_mode(name):
     width, height = map(int, name.rsplit("_", 1)[1].split("x"))
     seed = 2000 + list(OTHER_MODES).index(name)
     kind = name.split("_")[0]
-    if kind == "sixteen":
-        return Image.fromarray(noise(width, height, 1, seed)[..., 0].astype(np.uint16) * 257)
-    if kind in ("rgba", "la", "cmyk"):
-        channels = {"rgba": 4, "la": 2, "cmyk": 4}[kind]
-        mode = kind.upper()
-        return Image.frombytes(mode, (width, height), noise(width, height, channels, seed).tobytes())
-    if kind in ("gray", "bilevel"):
-        gray = Image.fromarray(noise(width, height, 1, seed)[..., 0])
-        return gray.convert("1") if kind == "bilevel" else gray
-    rgb = Image.fromarray(noise(width, height, 3, seed))
-    if kind in ("palette", "animated"):
-        return rgb.quantize(64, dither=Image.Dither.NONE)
-    return rgb
+    modes = {"gray": "L", "bilevel": "1", "rgba": "RGBA", "la": "LA", "cmyk": "CMYK", "sixteen": "I;16"}
+    image = in_mode(modes.get(kind, "RGB"), width, height, seed)
+    return image.quantize(64, dither=Image.Dither.NONE) if kind in ("palette", "animated") else image
 
 
 def make(name):

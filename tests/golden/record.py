@@ -16,6 +16,8 @@ import tempfile
 import warnings
 from types import SimpleNamespace
 
+os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"  # before torch: the same rounding with and without AVX-512
+
 import checkpoints
 import images as pictures
 import llava.model.llava_arch as llava_arch
@@ -405,36 +407,64 @@ def clip_processor(side):
     return processor
 
 
-def record_tiles(scratch, paths):
-    """uint8 tiles of every picture in every mode, read back from the pixel values by the table of all 256 levels."""
+ASPECTS = {  # the tile's side, and the configuration
+    "anyres": (336, SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=checkpoints.PINPOINTS)),
+    "pad": (336, SimpleNamespace(image_aspect_ratio="pad")),
+    "square": (336, SimpleNamespace()),
+    "s2": (1008, SimpleNamespace(image_aspect_ratio="pad")),
+}
+
+
+def pixel_levels():
+    """[3, 256], the pixel value of each level of each channel."""
     ramp = np.resize(np.arange(256, dtype=np.uint8), (336, 336))
     levels = clip_processor(336)(Image.fromarray(np.stack([ramp] * 3, -1)), return_tensors="np")["pixel_values"][0]
-    levels = levels[:, 0, :256]
+    return levels[:, 0, :256]
+
+
+def tiles_of(image, aspect, levels):
+    """uint8 tiles, read back from the pixel values; or the exception as text."""
+    side, config = ASPECTS[aspect]
+    pixels = attempt(process_images, [image], clip_processor(side), config)
+    if isinstance(pixels, str):
+        return pixels
+    pixels = numpy(pixels[0] if aspect == "anyres" else pixels)
+    tiles = np.stack([np.searchsorted(levels[c], pixels[:, c]) for c in range(3)], -1).astype(np.uint8)
+    assert all(np.array_equal(levels[c][tiles[..., c]], pixels[:, c]) for c in range(3))
+    return tiles
+
+
+def record_modes(scratch, paths):
+    """Tiles of pictures that are not converted to RGB first, and of thin ones."""
+    levels, D = pixel_levels(), {}
+    cases = [(mode, size, ("anyres", "square")) for mode in pictures.MODES for size in pictures.SHAPES]
+    cases += [("RGB", size, ("anyres", "square", "pad", "s2")) for size in pictures.THIN]
+    for mode, size, aspects in cases:
+        image = pictures.in_mode(mode, *size, seed=sum(size))
+        for aspect in aspects:
+            tiles = tiles_of(image, aspect, levels)
+            if not isinstance(tiles, str):
+                D[f"{mode}/{size[0]}x{size[1]}/{aspect}"] = sha256(tiles)
+            else:
+                print(f"  {mode} {size} {aspect}: {tiles}", flush=True)
+    return D
+
+
+def record_tiles(scratch, paths):
+    """The tiles of every picture."""
+    levels = pixel_levels()
     D = {"levels": levels}
-
-    def to_uint8(pixels):
-        tiles = np.stack([np.searchsorted(levels[c], pixels[:, c]) for c in range(3)], -1).astype(np.uint8)
-        assert all(np.array_equal(levels[c][tiles[..., c]], pixels[:, c]) for c in range(3))
-        return tiles
-
-    modes = {
-        "anyres": (336, SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=checkpoints.PINPOINTS)),
-        "pad": (336, SimpleNamespace(image_aspect_ratio="pad")),
-        "square": (336, SimpleNamespace()),
-        "s2": (1008, SimpleNamespace(image_aspect_ratio="pad")),
-    }
     for name, path in paths.items():
         image = Image.open(path).convert("RGB")
         D[f"{name}/size"] = np.array(image.size, np.int32)
         D[f"{name}/rgb"] = sha256(np.asarray(image))
-        for mode, (side, config) in modes.items():
-            pixels = attempt(process_images, [image], clip_processor(side), config)
-            if isinstance(pixels, str):
-                D[f"{name}/{mode}/error"] = np.array(pixels)
+        for aspect in ASPECTS:
+            tiles = tiles_of(image, aspect, levels)
+            if isinstance(tiles, str):
+                D[f"{name}/{aspect}/error"] = np.array(tiles)
                 continue
-            tiles = to_uint8(numpy(pixels[0] if mode == "anyres" else pixels))
-            D[f"{name}/{mode}/sha256"] = sha256(tiles)
-            D[f"{name}/{mode}/means"] = tiles.mean((1, 2)).astype(np.float32)
+            D[f"{name}/{aspect}/sha256"] = sha256(tiles)
+            D[f"{name}/{aspect}/means"] = tiles.mean((1, 2)).astype(np.float32)
         print(f"  {name}", flush=True)
     return D
 
@@ -505,7 +535,7 @@ def record_counts(scratch, paths):
 
 
 def main():
-    parts = {"tables": record_tables, "tiles": record_tiles, "counts": record_counts}
+    parts = {"tables": record_tables, "tiles": record_tiles, "modes": record_modes, "counts": record_counts}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", required=True, help="folder for checkpoints and pictures; not committed")
     parser.add_argument("--output", default=os.path.join(HERE, "data"))
