@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -16,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from llava_jax.flags import add_model_arguments
+from llava_jax.inputs.image import ProcessedImage, process_image
 from llava_jax.terminal import load_model
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_web_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
         ValueError: the address cannot be had, or gradio is missing: seen before the model is loaded.
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     check_address(args.host, args.port)
     check_gradio()
     llava, params = load_model(args)
-    with tempfile.TemporaryDirectory(prefix="llava-jax-web-") as folder:
+    with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="llava-jax-web-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded goes when the server ends
         from llava_jax.web_page import build_page, launch
 
@@ -56,6 +56,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"http://{args.host}:{args.port} (Ctrl-C ends)", flush=True)
         page.block_thread()
         conversations.close()
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_address(host: str, port: int) -> None:
@@ -103,7 +112,7 @@ class Conversation:
     """What a tab of a browser shows. `chat` holds its cache; None: to be made anew, from the picture and the turns."""
 
     file: str | None = None
-    picture: Image.Image | None = None
+    picture: ProcessedImage | None = None
     turns: list[str] = field(default_factory=list)  # question, answer, question, answer, …
     chat: Chat | None = None
     stopped: bool = False
@@ -122,8 +131,20 @@ class Conversations:
         """The tab's; an empty one if nothing has happened there yet."""
         return self._of_tab.get(tab) or Conversation()
 
-    def begin(self, tab: str, file: str | None, picture: Image.Image | None) -> None:
-        """A new one about a picture, or about none; an answer that is being made for the old one stops."""
+    def show(self, tab: str, file: str | None) -> None:
+        """A new one about a picture, or about none; an answer that is being made for the old one stops.
+
+        Raises:
+            FileNotFoundError, ValueError: no picture; the conversation is then as it was.
+        """
+        self._begin(tab, file, None if file is None else process_image(file, self.llava.config))
+
+    def begin(self, tab: str) -> None:
+        """A new one about the same picture."""
+        before = self.of(tab)
+        self._begin(tab, before.file, before.picture)
+
+    def _begin(self, tab: str, file: str | None, picture: ProcessedImage | None) -> None:
         self.forget(tab)
         self._of_tab[tab] = Conversation(file, picture)
 

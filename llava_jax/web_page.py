@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.helpers import Examples
 
-from llava_jax.inputs.image import load_image
 from llava_jax.web import KEPT, Conversations
 
 SUGGESTED = (
@@ -21,6 +20,7 @@ SUGGESTED = (
     "What is unusual about this image?",
     "What are the things I should be cautious about when I visit here?",
 )
+UPLOAD_LIMIT = "64mb"  # for one picture
 CURSOR = "▌"
 WELCOME = "Upload a picture and ask about it. The first answers wait for the compiler."
 # Answers are shown as Markdown, which may name a picture elsewhere: the browser is told to fetch nothing from there.
@@ -81,6 +81,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         quiet=True,
         inbrowser=False,
         share=False,
+        max_file_size=UPLOAD_LIMIT,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
@@ -217,8 +218,7 @@ class Events:
     def begin(self, request: gr.Request) -> tuple:
         """Anew, with the same picture."""
         tab = _tab(request)
-        conversation = self.conversations.of(tab)
-        self.conversations.begin(tab, conversation.file, conversation.picture)
+        self.conversations.begin(tab)
         return self._at_rest(tab)
 
     def show(self, payload: dict | None, request: gr.Request) -> tuple:
@@ -226,7 +226,7 @@ class Events:
         tab, file = _tab(request), None
         try:
             file = uploaded_file(payload, self.uploads)
-            self.conversations.begin(tab, str(file) if file else None, load_image(file) if file else None)
+            self.conversations.show(tab, str(file) if file else None)
         except (ValueError, OSError) as error:
             _warn(ValueError(str(error).replace(f"{file.parent}{os.sep}", "")) if file else error)
             return self.conversations.of(tab).file, *[UNCHANGED] * 5

@@ -1,6 +1,7 @@
 """`llava-jax web`: what is behind the page, and, where there is a Chromium, the page itself in it."""
 
 import argparse
+import gc
 import http.client
 import os
 import shutil
@@ -12,8 +13,10 @@ import threading
 import time
 
 import pytest
+from PIL import Image
 
 from llava_jax import web
+from llava_jax.config import LlavaConfig
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # its use of pandas
@@ -97,6 +100,8 @@ class ParrotChat:
 
 
 class Parrot:
+    config = LlavaConfig.preset("1.6-vicuna-7b")
+
     def chat(self, params, picture, conv_mode):
         return ParrotChat(params, picture, conv_mode)
 
@@ -155,13 +160,40 @@ def test_a_tab_asks_one_thing_at_a_time(conversations):
     assert list(first)[-1] == ["ab", "ab"]
 
 
-def test_a_new_picture_stops_the_answer_about_the_old_one(conversations):
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (1501, 901), "red").save(tmp_path / "new.png")
+    return str(tmp_path / "new.png")
+
+
+def test_a_new_picture_stops_the_answer_about_the_old_one(conversations, picture):
     old = conversations.answer("a", "abcdef")
     next(old), next(old)
-    conversations.begin("a", "new.png", "a picture")
+    conversations.show("a", picture)
     assert len(list(old)) < 2
     assert conversations.of("a").turns == [] and said(conversations, "a", "x")[-1] == ["x", "x"]
-    assert conversations.of("a").chat.picture == "a picture"
+    shown = conversations.of("a").picture
+    assert conversations.of("a").chat.picture is shown and shown.size == (1501, 901)
+    conversations.begin("a")
+    assert conversations.of("a").picture is shown and conversations.of("a").file == picture
+    conversations.show("a", None)
+    assert conversations.of("a").picture is None
+
+
+def test_a_picture_is_kept_as_its_tiles(conversations, picture):
+    for tab in "abc":
+        conversations.show(tab, picture)
+    gc.collect()
+    assert not [1 for kept in gc.get_objects() if isinstance(kept, Image.Image) and kept.size == (1501, 901)]
+    assert sum(conversations.of(tab).picture.tiles.nbytes for tab in "abc") == 3 * 5 * 336 * 336 * 3
+
+
+def test_what_is_no_picture_leaves_the_conversation_as_it_was(conversations, picture):
+    conversations.show("a", picture)
+    said(conversations, "a", "x")
+    with pytest.raises(ValueError, match=r"test_web\.py' is not a picture"):
+        conversations.show("a", __file__)
+    assert conversations.of("a").file == picture and conversations.of("a").turns == ["x", "x"]
 
 
 def test_only_the_last_conversations_keep_their_caches(conversations):
@@ -219,7 +251,18 @@ web.run(parser.parse_args())
 """
 
 
-def test_it_serves_until_ctrl_c_and_sends_nothing_elsewhere(scenes_model, port, tmp_path):
+def upload(port, size):
+    """(status, reply) of putting a file of `size` bytes there, as a browser does."""
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/gradio_api/upload", head + bytes(size) + b"\r\n--x--\r\n", headers)
+    reply = connection.getresponse()
+    return reply.status, reply.read().decode()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_ended_and_sends_nothing_elsewhere(scenes_model, port, tmp_path, ending):
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
     command = [sys.executable, "-c", SERVE, "--model-path", str(scenes_model), "--port", str(port)]
     # gradio reads these, and analytics and share links are on by default, or by such a variable
@@ -233,7 +276,13 @@ def test_it_serves_until_ctrl_c_and_sends_nothing_elsewhere(scenes_model, port, 
             connection.request("GET", "/")
             assert b"llava-v1.6-scenes" in connection.getresponse().read()
             connection.close()
-            server.send_signal(signal.SIGINT)
+            assert upload(port, 1000)[0] == 200
+            kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+            assert sum(path.stat().st_size == 1000 for path in kept) == 1
+            status, reply = upload(port, 65 * 2**20)
+            assert status == 413 and "exceeded maximum allowed size" in reply
+            assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
+            server.send_signal(ending)
             _, errors = server.communicate(timeout=60)
         finally:
             server.kill()
