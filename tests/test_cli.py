@@ -180,8 +180,9 @@ def test_the_demo_runs_from_anywhere_and_keeps_what_it_is_asked_to(tmp_path):
     assert f"{question.text} {llava.generate(params, draw(scene), question.text)}" in said
 
 
-def test_the_score_is_one_line_of_json(capsys):
-    assert main(["demo", "--score", "--scenes", "40", "--seed", "5", "--json"]) == 0
+@pytest.mark.parametrize("scenes", ["8", pytest.param("40", marks=pytest.mark.long)])
+def test_the_score_is_one_line_of_json(capsys, scenes):
+    assert main(["demo", "--score", "--scenes", scenes, "--seed", "5", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert {"colour", "count", "yes_no", "position", "reading", "description"} <= score.keys()
     assert score["colour"] > 0.95 and score["yes_no"] > 0.9 and score["position"] > 0.9
