@@ -182,8 +182,8 @@ def test_a_candidate_ends_where_it_ends(model):
     llava, params = model("vicuna")
     prompt = llava.conversation("Hi", 0).get_prompt()
     start = len(tokenizer_image_token(prompt, llava.tokenizer))
-    (score,) = llava.score(params, None, "Hi", "s")  # the separator after it, </s>, has an s too
-    ids = tokenizer_image_token(f"{prompt} s", llava.tokenizer)
+    (score,) = llava.score(params, None, "Hi", "#")  # the separator after it, ###, begins like it
+    ids = tokenizer_image_token(f"{prompt} #", llava.tokenizer)
     logprobs = jax.nn.log_softmax(llava.forward(params, [ids]).logits[0], axis=-1)
     wanted = sum(logprobs[start - 1 + i, token] for i, token in enumerate(ids[start:]))
     assert score == pytest.approx(float(wanted), abs=1e-3)
