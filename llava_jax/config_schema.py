@@ -314,11 +314,15 @@ HEADER = a_map(
     )
 )
 
+# transformers has it in three files: a text, or several with names.
+CHAT_TEMPLATE = {"chat_template": or_null(either(TEXT, a_list(an_object({"name": TEXT, "template": TEXT}))))}
+
 # The files that are read as they are, by their names.
 FILES = {
     "tokenizer_config.json": an_object(
         {
             **SPECIAL_TOKENS,
+            **CHAT_TEMPLATE,
             **dict.fromkeys(("legacy", "add_bos_token", "add_eos_token"), or_null(FLAG)),
             "added_tokens_decoder": or_null(a_map(an_object(ADDED_TOKEN), ID_AS_TEXT)),
         }
@@ -326,7 +330,8 @@ FILES = {
     "special_tokens_map.json": an_object(SPECIAL_TOKENS),
     "added_tokens.json": a_map(ID),
     "tokenizer.json": an_object({"added_tokens": or_null(a_list(an_object({"id": required(ID), **ADDED_TOKEN})))}),
-    "processor_config.json": an_object({"image_processor": or_null(an_object({}))}),
+    "processor_config.json": an_object({**CHAT_TEMPLATE, "image_processor": or_null(an_object({}))}),
+    "chat_template.json": an_object(CHAT_TEMPLATE),
     "model.safetensors.index.json": INDEX,
     "pytorch_model.bin.index.json": INDEX,
     "llava_jax.json": an_object(
@@ -337,12 +342,7 @@ FILES = {
             **dict.fromkeys(("source", "dtype", "fingerprint"), TEXT),
             "conv_mode": or_null(TEXT),
             "published": an_object(
-                {
-                    "dtype": TEXT,
-                    "vision_tower": one_of("inside", "beside"),
-                    "names": a_list(TEXT),
-                    "tied_head": TEXT,
-                }
+                {"vision_tower": one_of("inside", "beside"), "names": a_list(TEXT), "dtype": TEXT, "tied_head": TEXT}
             ),
         }
     ),

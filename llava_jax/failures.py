@@ -59,7 +59,7 @@ def _take_any_text() -> None:
         (sys.stdout, "backslashreplace"),
         (sys.stderr, "backslashreplace"),
     ):
-        with contextlib.suppress(AttributeError):  # what stands in for it may be anything
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # what stands in for it may be anything
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 

@@ -24,6 +24,7 @@ SMALL = {  # whatever is read, as published files have it
         "added_tokens_decoder": {"2": TOKEN, "29": {**TOKEN, "content": "<image>"}},
         "additional_special_tokens": ["<image>", {**TOKEN, "content": "word5"}],
         "eos_token": TOKEN,
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
         "legacy": False,
         "pad_token": None,
     },
