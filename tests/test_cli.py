@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("load_once")
 def test_ask_prints_what_generate_returns(converted, pictures, capsys):
     folder, image = converted("vicuna"), pictures["chelsea"]
     llava, params = llava_jax.load(folder)
-    wanted = llava.generate(params, image, "What is it?", max_new_tokens=12)
-    command = ["ask", "--model-path", folder, "--image-file", image, "--query", "What is it?", "--max_new_tokens", "12"]
+    wanted = llava.generate(params, image, "What is it?", max_new_tokens=8)
+    command = ["ask", "--model-path", folder, "--image-file", image, "--query", "What is it?", "--max_new_tokens", "8"]
     capsys.readouterr()  # the fixtures' own
     assert main(command) == 0
     assert capsys.readouterr().out == wanted + "\n"
@@ -47,14 +47,14 @@ def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, ca
     folder, damaged = converted("vicuna"), tmp_path / "damaged.jpg"
     damaged.write_bytes(Path(pictures["chelsea"]).read_bytes()[:2000])
     files = [pictures["chelsea"], str(damaged), f"{pictures['chelsea']},{pictures['coffee']}", "/nowhere.jpg"]
-    ask = ["ask", "--model-path", folder, "--query", "What?", "--max_new_tokens", "6", "--image-file", *files]
+    ask = ["ask", "--model-path", folder, "--query", "What?", "--max_new_tokens", "8", "--image-file", *files]
     capsys.readouterr()
     assert main([*ask, "--json"]) == 3
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     llava, params = llava_jax.load(folder)
     for line, images in zip(lines, (files[0], files[2].split(",")), strict=True):
-        wanted = llava.generate(params, images, "What?", max_new_tokens=6)
+        wanted = llava.generate(params, images, "What?", max_new_tokens=8)
         image_file = images if isinstance(images, str) else ",".join(images)
         assert line == {"image_file": image_file, "query": "What?", "answer": wanted}
     assert f"llava-jax: error: {damaged}: " in err and "is damaged" in err
