@@ -12,12 +12,13 @@ from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation import ahead, score, submission
 from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
-from llava_jax.failures import exit_status
+from llava_jax.failures import INTERRUPTED, exit_status, leave
 from llava_jax.flags import check_paths, options_from
 from llava_jax.training.arguments import add_train_arguments
 from llava_jax.training.options import TrainOptions
 
 LISTED = 100  # questions that could not be asked
+LARGEST = 2**31 - 1  # of a number that is counted or seeded with
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def _add_demo_arguments(demo) -> None:
 
 
 def _demo(args) -> None:
-    if args.scenes is not None and args.scenes < 1:
-        raise ValueError(f"--scenes {args.scenes} must be above 0")
+    if args.scenes is not None and not 1 <= args.scenes <= LARGEST:
+        raise ValueError(f"--scenes {args.scenes} must be above 0 and at most {LARGEST:,}")
+    if not 0 <= args.seed <= LARGEST:
+        raise ValueError(f"--seed {args.seed} must be at least 0 and at most {LARGEST:,}")
     if args.train:
         if args.output is None:
             raise ValueError("--train needs --output: a new directory, or that of a killed run to go on with")
@@ -236,4 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         check_paths(vars(args))
         return args.run(args)
 
-    return exit_status("llava-jax", run)
+    status = exit_status("llava-jax", run)
+    if argv is None and status == INTERRUPTED:  # this process is the command's own
+        leave(status)
+    return status

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
+AGAIN = 0.05  # seconds until an interruption that was lost comes again
 
 
 def exit_status(program: str, run: Callable[[], int | None]) -> int:
@@ -25,7 +29,8 @@ def exit_status(program: str, run: Callable[[], int | None]) -> int:
     """
     _take_any_text()
     try:
-        status = run() or 0
+        with _no_interruption_lost():
+            status = run() or 0
         sys.stdout.flush()
         return status
     except SystemExit:  # argparse's
@@ -40,6 +45,34 @@ def exit_status(program: str, run: Callable[[], int | None]) -> int:
             traceback.print_exception(error)
         _say(f"{program}{program and ': '}error: {describe(error)}")
         return 1
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once. XLA may still be compiling in threads of its own, and the interpreter's way out takes
+    from them what they use: that ends in a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _no_interruption_lost() -> Iterator[None]:
+    """Ctrl-C is an exception of whatever runs just then. Where that is a callback, say of the garbage collector, whose
+    exceptions are only printed, it comes again a moment later."""
+    before = sys.unraisablehook
+
+    def hook(dropped) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            threading.Timer(AGAIN, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def describe(error: BaseException) -> str:

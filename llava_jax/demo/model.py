@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -150,11 +151,16 @@ def convert_published(published: Path, directory: Path) -> Path:
 
 @contextlib.contextmanager
 def converted(published: str | None, output: str | None):
-    """A directory that `llava_jax.load` takes.
+    """A directory that `llava_jax.load` takes. If what is done with it fails, it is removed again.
 
     Args:
         published: a checkpoint of `write_published`; None is the bundled one.
         output: where it is kept; None is a temporary directory.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        yield convert_published(Path(published or BUNDLED), Path(output or Path(scratch) / NAME))
+        directory = convert_published(Path(published or BUNDLED), Path(output or Path(scratch) / NAME))
+        try:
+            yield directory
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise

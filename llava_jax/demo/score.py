@@ -85,9 +85,9 @@ def run(model: str | None, output: str | None, scenes: int, seed: int, anyres: b
 
     with converted(model, output) as directory:
         llava, params = llava_jax.load(directory)
-    if not anyres:
-        llava = llava_jax.Llava(llava.config.replace(image_aspect_ratio="pad"), llava.tokenizer)
-    scores = score(llava, params, scenes, seed)
+        if not anyres:
+            llava = llava_jax.Llava(llava.config.replace(image_aspect_ratio="pad"), llava.tokenizer)
+        scores = score(llava, params, scenes, seed)
     if as_json:
         print(json.dumps({**scores, "scenes": scenes, "seed": seed, "anyres": anyres}))
     else:

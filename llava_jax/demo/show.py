@@ -29,18 +29,22 @@ def run(model: str | None, output: str | None, scenes: int, seed: int) -> None:
     with converted(model, output) as directory:
         print("2. loading it")
         llava, params = llava_jax.load(directory)
-    print(f"3. asking about {scenes} pictures that it was not trained on (the first answers wait for the compiler)")
-    shown = []
-    for number in range(scenes):
-        scene = held_out_scene(seed, number)
-        image, rng = draw(scene), np.random.default_rng((seed, number))
-        asked = questions_about(scene, seed, number)
-        asked = [asked[i] for i in sorted(rng.permutation(len(asked) - 1)[:3])] + asked[-1:]
-        print(f"\n   picture {number + 1}, {scene.width} x {scene.height}")
-        answers = [_ask(llava, params, image, question) for question in asked]
-        shown.append((image, [(q.text, a, is_right(q, a)) for q, a in zip(asked, answers, strict=True)]))
-    draw_answers(shown).save(SHEET)
+        print(f"3. asking about {scenes} pictures that it was not trained on (the first answers wait for the compiler)")
+        shown = [_show(llava, params, number, seed) for number in range(scenes)]
+        draw_answers(shown).save(SHEET)
     print(f"\n4. saved {SHEET}; {time.perf_counter() - began:.0f} s in all")
+
+
+def _show(llava, params, number: int, seed: int):
+    """One picture, and (question, answer, whether it is right) for some questions about it, as `draw_answers` takes
+    them."""
+    scene = held_out_scene(seed, number)
+    image, rng = draw(scene), np.random.default_rng((seed, number))
+    asked = questions_about(scene, seed, number)
+    asked = [asked[i] for i in sorted(rng.permutation(len(asked) - 1)[:3])] + asked[-1:]
+    print(f"\n   picture {number + 1}, {scene.width} x {scene.height}")
+    answers = [_ask(llava, params, image, question) for question in asked]
+    return image, [(q.text, a, is_right(q, a)) for q, a in zip(asked, answers, strict=True)]
 
 
 def _ask(llava, params, image: Image.Image, question: Question) -> str:

@@ -9,12 +9,15 @@ import math
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +75,8 @@ class Collectives:
 
 # ---- compiling
 
+Result = TypeVar("Result")
+
 
 def slice_mesh(where: Slice, **axes: int) -> Mesh:
     """A mesh over a slice's chips, e.g. `slice_mesh(SLICES["v5e-8"], data=1, tensor=8)`."""
@@ -107,15 +112,34 @@ class Compiled(NamedTuple):
 
 def compile_for(mesh: Mesh, function, *arguments, **options) -> Compiled:
     """`jax.jit(function)` for abstract arguments."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return _in_a_thread(lambda: _compile_for(folder, mesh, function, *arguments, **options))
+
+
+def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Compiled:
     began = time.perf_counter()
     precision = jax.default_matmul_precision("default")  # "highest" has no splash in bfloat16
-    with jax.set_mesh(mesh), precision, tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(mesh), precision:
         lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (dumped,) = Path(folder).glob("*.after_codegen.txt")  # as_text() cannot parse all that libtpu writes
         text = dumped.read_text()
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
     return Compiled(compiled, text, out, time.perf_counter() - began)
+
+
+def _in_a_thread(work: Callable[[], Result]) -> Result:
+    """`work()`, and Ctrl-C is heard meanwhile: the compiler holds the thread that calls it for minutes."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def compile_if_it_fits(*args, **options) -> Compiled | None:
