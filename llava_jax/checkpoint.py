@@ -210,8 +210,9 @@ def check_small_files(directory: str | Path) -> None:
 
 
 def sha256(path) -> str:
-    """Of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_params(

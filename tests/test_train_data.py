@@ -19,10 +19,10 @@ from llava_jax.inputs import workers
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import process_images
 from llava_jax.inputs.tokenizer import LlamaTokenizer
-from llava_jax.training import data
+from llava_jax.training import checks
+from llava_jax.training.checks import check_examples
 from llava_jax.training.data import (
     Loaded,
-    check_examples,
     get_modality_length_grouped_indices,
     load_example,
     load_examples,
@@ -104,8 +104,8 @@ def test_json_and_jsonl(tmp_path, examples):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "[{", "a.json' is not JSON"),
-        ("a.jsonl", '{}\n{"a"', "a.jsonl' is not JSONL"),
+        ("a.json", "[{", "a.json': not JSON"),
+        ("a.jsonl", '{}\n{"a"', "a.jsonl', line 2: not JSON"),
         ("a.json", "{}", "expected a list of samples, got dict"),
         ("a.json", "[]", "expected a list of samples, got an empty one"),
     ],
@@ -204,12 +204,12 @@ def test_all_problems_come_at_once(folder):
     assert any(line.startswith(want) for line in lines)
 
 
-def test_directories_are_listed_once(folder, monkeypatch):
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(data.os, "listdir", lambda path: listed.append(path) or listdir(path))
+def test_each_picture_is_opened_once(folder, monkeypatch):
+    opened, image_size = [], checks.image_size
+    monkeypatch.setattr(checks, "image_size", lambda source: opened.append(source) or image_size(source))
     samples = [sample("<image>", "B", image=f"{i % 6}.png") for i in range(50)]
-    check_examples([*samples, sample("<image>", "B", image="sub/6.png")], folder, "v1")
-    assert len(listed) == 2
+    sizes = check_examples([*samples, sample("<image>", "B", image="sub/6.png")], folder, "v1")
+    assert len(opened) == len(sizes) == 7 and sizes["3.png"] == (39, 47)
 
 
 def test_folder_and_template_that_are_none(folder, tmp_path):

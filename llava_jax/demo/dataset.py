@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +12,9 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.demo.questions import Question, caption_sample, conversation, describe, sample, statements
 from llava_jax.demo.scenes import FORMS, SQUARE, Scene, draw, make_scene
+from llava_jax.files import write_atomically
 from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.workers import Workers
 
 DATA, IMAGES = "data.json", "images"
 PER_FOLDER = 1000
@@ -81,23 +80,8 @@ def write_dataset(
     for number in range(-(-count // PER_FOLDER)):
         (images / f"{number:03d}").mkdir(parents=True, exist_ok=True)
     make = partial(make_sample, style, pictures, length, config, str(images), seed)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=end_with_parent) as pool:
-        samples = list(pool.map(make, range(count), chunksize=250))
-    unfinished = data.with_suffix(".new")
-    unfinished.write_text(json.dumps(samples), encoding="utf-8")
-    unfinished.rename(data)
+    with Workers(make, os.cpu_count() or 1) as workers:
+        waiting = [workers.submit(number) for number in range(count)]
+        samples = [future.result() for future in waiting]
+    write_atomically(data, json.dumps(samples))
     return directory
-
-
-def end_with_parent() -> None:
-    """In a worker: end when the process that started it does, even if that is killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX
-from llava_jax.demo.dataset import end_with_parent
 from llava_jax.demo.scenes import make_scene
 from llava_jax.demo.truths import CLASSES, Truths, patch_truths, seen_tiles
+from llava_jax.inputs.workers import Workers
 from llava_jax.models.vision import CLIPVisionTower
 from llava_jax.training.optimizer import learning_rate_schedule
+from llava_jax.training.states import States
 
 SCENES, TILES = 32, 160  # of a step: the tiles of so many scenes, cut off or repeated to a fixed number
 SHOWN_WEIGHT = 6.0  # of a patch that shows something, against one that shows nothing
@@ -80,35 +78,30 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
         optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_schedule(learning_rate, steps, 0.05))
     )
     params = {"vision_tower": tower, "heads": first_heads(config.feature_size)}
-    state = {"params": params, "opt_state": optimizer.init(params)}
+    state = {"params": params, "opt_state": optimizer.init(params), "step": np.int32(0)}
     step_function = jax.jit(partial(train_step, config, optimizer), donate_argnums=(0, 1))
-    latest = ocp.training.preservation_policies.LatestN(1)
     output.mkdir(parents=True, exist_ok=True)
-    with ocp.training.Checkpointer((output / "checkpoints").absolute(), preservation_policy=latest) as saved:
-        done = 0
-        if saved.latest is not None:
-            done = saved.latest.step
-            state = saved.load(done, abstract_state=state)
+    make = partial(make_tiles, config, seed, SCENES, TILES)
+    with States(output / "checkpoints", keep=1) as states, Workers(make, 1) as workers:
+        state = states.newest(state)
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
-            for step, batch in _ahead(partial(make_tiles, config, seed, SCENES, TILES), done, steps):
+            for step, batch in _ahead(workers, int(state["step"]), steps):
                 *new, metrics = step_function(state["params"], state["opt_state"], *batch)
-                state = dict(zip(("params", "opt_state"), new, strict=True))
+                state = dict(zip(("params", "opt_state"), new, strict=True)) | {"step": np.int32(step)}
                 if step % LOG_EVERY == 0 or step == steps:
                     line = {"step": step, **{name: round(float(value), 4) for name, value in metrics.items()}}
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     print(line, flush=True)
                 if step % SAVE_EVERY == 0 or step == steps:
-                    saved.save_async(step, state, force=True)
+                    states.save(step, state)
     return state["params"]["vision_tower"]
 
 
-def _ahead(make, done: int, steps: int) -> Iterator[tuple[int, tuple]]:
+def _ahead(workers: Workers, done: int, steps: int) -> Iterator[tuple[int, tuple]]:
     """(step, from 1; its batch), made in another process while the steps before it run."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
-        waiting: deque = deque()
-        for step in range(done + 1, steps + 1):
-            while len(waiting) < AHEAD and step + len(waiting) <= steps:
-                waiting.append(pool.submit(make, step + len(waiting)))
-            yield step, waiting.popleft().result()
+    waiting: deque = deque()
+    for step in range(done + 1, steps + 1):
+        while len(waiting) < AHEAD and step + len(waiting) <= steps:
+            waiting.append(workers.submit(step + len(waiting)))
+        yield step, waiting.popleft().result()

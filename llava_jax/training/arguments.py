@@ -23,6 +23,7 @@ HELP = {
     "max_steps": "updates, instead of whole epochs",
     "per_device_train_batch_size": "rows for each device of the data and fsdp axes",
     "model_max_length": "positions, images included; what is longer is cut off on the right",
+    "max_unlabelled_ratio": "the share of samples without any label (cut off, or never answered) that is let pass",
     "bf16": "compute in bfloat16; what is trained stays float32",
     "gradient_checkpointing": "compute each layer again in the backward pass, to save memory",
     "mesh": "devices, like data=2,fsdp=4 (one device)",

@@ -1,4 +1,4 @@
-"""LLaVA's training data on the host: read, checked before the first step, ordered, and one sample loaded.
+"""LLaVA's training data on the host: read, ordered, and one sample loaded.
 
 Sources: `LazySupervisedDataset` in `llava/train/train.py`, the samplers of `llava/train/llava_trainer.py`. Imports
 neither JAX nor torch.
@@ -6,22 +6,20 @@ neither JAX nor torch.
 
 from __future__ import annotations
 
-import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.conversation import Conversation, SeparatorStyle, conv_templates
-from llava_jax.inputs.image import load_image, process_images
-from llava_jax.training.preprocess import HUMAN, ROLES, preprocess, preprocess_multimodal
-
-NAMED = 3  # samples that an error names for each kind of problem
+from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.conversation import conv_templates
+from llava_jax.inputs.image import image_source, load_image, process_images
+from llava_jax.records import parse_json, read_file, read_lines
+from llava_jax.training.preprocess import Tokenized, preprocess, preprocess_multimodal
 
 # ---- the data file
 
@@ -34,21 +32,19 @@ def load_examples(data_path: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or not a list of samples.
+        ValueError: not JSON, or not a list of samples; of a `.jsonl` file, the line is named.
     """
-    path = Path(data_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data_path {str(path)!r}: no such file")
-    with path.open(encoding="utf-8") as file:
-        try:
-            examples = (
-                [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else json.load(file)
-            )
-        except ValueError as error:
-            raise ValueError(f"data_path {str(path)!r} is not {path.suffix[1:].upper() or 'JSON'}: {error}") from error
+    what = f"data_path {os.fspath(data_path)!r}"
+    if not os.path.isfile(data_path):
+        raise FileNotFoundError(f"{what}: no such file")
+    if Path(data_path).suffix == ".jsonl":
+        lines = enumerate(read_lines(data_path), start=1)
+        examples = [parse_json(line, f"{what}, line {number}") for number, line in lines if line.strip()]
+    else:
+        examples = parse_json(read_file(data_path), what)
     if not isinstance(examples, list) or not examples:
         got = "an empty one" if examples == [] else type(examples).__name__
-        raise ValueError(f"data_path {str(path)!r}: expected a list of samples, got {got}")
+        raise ValueError(f"{what}: expected a list of samples, got {got}")
     return examples
 
 
@@ -60,115 +56,7 @@ def images_of(example: dict) -> list[str]:
 
 def name_of(example: dict, number: int) -> str:
     """What an error calls a sample."""
-    return f"id={example.get('id')!r} (number {number})" if isinstance(example, dict) else f"number {number}"
-
-
-# ---- checked before the first step
-
-
-def check_examples(examples: Sequence[dict], image_folder: str | Path, template: str) -> None:
-    """Nothing if every sample can be trained on with `template`, a name in `conv_templates`.
-
-    Looked for: image files that are missing (each directory is listed once), images and `<image>` that do not match
-    in number, an `<image>` at either end of a turn where there is no image (elsewhere it is text, as in the
-    reference), unknown roles, roles out of turn, samples without a word, a plain sample that is not `<image>` and a
-    caption, and what is not a sample at all.
-
-    Raises:
-        FileNotFoundError: there are images, but no such `image_folder`.
-        ValueError: all problems, counted by kind, with the first samples of each; or no training with this template.
-    """
-    conv = conv_templates[template]
-    if conv.sep_style is SeparatorStyle.LLAMA_3:
-        raise ValueError(
-            f"template {template!r}: LLaVA does not train with the LLAMA_3 style; choose another --version"
-        )
-    found: dict[str, list[str]] = defaultdict(list)
-    paths: dict[str, list[int]] = defaultdict(list)
-    for number, example in enumerate(examples):
-        if not _is_example(example):
-            found["not {id, image, conversations: [{from, value}, …]}"].append(name_of(example, number))
-            continue
-        for problem in _problems(example, conv):
-            found[problem].append(name_of(example, number))
-        for path in images_of(example):
-            paths[path].append(number)
-    for path in _missing_files(paths, os.fspath(image_folder)):
-        found["missing image file"] += [f"{name_of(examples[i], i)} {path!r}" for i in paths[path]]
-    if found:
-        lines = [
-            f"  {kind}: {len(names):,}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"
-            for kind, names in found.items()
-        ]
-        raise ValueError(
-            f"the data has samples that cannot be trained on, out of {len(examples):,} (image_folder "
-            f"{os.fspath(image_folder)!r}); correct them or take them out:\n" + "\n".join(lines)
-        )
-
-
-def _is_example(example) -> bool:
-    if not isinstance(example, dict) or not isinstance(example.get("conversations"), list):
-        return False
-    turns, images = example["conversations"], images_of(example)
-    return (
-        all(isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str) for t in turns)
-        and isinstance(images, list)
-        and all(isinstance(path, str) for path in images)
-    )
-
-
-def _problems(example: dict, template: Conversation) -> Iterator[str]:
-    turns = example["conversations"]
-    roles, texts = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
-    num_images = len(images_of(example))
-    if not any(text.strip() for text in texts):
-        yield "empty conversation"
-    elif unknown := sorted(set(roles).difference(ROLES)):
-        yield f"unknown role {unknown[0]!r} (known: {', '.join(ROLES)})"
-    elif template.sep_style is SeparatorStyle.PLAIN:
-        if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in texts[0] or not num_images:
-            yield f"not an image and two turns, the first with {DEFAULT_IMAGE_TOKEN}, as a plain template takes them"
-            return
-        texts[0] = DEFAULT_IMAGE_TOKEN
-    elif template.sep_style is not SeparatorStyle.SINGLE:
-        first = int(roles[0] != HUMAN)  # such a turn is left out
-        if any(role != ROLES[i % 2] for i, role in enumerate(roles[first:])):
-            yield f"{' and '.join(ROLES)} do not alternate"
-        elif template.sep_style is SeparatorStyle.LLAMA_2 and "" in texts[first : first + 1]:
-            yield "the first question is empty, which the LLAMA_2 style does not take"
-    yield from _problems_of_images(texts, num_images)
-
-
-def _problems_of_images(texts: list[str], num_images: int) -> Iterator[str]:
-    if not num_images:
-        ends = (text for text in texts if DEFAULT_IMAGE_TOKEN in text)
-        if any(t.startswith(DEFAULT_IMAGE_TOKEN) or t.endswith(DEFAULT_IMAGE_TOKEN) for t in map(str.strip, ends)):
-            yield f"{DEFAULT_IMAGE_TOKEN} but no image"
-        return
-    # A turn of a sample with one image keeps one placeholder: see preprocess_multimodal.
-    placed = sum(min(text.count(DEFAULT_IMAGE_TOKEN), 1 if num_images == 1 else num_images + 1) for text in texts)
-    if not placed:
-        yield f"an image but no {DEFAULT_IMAGE_TOKEN}"
-    elif placed != num_images:
-        yield f"the number of {DEFAULT_IMAGE_TOKEN} is not that of the images"
-
-
-def _missing_files(paths, image_folder: str) -> list[str]:
-    """Those of the paths that are not there, in their order."""
-    if paths and image_folder and not os.path.isdir(image_folder):
-        raise FileNotFoundError(f"image_folder {image_folder!r}: no such directory")
-    listed: dict[str, set[str]] = {}
-
-    def is_there(path: str) -> bool:
-        directory, name = os.path.split(path)
-        if directory not in listed:
-            try:
-                listed[directory] = set(os.listdir(os.path.join(image_folder, directory) or "."))
-            except (FileNotFoundError, NotADirectoryError):
-                listed[directory] = set()
-        return name in listed[directory]
-
-    return [path for path in paths if not is_there(path)]
+    return f"id={example.get('id')!r:.80} (number {number})" if isinstance(example, dict) else f"number {number}"
 
 
 # ---- the order of the samples
@@ -264,6 +152,11 @@ def sample_order(
 
 # ---- one sample
 
+# Why a sample has no labels, beside what its turns show (checks.py).
+MISMATCH = "tokenization mismatch"
+CUT_OFF = "cut off at model_max_length before the first answer"
+NO_LABEL = "no label"
+
 
 class Loaded(NamedTuple):
     """One sample, ready to be packed: `tiles` and `sizes` have an entry for each image."""
@@ -273,6 +166,27 @@ class Loaded(NamedTuple):
     tiles: list[np.ndarray]  # uint8 [T, S, S, 3]
     sizes: list[tuple[int, int]]  # (width, height)
     mismatch: tuple[int, int] | None  # see preprocess.Tokenized
+
+
+def tokenized(example: dict, config: LlavaConfig, tokenizer, template: str) -> Tokenized:
+    """A sample's ids and labels, an `<image>` not yet as long as its picture.
+
+    Args:
+        config, tokenizer, template: as of `load_example`.
+
+    Raises:
+        ValueError: the `<image>` are not as many as the images, or the conversation is not one.
+    """
+    images, turns, conv = len(images_of(example)), example["conversations"], conv_templates[template]
+    if images:
+        wrap = config.mm_use_im_start_end
+        turns = preprocess_multimodal(turns, conv, mm_use_im_start_end=wrap, num_images=images)
+    max_length = config.tokenizer_model_max_length
+    text = preprocess(turns, tokenizer, conv, has_image=images > 0, max_length=max_length)
+    placed = int(np.sum(text.ids == IMAGE_TOKEN_INDEX))
+    if placed != images:
+        raise ValueError(f"{placed} {DEFAULT_IMAGE_TOKEN} for {images} images")
+    return text
 
 
 def load_example(example: dict, image_folder: str | Path, config: LlavaConfig, tokenizer, template: str) -> Loaded:
@@ -285,17 +199,30 @@ def load_example(example: dict, image_folder: str | Path, config: LlavaConfig, t
 
     Raises:
         FileNotFoundError: an image is missing.
-        ValueError: an image is damaged, the `<image>` are not as many, or the conversation is not one.
+        ValueError: an image is damaged or outside of the folder, the `<image>` are not as many, or the conversation
+            is not one.
     """
-    paths = [os.path.join(image_folder, path) for path in images_of(example)]
-    images = [load_image(path, exif=False) for path in paths]
-    turns, conv, wrap = example["conversations"], conv_templates[template], config.mm_use_im_start_end
-    if images:
-        turns = preprocess_multimodal(turns, conv, mm_use_im_start_end=wrap, num_images=len(images))
-    max_length = config.tokenizer_model_max_length
-    text = preprocess(turns, tokenizer, conv, has_image=bool(images), max_length=max_length)
-    placed = int(np.sum(text.ids == IMAGE_TOKEN_INDEX))
-    if placed != len(images):
-        raise ValueError(f"{placed} {DEFAULT_IMAGE_TOKEN} for {len(images)} images")
+    text = tokenized(example, config, tokenizer, template)
+    sources = [image_source(path, os.fspath(image_folder)) for path in images_of(example)]
+    images = [load_image(source, exif=False) for source in sources]
     sizes = [image.size for image in images]
     return Loaded(text.ids, text.labels, process_images(images, config), sizes, text.mismatch)
+
+
+def why_unlabelled(text: Tokenized | Loaded, sizes: Sequence[tuple[int, int]], config: LlavaConfig) -> str | None:
+    """The kind of fault for which a sample has nothing to learn; None if it has.
+
+    Args:
+        sizes: (width, height) of each of its images.
+        config: its `tokenizer_model_max_length` is where a row is cut off.
+    """
+    if text.mismatch is not None:
+        return MISMATCH
+    labelled = np.flatnonzero(text.labels != IGNORE_INDEX)
+    if not len(labelled):
+        return CUT_OFF if len(text.ids) == config.tokenizer_model_max_length else NO_LABEL
+    before = np.flatnonzero(text.ids[: labelled[0]] == IMAGE_TOKEN_INDEX)
+    widths, heights = np.reshape(sizes[: len(before)], (-1, 2)).T
+    position = labelled[0] + np.sum(num_image_tokens(widths, heights, config) - 1)
+    limit = config.tokenizer_model_max_length
+    return CUT_OFF if limit is not None and position >= limit else None

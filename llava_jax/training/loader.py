@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -9,13 +10,21 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.tokenizer import LlamaTokenizer
 from llava_jax.inputs.workers import Workers
-from llava_jax.training.data import NAMED, Loaded, load_example, modality_lengths, name_of, sample_order
+from llava_jax.training.checks import NAMED
+from llava_jax.training.data import (
+    Loaded,
+    load_example,
+    modality_lengths,
+    name_of,
+    sample_order,
+    why_unlabelled,
+)
 from llava_jax.training.preprocess import training_tokenizer
-
-MISMATCHES = 0.01  # the share of samples with a tokenization mismatch that is let pass
 
 
 class Loader:
@@ -31,13 +40,13 @@ class Loader:
         batch_size: samples of one step, over all devices.
         group_by_modality_length: the order of `get_modality_length_grouped_indices`, for `num_devices` that share a
             step's samples and `gradient_accumulation_steps` that make an update; else a plain shuffle.
+        max_unlabelled_ratio: the share of samples without any label that is let pass.
         shards: which of the `num_devices` parts of a step are loaded here, in this order; None is all of them.
         num_workers: processes that load at least two steps ahead; with 0, each step is loaded when it is asked for.
             They are spawned, so a script that makes a Loader needs `if __name__ == "__main__":`.
 
     Raises (while iterating):
-        ValueError: a sample cannot be loaded; or over 1 % of the samples seen, or all of the first ones, have a
-            tokenization mismatch and so no labels.
+        ValueError: a sample cannot be loaded; or too many of the samples seen, or all of the first ones, have no label.
         RuntimeError: a worker died.
     """
 
@@ -51,6 +60,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
+        max_unlabelled_ratio: float = 0.01,
         shards: Sequence[int] | None = None,
         start_step: int = 0,
         group_by_modality_length: bool = False,
@@ -67,7 +77,8 @@ class Loader:
         if group_by_modality_length:
             sizes = dict(batch_size=batch_size // num_devices, world_size=num_devices * gradient_accumulation_steps)
             self._order = partial(self._order, lengths=modality_lengths(examples), **sizes)
-        self._mismatches = _Mismatches(f"template {template!r} and legacy={tokenizer.legacy}")
+        fit = f"template {template!r} and legacy={tokenizer.legacy}"
+        self._unlabelled = _Unlabelled(config, fit, max_unlabelled_ratio)
         self._ahead = max(2, -(-2 * num_workers // batch_size))  # steps
         self._workers = Workers(self._load, num_workers) if num_workers else None
 
@@ -90,7 +101,7 @@ class Loader:
             else ((step, [*map(self._load_here, step)]) for step in steps)
         )
         for step, samples in loaded:
-            self._mismatches.add([name_of(self.examples[number], number) for number in step], samples)
+            self._unlabelled.add([name_of(self.examples[number], number) for number in step], samples)
             yield samples
 
     def _numbers(self) -> Iterator[list[int]]:
@@ -122,25 +133,37 @@ class Loader:
 # ---- too many samples without labels
 
 
-class _Mismatches:
-    """Counts the samples that the reference would silently train on without labels, and stops at too many."""
+class _Unlabelled:
+    """Counts the samples that the reference would silently train on without labels, and stops at too many.
 
-    def __init__(self, what: str):
-        self.what = what
+    The first of each kind is named on stderr.
+    """
+
+    def __init__(self, config: LlavaConfig, fit: str, most: float):
+        self.config, self.fit, self.most = config, fit, most
         self.seen = 0
-        self.found: list[str] = []
+        self.found: dict[str, list[str]] = {}
 
     def add(self, names: list[str], samples: list[Loaded]) -> None:
         self.seen += len(samples)
-        pairs = zip(names, samples, strict=True)
-        self.found += [f"{name}: {s.mismatch[0]} vs. {s.mismatch[1]}" for name, s in pairs if s.mismatch]
-        share = len(self.found) / self.seen
-        if (share > MISMATCHES and self.seen >= 200) or (share == 1 and self.seen >= 4):
+        for name, sample in zip(names, samples, strict=True):
+            if kind := why_unlabelled(sample, sample.sizes, self.config):
+                lengths = "" if sample.mismatch is None else ": {} vs. {}".format(*sample.mismatch)
+                self._note(kind, f"{name}{lengths}")
+        share = sum(map(len, self.found.values())) / self.seen
+        if share > self.most and (self.seen >= 200 or (share == 1 and self.seen >= 4)):
+            counts = ", ".join(f"{kind} in {len(named)}" for kind, named in self.found.items())
+            examples = [name for named in self.found.values() for name in named][:NAMED]
             raise ValueError(
-                f"tokenization mismatch in {len(self.found)} of the first {self.seen} samples, so that they have no "
-                f"labels ({'; '.join(self.found[:NAMED])}): {self.what} do not fit each other, or the texts contain "
-                "the template's own separators; look at --version, tokenizer_config.json and these samples"
+                f"{counts} of the first {self.seen} samples, so that they have no labels ({'; '.join(examples)}): "
+                f"{self.fit} do not fit each other, or the texts contain the template's own separators, or are too "
+                "long; look at --version, tokenizer_config.json, --model_max_length and these samples"
             )
+
+    def _note(self, kind: str, name: str) -> None:
+        if kind not in self.found:
+            tqdm.write(f"nothing to learn: {kind}: sample {name}; others like it are not named", file=sys.stderr)
+        self.found.setdefault(kind, []).append(name)
 
 
 def _load_named(load: Callable[[dict], Loaded], example: dict, number: int) -> Loaded:

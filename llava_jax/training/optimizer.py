@@ -55,11 +55,8 @@ def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTra
     Args:
         total_steps: updates of the whole run, after accumulation.
     """
-    rates = {
-        "base": options.learning_rate,
-        "projector": options.mm_projector_lr or options.learning_rate,
-        "tower": options.mm_vision_tower_lr or options.learning_rate,
-    }
+    own = {"base": None, "projector": options.mm_projector_lr, "tower": options.mm_vision_tower_lr}
+    rates = {name: options.learning_rate if rate is None else rate for name, rate in own.items()}
     schedules = {
         name: optax.scale_by_learning_rate(learning_rate_schedule(peak, total_steps, options.warmup_ratio))
         for name, peak in rates.items()

@@ -19,23 +19,33 @@ from llava_jax.conversion import checksums, key_table
 from llava_jax.conversion.sources import open_file, write_json
 from llava_jax.files import write_atomically
 from llava_jax.models.llava import param_shapes
-from llava_jax.records import read_json_object
+from llava_jax.records import parse_json, problem_of, read_json_object
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params
 from llava_jax.training.options import TrainOptions
+from llava_jax.training.states import survey
 from llava_jax.training.step import LORA
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+OF_A_RUN = (checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
 PROJECTOR = ("mm_projector", "image_newline")
-FREE_TO_CHANGE = ("save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers", "output_dir")
+FREE_TO_CHANGE = (
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "dataloader_num_workers",
+    "max_unlabelled_ratio",
+    "output_dir",
+)
+FINGERPRINTS = "fingerprints"  # in TRAIN_OPTIONS: the SHA-256 of each file that the run depends on
 
 
 def check_output(options: TrainOptions) -> None:
     """See that the output directory is free, or holds this very run, unfinished.
 
     Raises:
-        FileExistsError: it holds something else, a finished run, or a run with other options.
+        FileExistsError: it holds something else, a finished run, or a run with other options, data or checkpoint.
     """
     output, told = Path(options.output_dir), _told(options)
     if (output / checkpoint.MANIFEST).exists():
@@ -48,17 +58,28 @@ def check_output(options: TrainOptions) -> None:
                 f"{output}: holds a run with other options ({'; '.join(others)}); give those to go on with it, or "
                 "another --output-dir"
             )
+        if changed := _changed(before, fingerprints(options)):
+            raise FileExistsError(
+                f"{output}: holds a run that began with other contents of {', '.join(changed)}; restore what was "
+                "there to go on with it, or give another --output-dir"
+            )
     elif output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output}: exists and is not a training run; give another --output-dir")
 
 
+def _changed(before: dict, now: dict[str, str]) -> list[str]:
+    """The files that are not what they were when the run began; one that is new since then is none of them."""
+    recorded = before.get(FINGERPRINTS)
+    return [name for name, was in recorded.items() if now.get(name) != was] if isinstance(recorded, dict) else []
+
+
 def claim_output(options: TrainOptions) -> None:
     """Make the output directory and say in it which run it holds."""
-    output = Path(options.output_dir)
+    told = Path(options.output_dir) / checkpoint.TRAIN_OPTIONS
     hosts.wait_for_all("the output directory has been checked")
-    if hosts.is_first():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / checkpoint.TRAIN_OPTIONS, _told(options))
+    if hosts.is_first() and not told.exists():
+        told.parent.mkdir(parents=True, exist_ok=True)
+        write_json(told, _told(options) | {FINGERPRINTS: fingerprints(options)})
     hosts.wait_for_all("the output directory is taken")
 
 
@@ -66,6 +87,24 @@ def _told(options: TrainOptions) -> dict:
     """What a run must be told again to go on, as JSON gives it back."""
     told = dataclasses.asdict(options) | {"mesh": [list(axis) for axis in options.mesh]}
     return {name: value for name, value in told.items() if name not in FREE_TO_CHANGE}
+
+
+def fingerprints(options: TrainOptions) -> dict[str, str]:
+    """The SHA-256 of the data file, of the starting checkpoint's small files (what its weights are is told by its
+    manifest and its checksums), and of the projector that is started from. Pictures count by their names alone."""
+    files = _small_files("model_path", options.model_path) | {"data_path": Path(options.data_path)}
+    if options.pretrain_mm_mlp_adapter is not None:
+        files |= _small_files("pretrain_mm_mlp_adapter", options.pretrain_mm_mlp_adapter)
+    return {name: checkpoint.sha256(path) for name, path in files.items()}
+
+
+def _small_files(name: str, given: str) -> dict[str, Path]:
+    """A file, or those of a checkpoint directory that say what it is, by the names that an error calls them."""
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return {name: path}
+    inside = sorted(file for file in path.iterdir() if file.is_file() and file.name not in OF_A_RUN)
+    return {f"{name}/{file.name}": file for file in inside}
 
 
 def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
@@ -111,7 +150,7 @@ class Metrics:
     """One line of JSON for each logged step, and a picture of the loss at the end; a context manager.
 
     Lines after the step that a run goes on from are dropped first: those steps are done again. A step's values are
-    waited for only when the next step is on its way.
+    waited for only when the next step is on its way; whether it is logged or not, they must be finite.
     """
 
     def __init__(self, options: TrainOptions, done: int):
@@ -145,12 +184,17 @@ class Metrics:
         """Write what waits: before a state is saved, so that no step in it is without its line."""
         if self._waiting is None:
             return
-        (step, values), self._waiting = self._waiting, None
+        (step, waiting), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in waiting.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the {name} of step {step} is {value}; what was saved before stays; look at the data, or lower "
+                    "the learning rate"
+                )
         if step % self._every:
             return
-        line = {"step": step, **{name: float(value) for name, value in values.items()}}
-        if not math.isfinite(line["loss"]):
-            raise ValueError(f"the loss of step {step} is {line['loss']}; look at the data, or lower --learning_rate")
+        line = {"step": step, **values}
         self._lines.append(line)
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
@@ -160,9 +204,10 @@ class Metrics:
 def _parsed(line: str) -> dict | None:
     """None for a line that a kill has torn."""
     try:
-        return json.loads(line)
+        parsed = parse_json(line, METRICS)
     except ValueError:
         return None
+    return None if problem_of(parsed, {"step": (int,), "loss": (float,)}) else parsed
 
 
 def draw_curve(path: Path, lines: list[dict]) -> None:
@@ -191,8 +236,12 @@ def write_result(options: TrainOptions, config: LlavaConfig, trained: dict, froz
     params = join_params(trained, frozen)
     if lora is not None:
         params = merge_lora(params, lora, options.lora_alpha / options.lora_r)
+    params = jax.tree.map(lambda x: x.astype(options.dtype), params)
+    if not survey(params).finite:
+        raise ValueError(f"{output}: the trained parameters are not finite, and are not written")
+    if lora is not None:
         _save(output / checkpoint.ADAPTERS, lora)
-    _save(output / checkpoint.PARAMS, jax.tree.map(lambda x: x.astype(options.dtype), params))
+    _save(output / checkpoint.PARAMS, params)
     if hosts.is_first():
         _write_small_files(options, config, source, output)
     hosts.wait_for_all("the checkpoint is written")
@@ -209,7 +258,7 @@ def _save(path: Path, params: dict) -> None:
 
 def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path, output: Path) -> None:
     """The config, the tokenizer, the manifest, with which the directory is a checkpoint, and its checksums."""
-    of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
+    of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, *OF_A_RUN)
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
             shutil.copyfile(file, output / file.name)

@@ -6,7 +6,7 @@ Quirks included: the checkpoints were trained with them. Imports neither JAX nor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -131,31 +131,22 @@ def preprocess_plain(conversations, tokenizer, template: Conversation) -> Tokeni
 
 def preprocess_llama_2(conversations, tokenizer, template: Conversation, has_image, max_length) -> Tokenized:
     """LLAMA_2 style: llava_llama_2, mistral_instruct."""
-    prompt = _prompt(conversations, template)
-    rounds = prompt.split(template.sep2)
-    return _label_rounds(prompt, rounds, "[/INST] ", tokenizer, has_image, max_length, bos=1, correction=0)
+    return _label_rounds(rounds_of(conversations, template), tokenizer, has_image, max_length, bos=1, correction=0)
 
 
 def preprocess_v1(conversations, tokenizer, template: Conversation, has_image, max_length) -> Tokenized:
     """TWO style: vicuna_v1, llava_v1, v1_mmtag."""
-    prompt = _prompt(conversations, template)
-    rounds = prompt.split(template.sep2)
-    sep = f"{template.sep}{template.roles[1]}: "
     # A round alone starts with a dummy prefix that it has not after `</s>`, unless the tokenizer is a legacy one.
     correction = 0 if tokenizer.legacy else -1
-    return _label_rounds(prompt, rounds, sep, tokenizer, has_image, max_length, bos=1, correction=correction)
+    rounds = rounds_of(conversations, template)
+    return _label_rounds(rounds, tokenizer, has_image, max_length, bos=1, correction=correction)
 
 
 def preprocess_mpt(conversations, tokenizer, template: Conversation, has_image, max_length) -> Tokenized:
     """MPT style: mpt, chatml_direct. Made for a tokenizer without BOS."""
-    prompt = _prompt(conversations, template)
-    sep, turns = template.sep, prompt.split(template.sep)
-    rounds = [sep.join(turns[:3])]  # the system prompt is in the first round
-    rounds += [sep.join(turns[i : i + 2]) for i in range(3, len(turns), 2)]
     correction = 1 if tokenizer.legacy else 0
-    return _label_rounds(
-        prompt, rounds, sep + template.roles[1], tokenizer, has_image, max_length, bos=0, correction=correction
-    )
+    rounds = rounds_of(conversations, template)
+    return _label_rounds(rounds, tokenizer, has_image, max_length, bos=0, correction=correction)
 
 
 def _preprocess_v0(conversations, tokenizer, template: Conversation, has_image, max_length) -> Tokenized:
@@ -178,10 +169,47 @@ def _preprocess_v0(conversations, tokenizer, template: Conversation, has_image, 
 # ---- what they share
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """A conversation in a template's words, and how the reference finds the answers in it."""
+
+    prompt: str
+    texts: list[str]  # of each round: a question and its answer; "" is what follows the last separator
+    sep: str  # stands between the two
+
+    @property
+    def broken(self) -> bool:
+        """Whether a round is no question and answer, so that the labels end there and the lengths do not match."""
+        texts = self.texts if self.texts[-1] else self.texts[:-1]
+        return any(text.count(self.sep) != 1 for text in texts)
+
+
+def rounds_of(conversations, template: Conversation) -> Rounds:
+    """The rounds of a sample, by the template's separators alone; a text that contains one is cut there too.
+
+    Args:
+        template: of the TWO, MPT or LLAMA_2 style.
+    """
+    prompt = _prompt(conversations, template)
+    if template.sep_style is SeparatorStyle.LLAMA_2:
+        return Rounds(prompt, prompt.split(template.sep2), "[/INST] ")
+    if template.sep_style is SeparatorStyle.TWO:
+        return Rounds(prompt, prompt.split(template.sep2), f"{template.sep}{template.roles[1]}: ")
+    sep, turns = template.sep, prompt.split(template.sep)
+    texts = [sep.join(turns[:3])]  # the system prompt is in the first round
+    texts += [sep.join(turns[i : i + 2]) for i in range(3, len(turns), 2)]
+    return Rounds(prompt, texts, sep + template.roles[1])
+
+
 def _add_speaker_and_signal(conversations, template: Conversation) -> list[str]:
     """The turns as "### Human: …", each ended by a line break; a role that nobody knows is "unknown"."""
     roles = dict(zip(ROLES, template.roles, strict=True))
     return [f"### {roles.get(turn['from'].lower(), 'unknown')}: {turn['value']}\n" for turn in conversations]
+
+
+def asked_turns(conversations: Sequence[dict]) -> Sequence[dict]:
+    """The turns without the first, if that is not the user's: all styles but SINGLE and PLAIN leave it out."""
+    return conversations[int(conversations[0]["from"] != HUMAN) :]
 
 
 def _prompt(conversations, template: Conversation) -> str:
@@ -190,7 +218,7 @@ def _prompt(conversations, template: Conversation) -> str:
     unknown = [turn["from"] for turn in conversations if turn["from"] not in roles]
     if unknown:
         raise ValueError(f"conversations: unknown role {unknown[0]!r}; known: {', '.join(ROLES)}")
-    turns = conversations[int(conversations[0]["from"] != HUMAN) :]
+    turns = asked_turns(conversations)
     if any(turn["from"] != ROLES[i % 2] for i, turn in enumerate(turns)):
         raise ValueError(f"conversations: {HUMAN} and {GPT} do not alternate: {[turn['from'] for turn in turns]}")
     messages = tuple((roles[turn["from"]], turn["value"]) for turn in turns)
@@ -206,26 +234,24 @@ def _without_padding(ids: np.ndarray, tokenizer) -> int:
     return int(np.sum(ids != tokenizer.pad_token_id))
 
 
-def _label_rounds(
-    prompt: str, rounds: list[str], sep: str, tokenizer, has_image, max_length, *, bos: int, correction: int
-) -> Tokenized:
+def _label_rounds(rounds: Rounds, tokenizer, has_image, max_length, *, bos: int, correction: int) -> Tokenized:
     """Labels on what follows `sep` in each round.
 
     Each round and its part up to `sep` are tokenized alone to learn their lengths; `bos` is how many ids stand before
     the first round, `correction` what a later round has more in the prompt than alone. A round that has no `sep`, or
     two, ends the labels.
     """
-    ids = _token_ids(prompt, tokenizer, has_image, max_length)
+    ids = _token_ids(rounds.prompt, tokenizer, has_image, max_length)
     labels = ids.copy()
     labels[:bos] = IGNORE_INDEX
     position = bos
-    for i, text in enumerate(rounds):
-        instruction, *answer = text.split(sep)
+    for i, text in enumerate(rounds.texts):
+        instruction, *answer = text.split(rounds.sep)
         if len(answer) != 1:
             break
         more = correction if i else 0
         length = len(_token_ids(text, tokenizer, has_image, None)) + more
-        instruction_length = len(_token_ids(instruction + sep, tokenizer, has_image, None)) - 1 - bos + more
+        instruction_length = len(_token_ids(instruction + rounds.sep, tokenizer, has_image, None)) - 1 - bos + more
         labels[position : position + instruction_length] = IGNORE_INDEX
         position += length
     labels[position:] = IGNORE_INDEX

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from llava_jax import hosts
@@ -26,13 +25,15 @@ from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
 from llava_jax.sharding import make_mesh, num_shards, param_shardings
-from llava_jax.training.data import check_examples, load_examples
+from llava_jax.training.checks import check_examples, check_labels
+from llava_jax.training.data import Loaded, load_examples
 from llava_jax.training.loader import Loader
 from llava_jax.training.lora import init_lora
 from llava_jax.training.optimizer import make_optimizer, split_params, trainable_pattern
-from llava_jax.training.options import TrainOptions
+from llava_jax.training.options import MOST, TrainOptions
 from llava_jax.training.output import Metrics, check_output, claim_output, read_projector, write_result
 from llava_jax.training.preprocess import training_tokenizer
+from llava_jax.training.states import States
 from llava_jax.training.step import LORA, TrainState, loss_function, train_step
 
 
@@ -46,6 +47,8 @@ def train(options: TrainOptions) -> Path:
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: the options, data or checkpoint are not right; before any step.
+        ValueError, RuntimeError: later: a sample cannot be loaded after all, or a worker died; the state is saved
+            first. Or a loss, or a parameter, is not finite.
         KeyboardInterrupt: SIGINT or SIGTERM; the state is saved first.
     """
     enable_compilation_cache()
@@ -54,23 +57,17 @@ def train(options: TrainOptions) -> Path:
     stored = stored_tree(Path(options.model_path).expanduser() / PARAMS, f"convert {options.model_path} again")
     check_tree(options.model_path, stored, param_shapes(config))
     template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config))
-    examples = load_examples(options.data_path)
-    check_examples(examples, options.image_folder, template)
     check_output(options)
+    tokenizer = load_tokenizer(options.model_path, config.name, config.reading)
+    examples = _checked_examples(options, config, training_tokenizer(tokenizer), template)
     rows = options.per_device_train_batch_size * num_shards(mesh)
     micro_steps = count_micro_steps(len(examples), rows, options)
-    tokenizer = load_tokenizer(options.model_path, config.name, config.reading)
     optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
     state, frozen = initial_state(options, config, mesh, optimizer)
     step = compiled_step(options, config, state, optimizer, mesh)
     claim_output(options)
-    policy = ocp.training.preservation_policies.LatestN(options.save_total_limit)
-    keeping = ocp.training.Checkpointer(
-        options.checkpoints.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
-    )
-    with keeping as saved:
-        if saved.latest is not None:
-            state = saved.load(saved.latest.step, abstract_state=state)
+    with States(options.checkpoints, options.save_total_limit) as states:
+        state = states.newest(state)
         loader = Loader(
             examples,
             options.image_folder,
@@ -79,6 +76,7 @@ def train(options: TrainOptions) -> Path:
             template,
             batch_size=rows,
             seed=options.seed,
+            max_unlabelled_ratio=options.max_unlabelled_ratio,
             shards=None if mesh is None else hosts.local_shards(mesh),
             start_step=int(state.step),
             group_by_modality_length=options.group_by_modality_length,
@@ -86,42 +84,77 @@ def train(options: TrainOptions) -> Path:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             num_workers=options.dataloader_num_workers,
         )
+        pad_id = training_tokenizer(tokenizer).pad_token_id
         with stop_signals() as stopped, loader as loaded:
-            batches = _batches(loaded, options, config, training_tokenizer(tokenizer).pad_token_id, mesh)
-            state = _run(options, state, partial(_advance, step, frozen), batches, saved, micro_steps, stopped)
+            batches = _batches(loaded, options, config, pad_id, mesh, stopped)
+            state = _run(options, state, partial(_advance, step, frozen), batches, states, micro_steps)
     return write_result(options, config, state.trained, frozen)
 
 
-def _batches(loaded, options: TrainOptions, config: LlavaConfig, pad_id: int | None, mesh: Mesh | None):
-    """The loader's samples as (Batch, Targets), each where it belongs on the mesh."""
-    shards = 1 if mesh is None else len(hosts.local_shards(mesh))
-    for samples in loaded:
-        batch = make_batch(samples, config, options.per_device_train_batch_size, shards, pad_id)
-        yield batch if mesh is None else hosts.place_rows(batch, mesh)
+def _checked_examples(options: TrainOptions, config: LlavaConfig, tokenizer, template: str) -> list[dict]:
+    examples = load_examples(options.data_path)
+    sizes = check_examples(examples, options.image_folder, template)
+    check_labels(
+        examples,
+        sizes,
+        config,
+        tokenizer,
+        template,
+        max_unlabelled_ratio=options.max_unlabelled_ratio,
+        seed=options.seed,
+    )
+    return examples
+
+
+def _batches(
+    loaded, options: TrainOptions, config: LlavaConfig, pad_id: int | None, mesh: Mesh | None, stopped: list
+) -> Iterator[tuple[Batch, Targets] | BaseException]:
+    """The loader's samples as (Batch, Targets), each where it belongs on the mesh; or, in every process and last, why
+    there are no more: a signal has come, or samples cannot be loaded."""
+    shards, samples = 1 if mesh is None else len(hosts.local_shards(mesh)), iter(loaded)
+    while True:
+        some = _next(samples)
+        failed, ended = hosts.largest([isinstance(some, Exception), bool(stopped)])
+        if isinstance(some, Exception):
+            yield some
+        elif failed:
+            yield RuntimeError("another process cannot load its samples")
+        elif ended:
+            yield KeyboardInterrupt("stopped by a signal")
+        else:
+            batch = make_batch(some, config, options.per_device_train_batch_size, shards, pad_id)
+            yield batch if mesh is None else hosts.place_rows(batch, mesh)
+
+
+def _next(samples: Iterator[list[Loaded]]) -> list[Loaded] | Exception:
+    """The next step's samples, or why there are none."""
+    try:
+        return next(samples)
+    except (ValueError, OSError, RuntimeError) as error:
+        return error
 
 
 def _advance(step, frozen: dict, state: TrainState, batch) -> tuple[TrainState, dict]:
     return step(state, frozen, *batch)
 
 
-def _run(
-    options: TrainOptions, state: TrainState, advance, batches, saved, micro_steps: int, stopped: list
-) -> TrainState:
+def _run(options: TrainOptions, state: TrainState, advance, batches, states: States, micro_steps: int) -> TrainState:
     """The loop: what is on the device, what is being loaded, and what is being saved overlap."""
     done, every = int(state.step), options.save_steps * options.gradient_accumulation_steps
     steps = range(done + 1, micro_steps + 1)
     progress = tqdm(steps, initial=done, total=micro_steps, disable=not hosts.is_first())
     with Metrics(options, done) as metrics:
         for number, batch in zip(progress, batches, strict=False):
+            if isinstance(batch, BaseException):
+                metrics.write()
+                states.save(number - 1, state)
+                states.wait()
+                raise type(batch)(f"{batch}; saved after step {number - 1}, start again to go on") from batch
             state, values = advance(state, batch)
             metrics.add(number, values)
-            ending = hosts.any_of(bool(stopped))
-            if ending or number == micro_steps or number % every == 0:
+            if number == micro_steps or number % every == 0:
                 metrics.write()
-                saved.save_async(number, state, force=True)
-            if ending:
-                saved.wait()
-                raise KeyboardInterrupt(f"stopped by a signal; saved after step {number}, start again to go on")
+                states.save(number, state)
     return state
 
 
@@ -137,11 +170,17 @@ def training_config(options: TrainOptions) -> LlavaConfig:
 
 
 def count_micro_steps(examples: int, rows: int, options: TrainOptions) -> int:
-    """How many batches of `rows` examples the run takes, as transformers' Trainer counts."""
+    """How many batches of `rows` examples the run takes, as transformers' Trainer counts.
+
+    Raises:
+        ValueError: more than can be counted.
+    """
     together = options.gradient_accumulation_steps
     updates = options.max_steps
     if updates < 0:
         updates = math.ceil(options.num_train_epochs * max(1, math.ceil(examples / rows) // together))
+    if updates * together > MOST:
+        raise ValueError(f"{updates * together:.3g} steps are too many; lower --num_train_epochs or --max_steps")
     return updates * together
 
 
