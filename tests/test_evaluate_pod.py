@@ -132,14 +132,9 @@ def start(folder, command, processes=1, devices=1, killed=None):
     return started
 
 
+@pytest.mark.long  # every day two do so after a kill, and test_quantize.py has a batch over eight devices
 @pytest.mark.parametrize(
-    "processes, devices, mesh",
-    [
-        pytest.param(2, 1, None, marks=pytest.mark.long),  # as the run does that goes on after a kill
-        (1, 8, "data=2,tensor=4"),
-        pytest.param(4, 2, None, marks=pytest.mark.long),
-        pytest.param(1, 8, "tensor=8", marks=pytest.mark.long),
-    ],
+    "processes, devices, mesh", [(2, 1, None), (4, 2, None), (1, 8, "data=2,tensor=4"), (1, 8, "tensor=8")]
 )
 def test_several_answer_as_one_does(benchmark, tmp_path, processes, devices, mesh):
     flags, _, answers = benchmark
