@@ -40,6 +40,7 @@ import os, signal, sys
 from pathlib import Path
 from llava_jax.cli import main
 from llava_jax.evaluation import answers  # JAX is imported once; each child makes its own backend
+from llava_jax.inference import batching
 from llava_jax.inputs import groups
 
 def kill():
@@ -57,18 +58,19 @@ def append(part, lines):
         if (Part.calls, "after") == kill_at:
             kill()
 
-def write(path, text):
-    path.write_text(text)
+def write(path, content):
+    path.write_bytes(content)
     kill()
 
-groups.MAX_GROUPS = 1  # a picture's answers at a time
+groups.MAX_GROUPS = 1  # a picture's answers at a time,
+batching.bucket_rows = lambda count: 8  # by one program
 Part, Part.calls = answers.Part, 0
 out, *flags = sys.argv[1:]
 for kill_at in ((1, "within"), (1, "after"), (2, "within"), "merge", None):
     left = sum(path.stat().st_size for path in Path(out).parent.glob("answers.jsonl*part-*"))
     if (child := os.fork()) == 0:
         if kill_at == "merge":
-            answers.write_atomically = write
+            answers.write_whole = write
         elif kill_at:
             Part.append = append
         os._exit(main(flags))
