@@ -69,11 +69,27 @@ def test_ids_labels_and_mismatches_of_every_template(name):
     assert {type(outcome) for outcome in outcomes} == {type(None), list, str}
 
 
-def test_every_template_of_ours_is_recorded_but_llama_3():
-    assert set(TEMPLATES) == set(conv_templates) - {"llava_llama_3"}
+def test_every_template_of_ours_is_recorded_but_two():
+    assert set(TEMPLATES) == set(conv_templates) - {"llava_llama_3", "llava_v1_hf"}
     sample, setting = SAMPLES[0], SETTINGS["new"]
     with pytest.raises(ValueError, match="LLaVA does not train with the LLAMA_3 style"):
         run(sample, tokenizer_of(), "llava_llama_3", setting)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_llava_hfs_template_labels_what_llava_v1_does(name):
+    setting, compared = SETTINGS[name] | {"max_length": None}, 0
+    tokenizer = tokenizer_of(**setting)
+    for sample in SAMPLES[:: setting["every"]]:
+        try:
+            wanted = run(sample, tokenizer, "llava_v1", setting)
+        except ValueError:
+            continue
+        got = run(sample, tokenizer, "llava_v1_hf", setting)
+        assert got.labels[got.labels != IGNORE_INDEX].tolist() == wanted.labels[wanted.labels != IGNORE_INDEX].tolist()
+        assert len(got.ids) < len(wanted.ids)  # by the system prompt
+        compared += 1
+    assert compared > 3
 
 
 def test_images_move_to_the_front():

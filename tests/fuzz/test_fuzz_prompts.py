@@ -89,12 +89,10 @@ def test_ids(numbers):
         batch = odd.changed(rng, BATCH)
         batch = {name: batch.get(name) for name in BATCH} if isinstance(batch, dict) else BATCH
         if rng.random() < 0.5 and isinstance(batch["input_ids"], list):
-            batch = {
-                **batch,
-                "input_ids": [[1, rng.choice(IDS)], [rng.choice(IDS), 2]],
-                "attention_mask": None,
-                "labels": None,
-            }
+            batch = dict.fromkeys(BATCH) | {"input_ids": [[1, rng.choice(IDS)], [rng.choice(IDS), 2]]}
+        if rng.random() < 0.1:
+            whole = rng.choice((np.int8, np.int32, np.uint16, np.uint64))
+            batch = dict.fromkeys(BATCH) | {"input_ids": np.array([[1, 7, rng.randrange(99)]], whole)}
         packed = []
 
         def packing():
