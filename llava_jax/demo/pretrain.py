@@ -78,7 +78,7 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
         optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_schedule(learning_rate, steps, 0.05))
     )
     params = {"vision_tower": tower, "heads": first_heads(config.feature_size)}
-    state = {"params": params, "opt_state": optimizer.init(params), "step": np.int32(0)}
+    state = {"params": params, "opt_state": optimizer.init(params), "step": np.array(0)}
     step_function = jax.jit(partial(train_step, config, optimizer), donate_argnums=(0, 1))
     output.mkdir(parents=True, exist_ok=True)
     make = partial(make_tiles, config, seed, SCENES, TILES)
@@ -87,7 +87,7 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
             for step, batch in _ahead(workers, int(state["step"]), steps):
                 *new, metrics = step_function(state["params"], state["opt_state"], *batch)
-                state = dict(zip(("params", "opt_state"), new, strict=True)) | {"step": np.int32(step)}
+                state = dict(zip(("params", "opt_state"), new, strict=True)) | {"step": np.array(step)}
                 if step % LOG_EVERY == 0 or step == steps:
                     line = {"step": step, **{name: round(float(value), 4) for name, value in metrics.items()}}
                     log.write(json.dumps(line) + "\n")

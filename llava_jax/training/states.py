@@ -133,20 +133,26 @@ class Survey:
 
 def survey(state) -> Survey:
     """A look at every number of a tree of arrays, on the devices where they are."""
-    told = jax.device_get([_survey(leaf) for leaf in jax.tree.leaves(state)])
-    checksums, finite = zip(*told, strict=True)
-    return Survey(np.array(checksums, np.uint32), all(finite))
+    # One after another: collectives of several programs at once can wait for each other for ever on a CPU.
+    leaves = jax.tree.leaves(state)
+    checksums = [jax.device_get(_checksum(leaf)) for leaf in leaves]
+    return Survey(np.array(checksums, np.uint32), all(bool(_is_finite(leaf)) for leaf in leaves))
 
 
 @jax.jit
-def _survey(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every bit counts: each word is multiplied by an odd number that depends on its place."""
+def _checksum(array: jax.Array) -> jax.Array:
+    """A uint32 in which every bit counts: each word is multiplied by an odd number that depends on its place."""
     size = array.dtype.itemsize
     words = array if size == 1 else jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * size}"))
     strides = [math.prod(array.shape[axis + 1 :]) % 2**32 for axis in range(array.ndim)]
     places = (jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
     place = sum(places, jnp.uint32(0))
-    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32), jnp.isfinite(array).all()
+    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 @contextlib.contextmanager
