@@ -253,6 +253,7 @@ def test_a_step_of_the_towers_pretraining_and_one_more(tmp_path, config, monkeyp
 @pytest.mark.long
 def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, monkeypatch):
     import llava_jax
+    from llava_jax.conversion.checksums import check
     from llava_jax.conversion.from_hf import convert
 
     monkeypatch.setattr(pretrain, "SCENES", 2)
@@ -263,6 +264,7 @@ def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, mon
     phases = [replace(phase, scenes=2, steps=1, rows=2, length=128) for phase in (train.PHASES[1], train.PHASES[-1])]
     published = train.train_demo(tmp_path, phases=tuple(phases), tower_steps=1)
     assert (published / "model.safetensors").stat().st_size < 12 << 20
+    assert [check(tmp_path / directory) for directory in ("start", *(phase.name for phase in phases))] == [[], [], []]
     convert(published, output=tmp_path / "model", vision_tower=str(published / "tower"), progress=False)
     llava, params = llava_jax.load(tmp_path / "model")
     assert llava.config.name == "llava-v1.6-scenes" and llava.config.image_aspect_ratio == "anyres"

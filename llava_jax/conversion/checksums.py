@@ -52,7 +52,8 @@ def record_stored(path: Path) -> dict[str, dict]:
 
 def write_record(directory: Path, record: dict[str, dict]) -> None:
     """The record of the parameters, and the SHA-256 of the small files that stand beside them by now."""
-    files = {path.name: checkpoint.sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    beside = sorted(path for path in directory.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    files = {path.name: checkpoint.sha256(path) for path in beside}
     write_json(directory / CHECKSUMS, {"files": files, "parameters": dict(sorted(record.items()))})
 
 

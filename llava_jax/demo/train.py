@@ -6,7 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_jax.checkpoint import MANIFEST, load_config, load_params
+from llava_jax.checkpoint import CHECKSUMS, MANIFEST, load_config, load_params
+from llava_jax.config_schema import read_checked
+from llava_jax.conversion.checksums import write_record
 from llava_jax.conversion.sources import write_json
 from llava_jax.demo.dataset import DATA, IMAGES, write_dataset
 from llava_jax.demo.model import (
@@ -128,6 +130,8 @@ def _run(phase: Phase, number: int, start: Path, output: Path) -> Path:
 
 
 def _set_aspect(directory: Path, ratio: str) -> None:
-    """A converted checkpoint's image_aspect_ratio, which its next phase trains with."""
+    """A checkpoint's image_aspect_ratio, which its next phase trains with; its checksums then are of that config."""
     file = directory / "config.json"
     write_json(file, read_json_object(file) | {"image_aspect_ratio": ratio})
+    if (directory / CHECKSUMS).is_file():
+        write_record(directory, read_checked(directory / CHECKSUMS)["parameters"])
