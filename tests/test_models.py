@@ -25,9 +25,9 @@ from transformers import (
     MistralForCausalLM,
 )
 from transformers.models.llava_next import modeling_llava_next as hf_next
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_jax.config import PINPOINTS_336, GenerationDefaults, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.conversion.reference import next_processor
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.models.llava import init_params, param_shapes
@@ -331,7 +331,7 @@ def picture(size):
 
 
 def hf_inputs(theirs, image):
-    processor = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    processor = next_processor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     pixels = processor(image, return_tensors="pt")
     with torch.no_grad():
         features = theirs.model.get_image_features(**pixels, return_dict=True).pooler_output

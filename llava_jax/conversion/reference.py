@@ -151,7 +151,6 @@ def record_llava_hf(published, text: str, pictures: list) -> list[Record]:
         import torch
         import transformers
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     except ImportError as error:
         raise ValueError(
             f"verify: --against llava-hf needs PyTorch and transformers 5 ({error}); run "
@@ -167,10 +166,9 @@ def record_llava_hf(published, text: str, pictures: list) -> list[Record]:
     size = published.config.vision.image_size
     options: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     options |= {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
-    processor: LlavaNextImageProcessorPil | LlavaImageProcessorPil
     if anyres:
         pinpoints = [list(pair) for pair in published.config.image_grid_pinpoints]
-        processor = LlavaNextImageProcessorPil(**options, image_grid_pinpoints=pinpoints)
+        processor = next_processor(**options, image_grid_pinpoints=pinpoints)
     else:
         processor = LlavaImageProcessorPil(**options, do_pad=published.config.image_aspect_ratio == "pad")
     records = []
@@ -187,6 +185,21 @@ def record_llava_hf(published, text: str, pictures: list) -> list[Record]:
         record |= _record_torch(model, model.model.multi_modal_projector, model.model.language_model, inputs)
         records.append(record)
     return records
+
+
+def next_processor(**options):
+    """transformers' processor of anyres pictures, resizing across and then down, as under the Pillow of its models."""
+    from transformers.image_utils import SizeDict
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    class AcrossThenDown(LlavaNextImageProcessorPil):
+        def resize(self, image, size, *args, **options):
+            if size.width:  # to a size, not to a shortest edge
+                across = SizeDict(height=image.shape[-2], width=size.width)
+                image = super().resize(image, across, *args, **options)
+            return super().resize(image, size, *args, **options)
+
+    return AcrossThenDown(**options)
 
 
 def _hf_ids(published, text: str) -> list[int]:
