@@ -151,7 +151,11 @@ def test_a_directory_of_an_older_llava_jax_goes_by_its_name(converted, tmp_path)
         told = manifest | {"name": name} | ({"conv_mode": conv_mode} if conv_mode else {})
         Path(folder / "llava_jax.json").write_text(json.dumps(told))
         assert pick_conv_mode(load_config(folder)) == mode
-    for conv_mode in ("vicuna", 5, ["mpt"]):
+    for conv_mode, problem in (
+        ("vicuna", "is not known; use one of"),
+        (5, "must be a text"),
+        (["mpt"], "must be a text"),
+    ):
         Path(folder / "llava_jax.json").write_text(json.dumps(manifest | {"conv_mode": conv_mode}))
-        with pytest.raises(ValueError, match=r"llava_jax.json: conv_mode=.* is not known; use one of"):
+        with pytest.raises(ValueError, match=f"llava_jax.json: conv_mode=.* {problem}"):
             load_config(folder)
