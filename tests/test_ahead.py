@@ -171,6 +171,8 @@ def test_the_largest_wave_is_found(room, less, refused):
 
 def test_weights_are_those_of_the_parameters():
     config = LlavaConfig.preset("1.6-mistral-7b")
+    text, vision = (dataclasses.replace(part, num_hidden_layers=3) for part in (config.text, config.vision))
+    config = config.replace(text=text, vision=vision)
     shapes = param_shapes(config)
 
     def kernels(tree):
@@ -179,7 +181,7 @@ def test_weights_are_those_of_the_parameters():
     text = config.text
     decoder = {name: part for name, part in shapes["language_model"].items() if name.startswith("layers")}
     assert kernels(decoder) == text.num_hidden_layers * roofline.layer_weights(text)
-    tower = {n: part for n, part in shapes["vision_tower"].items() if n.startswith("layers") and n != "layers_23"}
+    tower = {n: part for n, part in shapes["vision_tower"].items() if n.startswith("layers") and n != "layers_2"}
     read = roofline.encode(config, 5, 1).read
     assert read == 2 * (kernels(tower) + kernels(shapes["mm_projector"]))
 
@@ -227,6 +229,7 @@ def run(*flags):
     ahead.run(parser.parse_args(flags))
 
 
+@pytest.mark.long
 def test_one_chip_needs_int8(capsys):
     run("--topology", "v5e-1")
     assert "13.16 GiB of parameters a chip leave no room" in capsys.readouterr().out

@@ -35,7 +35,8 @@ def compile_for_tpu(config, slots=128):
     return compile_for(mesh, program, params, *arguments), params
 
 
-@pytest.mark.parametrize("preset", ["1.6-vicuna-7b", pytest.param("1.6-mistral-7b", marks=pytest.mark.long)])
+@pytest.mark.long  # test_attention.py compiles splash for TPUs every day, test_ahead.py a loop over a cache
+@pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
 def test_generate_compiles_for_a_tpu_and_copies_nothing_large(monkeypatch, preset):
     """7B's widths, two decoder layers deep (each layer is the same program again)."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU VM to ask

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 from concurrent.futures import Future
+from importlib import import_module
 
 import fsspec
 import pytest
@@ -291,9 +292,7 @@ def test_a_line_about_a_question_is_one_line():
     assert described(Question("a\n\ud83d", "", "", None), "why") == r"question 'a\n\ud83d': why"
 
 
-def test_a_bucket_that_takes_nothing_is_named(monkeypatch):
-    fsspec.register_implementation("gs", _Bucket, clobber=True)
-    fsspec.register_implementation("gcs", _Bucket, clobber=True)
+def test_a_bucket_that_takes_nothing_is_named(in_memory, monkeypatch):
     part = Part(epath.Path("gs://full/a.jsonl.part-0"))
 
     def refuse(*_, **__):
@@ -453,6 +452,14 @@ class _NoProcesses:
         pass
 
 
+@pytest.fixture
+def in_memory(monkeypatch):
+    """gs:// is a file system in memory."""
+    registry = import_module("fsspec.registry")._registry  # fsspec itself takes nothing back that it has registered
+    for name in ("gs", "gcs"):
+        monkeypatch.setitem(registry, name, _Bucket)
+
+
 class _Bucket(MemoryFileSystem):
     """As gcsfs names things: without a slash in front."""
 
@@ -468,23 +475,20 @@ class _Bucket(MemoryFileSystem):
         return [found.lstrip("/") for found in super().glob(path, **kwargs)]
 
 
-def test_files_in_a_bucket(benchmark, tmp_path, monkeypatch):
+def test_files_in_a_bucket(benchmark, in_memory, tmp_path, monkeypatch):
     """Questions, pictures, tokenizer, config and answers of an object store; its weights Orbax reads by itself."""
 
     flags, _, answers = benchmark
-    fsspec.register_implementation("gs", _Bucket, clobber=True)
-    fsspec.register_implementation("gcs", _Bucket, clobber=True)
     bucket = fsspec.filesystem("gs")
     bucket.put(str(flags["--image-folder"]), "gs://bucket/images", recursive=True)
     bucket.put(str(flags["--question-file"]), "gs://bucket/questions.jsonl")
     flags = flags | {"--image-folder": "gs://bucket/images", "--question-file": "gs://bucket/questions.jsonl"}
     monkeypatch.setattr(pictures, "Workers", _NoProcesses)  # they would not know this bucket
     out = "gs://bucket/out/answers.jsonl"
-    monkeypatch.setattr(Part, "append", _stop_after(Part.append, 2))
-    assert main(scenes.command(flags, answers_file=out)) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "append", _stop_after(Part.append, 2))
+        assert main(scenes.command(flags, answers_file=out)) == 130
     assert len(bucket.ls("gs://bucket/out")) == 3  # the part's beginning, and what was answered
-    monkeypatch.undo()
-    monkeypatch.setattr(pictures, "Workers", _NoProcesses)
     assert main(scenes.command(flags, answers_file=out)) == 0
     assert bucket.cat("gs://bucket/out/answers.jsonl") == answers.read_bytes()
     assert [path.split("/")[-1] for path in bucket.ls("gs://bucket/out", detail=False)] == ["answers.jsonl"]
