@@ -170,6 +170,7 @@ def test_a_run_leaves_a_checkpoint_that_answers_and_a_curve(finished, pictures):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     llava, params = llava_jax.load(output)
     assert llava.config.tokenizer_model_max_length == options.model_max_length
+    assert load_config(options.model_path).conv_mode != llava.config.conv_mode == options.version
     assert isinstance(llava.generate(params, pictures["chelsea"], "Hello", max_new_tokens=4), str)
     before = load_params(options.model_path, load_config(options.model_path), dtype="float32")
     flat, old = flatten_dict(params, sep="/"), flatten_dict(before, sep="/")

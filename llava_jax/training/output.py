@@ -18,6 +18,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.conversion import checksums, key_table
 from llava_jax.conversion.sources import open_file, write_json
 from llava_jax.files import write_atomically
+from llava_jax.inputs.conversation import SeparatorStyle, conv_templates
 from llava_jax.models.llava import param_shapes
 from llava_jax.records import parse_json, problem_of, read_json_object
 from llava_jax.training.lora import merge_lora
@@ -275,5 +276,7 @@ def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path,
     write_json(output / "config.json", hf)
     record = checksums.record_stored(output / checkpoint.PARAMS)
     own = {"source": str(source), "dtype": options.dtype, "fingerprint": checksums.fingerprint(record)}
+    if options.version is not None and conv_templates[options.version].sep_style is not SeparatorStyle.PLAIN:
+        own["conv_mode"] = options.version  # a plain one is for captions, and nothing is asked with it
     write_json(output / checkpoint.MANIFEST, read_json_object(source / checkpoint.MANIFEST) | own)
     checksums.write_record(output, record)
