@@ -198,7 +198,7 @@ def test_what_does_not_exist_is_found(text, fault):
 # ---- their openings
 
 SAID = {  # what a page says that its opening prints
-    "docs/capacity.md": "int8: 2,741,",
+    "docs/capacity.md": "int8: 2,737,152 bytes",
     "docs/concepts.md": "inputs_embeds (1, ",
     "docs/converting.md": "llava_jax.json\n",
     "docs/evaluating.md": "gqa, 57 answers",
@@ -222,7 +222,7 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.mark.long  # a minute and a half in all
+@pytest.mark.long  # two minutes of CPU time in all
 @pytest.mark.parametrize("page", DOCS)
 def test_an_opening_runs_in_a_clone(page, tmp_path, compiled):
     for name in ("llava_jax", "convert", "tests", "notebooks"):
