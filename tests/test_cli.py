@@ -188,12 +188,6 @@ def test_the_score_is_one_line_of_json(capsys, scenes):
     assert score["colour"] > 0.95 and score["yes_no"] > 0.9 and score["position"] > 0.9
 
 
-def test_the_readmes_names_exist():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    names = set(re.findall(r"llava_jax\.(\w+)\(", readme))
-    assert {"load", "Sample"} <= names and all(hasattr(llava_jax, name) for name in names)
-
-
 def test_help_of_every_command_has_an_example_and_imports_no_jax():
     code = """
 import sys
