@@ -12,7 +12,7 @@ from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
 from llava_jax.evaluation import ahead, score, submission
 from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
-from llava_jax.failures import INTERRUPTED, exit_status, leave
+from llava_jax.failures import exit_status
 from llava_jax.flags import check_paths, options_from
 from llava_jax.training.arguments import add_train_arguments
 from llava_jax.training.options import TrainOptions
@@ -239,7 +239,4 @@ def main(argv: list[str] | None = None) -> int:
         check_paths(vars(args))
         return args.run(args)
 
-    status = exit_status("llava-jax", run)
-    if argv is None and status == INTERRUPTED:  # this process is the command's own
-        leave(status)
-    return status
+    return exit_status("llava-jax", run, own_process=argv is None)

@@ -17,12 +17,13 @@ INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a sh
 AGAIN = 0.05  # seconds until an interruption that was lost comes again
 
 
-def exit_status(program: str, run: Callable[[], int | None]) -> int:
+def exit_status(program: str, run: Callable[[], int | None], own_process: bool = False) -> int:
     """Run a command, whatever comes of it.
 
     Args:
         program: how its errors begin: "PROGRAM: error: …"; "" is "error: …".
         run: the command; what it returns is its exit status, None is 0.
+        own_process: there is nothing else in this process, which Ctrl-C then ends here.
 
     Returns:
         the exit status; 1 for an error, 130 for Ctrl-C, 141 where nobody reads what is printed any more.
@@ -37,6 +38,8 @@ def exit_status(program: str, run: Callable[[], int | None]) -> int:
         raise
     except KeyboardInterrupt as interruption:
         _say(str(interruption) or "interrupted")
+        if own_process:
+            _leave(INTERRUPTED)
         return INTERRUPTED
     except BaseException as error:  # some libraries' own derive from no Exception
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -47,7 +50,7 @@ def exit_status(program: str, run: Callable[[], int | None]) -> int:
         return 1
 
 
-def leave(status: int) -> NoReturn:
+def _leave(status: int) -> NoReturn:
     """End the process at once. XLA may still be compiling in threads of its own, and the interpreter's way out takes
     from them what they use: that ends in a crash."""
     for stream in (sys.stdout, sys.stderr):

@@ -55,4 +55,4 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> NoReturn:
     """Parse and run one of the scripts in convert/, and end with its status."""
-    sys.exit(exit_status("", lambda: run(parser.parse_args(argv))))
+    sys.exit(exit_status("", lambda: run(parser.parse_args(argv)), own_process=argv is None))
