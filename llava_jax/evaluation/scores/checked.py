@@ -5,10 +5,9 @@ The references' own scripts score answers that are too few, too many, out of ord
 
 from __future__ import annotations
 
-import contextlib
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from llava_jax.evaluation.scores.vqa import (
     textvqa_annotations,
     textvqa_question,
 )
-from llava_jax.records import Kind, read_objects
+from llava_jax.records import Kind, naming, read_objects
 
 NAMED = 3  # ids that an error names
 NOTES = 20  # rows that a score names
@@ -102,15 +101,6 @@ def _ids(answers: Sequence[Mapping]) -> list:
     return [answer["question_id"] for answer in answers]
 
 
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Puts the file in front of a formula's own error."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
 # ---- one function a task
 
 
@@ -121,14 +111,14 @@ def _pope(answers: Sequence[Mapping], truth: truths.Pope, files: Files) -> dict:
             f"{files.answers}: its answers are not in the order of {truth.asked_in}, by which POPE's labels find them"
         )
     categories = {question["question_id"]: question["category"] for question in truth.questions}
-    with _naming(files.annotations):
+    with naming(files.annotations):
         return score_pope(answers, categories, truth.labels)
 
 
 def _textvqa(answers: Sequence[Mapping], data: list[dict], files: Files) -> dict:
     path, known = files.annotations, textvqa_annotations(data)
     for number, answer in enumerate(answers, 1):
-        with _naming(f"{files.answers}, line {number}"):
+        with naming(f"{files.answers}, line {number}"):
             question = textvqa_question(answer["prompt"])
         if (answer["question_id"], question) not in known:
             raise ValueError(
@@ -140,7 +130,7 @@ def _textvqa(answers: Sequence[Mapping], data: list[dict], files: Files) -> dict
             f"{files.answers}: {len(answers)} answers, but {path} has {len(data)} questions; answer each once, with "
             "llava-jax evaluate"
         )
-    with _naming(path):
+    with naming(path):
         return score_textvqa(answers, data)
 
 
@@ -182,7 +172,7 @@ def _mmbench(answers: Sequence[Mapping], rows: list[MMBenchRow], files: Files) -
         if row.cells["answer"] not in letters:
             wrong[row.index] = _without_its_answer(row, letters, files)
     entries = [{**row.cells, "index": row.index} for row in rows]
-    with _naming(files.answers):
+    with naming(files.answers):
         figures = score_mmbench(answers, entries)
     more = [f"and {len(wrong) - NOTES} more rows are scored as wrong"] if len(wrong) > NOTES else []
     return figures | ({NOTE: [*wrong.values()][:NOTES] + more} if wrong else {})
@@ -215,7 +205,7 @@ def _mme(answers: Sequence[Mapping], truth: dict[Key, str], files: Files) -> dic
         images = [image for key_category, image, _ in keys if key_category == category]
         if images[::2] != images[1::2] or len(set(images)) * 2 != len(images):
             raise ValueError(f"{files.answers}: each image of {category} needs two answers, one after the other")
-    with _naming(files.annotations):
+    with naming(files.annotations):
         return score_mme(answers, truth)
 
 
