@@ -8,9 +8,9 @@ _PUBLIC = {
     "LlavaConfig": "llava_jax.config",
     "TextConfig": "llava_jax.config",
     "VisionConfig": "llava_jax.config",
-    "init_params": "llava_jax.models.llava",
+    "init_params": "llava_jax.models.llava_llama",
     "initialize_vision_tokenizer": "llava_jax.models.vocabulary",
-    "make_mesh": "llava_jax.sharding",
+    "make_mesh": "llava_jax.parallel.sharding",
     "Greedy": "llava_jax.inference.sampling",
     "Sample": "llava_jax.inference.sampling",
 }

@@ -28,10 +28,10 @@ from llava_jax.config_schema import FILES, read_checked, refuse
 from llava_jax.constants import DTYPES
 from llava_jax.failures import first_line
 from llava_jax.inputs.conversation import check_conv_mode
-from llava_jax.models.llava import param_shapes
-from llava_jax.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
+from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
+from llava_jax.parallel.sharding import param_shardings
 from llava_jax.records import naming, read_json_object
-from llava_jax.sharding import param_shardings
 
 VERSION = 1
 AGAIN = "convert the checkpoint again with convert/from_hf.py"
@@ -232,9 +232,9 @@ def load_params(
         directory: a converted checkpoint, local or gs://.
         config: its config (`load_config`), which says what must be there.
         dtype: float32, bfloat16 or float16; None is float32 on a CPU and bfloat16 elsewhere.
-        mesh: see `llava_jax.sharding.make_mesh`.
+        mesh: see `llava_jax.parallel.sharding.make_mesh`.
         quantize: "int8" makes int8 kernels of what is stored otherwise, a layer at a time; None is as stored.
-        quantize_also: see `llava_jax.quantize.OTHERS`.
+        quantize_also: see `llava_jax.models.quantize.OTHERS`.
 
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version, or not this config's parameters.

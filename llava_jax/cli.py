@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava_jax import terminal, web
+from llava_jax import terminal
+from llava_jax.capacity import report as ahead
 from llava_jax.conversion import verify
 from llava_jax.conversion.arguments import add_arguments, add_export_arguments
-from llava_jax.evaluation import ahead, score, submission
-from llava_jax.evaluation.options import EvaluateOptions, add_evaluate_arguments
+from llava_jax.evaluation import score, submission
+from llava_jax.evaluation.evaluate_options import EvaluateOptions, add_evaluate_arguments
 from llava_jax.failures import exit_status
 from llava_jax.flags import check_paths, options_from
 from llava_jax.training.arguments import add_train_arguments
-from llava_jax.training.options import TrainOptions
+from llava_jax.training.train_options import TrainOptions
+from llava_jax.web import app as web
 
 LISTED = 100  # questions that could not be asked
 LARGEST = 2**31 - 1  # of a number that is counted or seeded with
@@ -60,11 +62,11 @@ def _evaluate(args) -> int:
             raise ValueError("--annotations: a chunk is not scored; join the chunks' files and use llava-jax score")
         score.check_annotations(args.task, args.answers_file, args.annotations, args.question_file)
     _initialize(args)
-    from llava_jax import hosts
     from llava_jax.evaluation.run import evaluate
+    from llava_jax.parallel import multihost
 
     failures = evaluate(options)
-    if hosts.is_first():
+    if multihost.is_primary():
         for failure in failures[:LISTED]:
             print(failure, file=sys.stderr)
         more = f", {len(failures) - LISTED} of them not listed here," if len(failures) > LISTED else ""

@@ -49,7 +49,7 @@ def answer_options(args: argparse.Namespace) -> dict:
 def check_options(args: argparse.Namespace) -> None:
     """ValueError or FileNotFoundError if the model cannot be asked so, or is not there: before it is loaded."""
     from llava_jax.checkpoint import load_config
-    from llava_jax.inference.options import plan_decode
+    from llava_jax.inference.generation_options import plan_decode
 
     options = answer_options(args)
     del options["conv_mode"]

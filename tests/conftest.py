@@ -138,15 +138,15 @@ def model(converted, loads):
 @pytest.fixture
 def programs(monkeypatch):
     """(name, arguments) of each jitted function of a model that is called while the test runs."""
-    from llava_jax.inference.compiling import Announced
+    from llava_jax.inference.compiling import LoggedJit
 
-    seen, call = [], Announced.__call__
+    seen, call = [], LoggedJit.__call__
 
     def noted(program, *args):
         seen.append((program.name, args))
         return call(program, *args)
 
-    monkeypatch.setattr(Announced, "__call__", noted)
+    monkeypatch.setattr(LoggedJit, "__call__", noted)
     return seen
 
 

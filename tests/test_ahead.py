@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from llava_jax.capacity import programs, roofline
+from llava_jax.capacity import report as ahead
+from llava_jax.capacity.programs import Capacity, Collectives, Engine, Program, Shapes, Wave, compile_for, slice_mesh
+from llava_jax.capacity.roofline import BENCHMARKS, SLICES, V5E, Work
 from llava_jax.config import LlavaConfig
-from llava_jax.evaluation import ahead, programs, roofline
-from llava_jax.evaluation.programs import Collectives, Engine, Fit, Program, Shapes, Wave, compile_for, slice_mesh
-from llava_jax.evaluation.roofline import BENCHMARKS, SLICES, V5E, Work
-from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
 
 MIB = 2**20
 
@@ -50,7 +51,7 @@ def test_a_slice_has_its_chips(name):
 def test_programs_of_a_wave():
     """Over a v5e-8, 256 prefixes of 1024: a cache that is too large for a core's own memory."""
     config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 256
-    engine = Engine(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Held())
+    engine = Engine(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Precision())
     once, prefixes = engine.once()
     wave = engine.halves(groups, prefixes)
     params, prefix = programs.chip_bytes(engine.params()), programs.chip_bytes(prefixes[0].keys_values)
@@ -241,7 +242,7 @@ def test_one_chip_needs_int8(capsys):
 @pytest.mark.long
 def test_an_int8_wave_on_one_chip():
     """Half the bytes of kernels and prefix, and no copy of either in another dtype."""
-    held, shapes, groups = roofline.Held("int8", True), Shapes(1024, 2, 32, 64), 64
+    held, shapes, groups = roofline.Precision("int8", True), Shapes(1024, 2, 32, 64), 64
     config, mesh = small(LlavaConfig.preset("1.6-vicuna-7b")), slice_mesh(SLICES["v5e-1"], tensor=1)
     engine = Engine(config, mesh, shapes, held)
     _, prefixes = engine.once()
@@ -268,7 +269,7 @@ def test_a_wrong_flag_is_one_error(flags, said):
 def test_the_report(monkeypatch, capsys):
     program = Program(1.0, 3 << 30, 1 << 30, 0, 1 << 29, Collectives(2, 0, {"all-reduce of embeddings": 1}))
     decode = dataclasses.replace(program, whole_writes={"prefix": 0, "suffix": 5})
-    fit = Fit(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: Wave(7 << 30, decode)})
+    fit = Capacity(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: Wave(7 << 30, decode)})
     monkeypatch.setattr(programs, "largest_wave", lambda engine, room: fit)
     run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
     out = capsys.readouterr().out

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llava_jax.capacity.programs import abstract_params, chip_bytes, compile_for, slice_mesh
+from llava_jax.capacity.roofline import SLICES
 from llava_jax.config import LlavaConfig
-from llava_jax.evaluation.programs import abstract_params, chip_bytes, compile_for, slice_mesh
-from llava_jax.evaluation.roofline import SLICES
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import no_questions
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 
 MIB = 2**20
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from llava_jax.batch import Batch, Questions
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.groups import Cost, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.groups import MemoryEstimate, common_length, group_prompts, pack_questions, plan_waves
 from llava_jax.inputs.tokenizer import tokenizer_image_token
+from llava_jax.inputs.types import Batch, Questions
 
 OPTIONS = {"max_new_tokens": 8}
 
@@ -146,7 +146,7 @@ def test_waves_hold_every_group_once_within_the_budget():
         assert sorted(g.images for wave in waves for g in wave.groups) == list(range(40))
         assert all(wave.bytes <= budget or (len(wave.groups), wave.rows) == (1, 1) for wave in waves)
     assert max(len(wave.groups) for wave in waves) > 1
-    small, large = Cost(config, 1024, 16, 32, 2), Cost(config, 3072, 16, 32, 2)
+    small, large = MemoryEstimate(config, 1024, 16, 32, 2), MemoryEstimate(config, 3072, 16, 32, 2)
     assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 8) < large.bytes(2, 8)
     # 7B in bf16: 0.5 MiB a position
     assert large.bytes(1, 1) > 3072 * 2**19

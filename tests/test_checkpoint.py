@@ -20,7 +20,7 @@ from llava_jax import checkpoint
 from llava_jax.checkpoint import load_config, load_params, save_params
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion.from_hf import convert
-from llava_jax.sharding import make_mesh, partition_spec
+from llava_jax.parallel.sharding import make_mesh, partition_spec
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_mesh_that_cannot_be(converted):
 ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
 from llava_jax.checkpoint import load_config, load_params
-from llava_jax.sharding import make_mesh
+from llava_jax.parallel.sharding import make_mesh
 directory, saved = sys.argv[1:]
 config = load_config(directory)
 expected = np.load(saved)

@@ -10,7 +10,7 @@ import pytest
 import transformers as tf
 
 from llava_jax.config import PINPOINTS_336, PRESETS, LlavaConfig, RopeScaling, TextConfig, VisionConfig
-from llava_jax.models.llava import param_shapes
+from llava_jax.models.llava_llama import param_shapes
 
 VICUNA = json.loads("""{
 "_name_or_path": "./checkpoints/vicuna-7b-v1-5", "architectures": ["LlavaLlamaForCausalLM"],

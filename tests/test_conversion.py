@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 import llava_jax.conversion.from_hf as from_hf
 from llava_jax.config import LlavaConfig
-from llava_jax.conversion import key_table, sources
+from llava_jax.conversion import key_table, published_files
 from llava_jax.conversion.checksums import fingerprint
 from llava_jax.conversion.from_hf import checkpoint_name, convert
 
@@ -221,7 +221,7 @@ def test_known_tower_need_not_be_there(tmp_path, monkeypatch):
     known = "openai/clip-vit-large-patch14-336"
     parsed = LlavaConfig.from_hf(config_dict("unused"), VISION).vision
     monkeypatch.setitem(from_hf.KNOWN_TOWERS, known, parsed)
-    monkeypatch.setattr(sources, "_snapshot", offline)
+    monkeypatch.setattr(published_files, "_snapshot", offline)
     tiny = Checkpoint(tmp_path, mm_vision_tower=known)
     output = convert(tiny.path, tmp_path / "out", progress=False)
     assert check_values(output, tiny.tensors) == set(tiny.tensors)

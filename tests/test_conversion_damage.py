@@ -16,7 +16,7 @@ import pytest
 from make_7b import ROOT, write_shards
 from published import Checkpoint, check_values
 
-from llava_jax.conversion import checksums, stored
+from llava_jax.conversion import checksums, orbax_reader
 from llava_jax.conversion.checksums import check
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.to_hf import export
@@ -220,7 +220,7 @@ def test_all_is_well(converted, tmp_path):
     assert check(str(moved)) == []
     record = json.loads((moved / "checksums.json").read_text())
     assert set(record["files"]) == {p.name for p in moved.iterdir() if p.is_file()} - {"checksums.json"}
-    assert record["parameters"].keys() == stored.open_stored(moved / "params").infos.keys()
+    assert record["parameters"].keys() == orbax_reader.open_stored(moved / "params").infos.keys()
 
 
 def test_flipped_bytes_in_the_parameters(large, tmp_path):
@@ -287,7 +287,7 @@ def test_no_record(converted, tmp_path):
 
 def test_batches_bound_the_memory(converted, monkeypatch):
     loaded, load = [], checksums.load
-    monkeypatch.setattr(stored.checkpoint, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(orbax_reader.checkpoint, "BATCH_BYTES", 4000)
     monkeypatch.setattr(checksums, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     assert check(converted) == []
     sizes = [[array.nbytes for array in batch.values()] for batch in loaded]

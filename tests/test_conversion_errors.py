@@ -11,7 +11,7 @@ from make_7b import write_shards
 from published import OLD, TOWER, Checkpoint, hf_checkpoint, write_json
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.conversion import key_table, sources
+from llava_jax.conversion import key_table, published_files
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.key_table import Rule, TensorInfo
 
@@ -36,7 +36,7 @@ def test_hub_errors(monkeypatch):
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
         with pytest.raises(FileNotFoundError, match=message):
-            sources.locate("somebody/model", "r")
+            published_files.locate("somebody/model", "r")
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a b", ""])

@@ -19,8 +19,8 @@ from llava_jax.checkpoint import fingerprint
 from llava_jax.cli import main
 from llava_jax.demo.model import BUNDLED, NAME, convert_published
 from llava_jax.evaluation import pictures
-from llava_jax.evaluation.answers import AnswerFile, Part, answer_line, failure_of
-from llava_jax.evaluation.options import EvaluateOptions
+from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_line, failure_of
+from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.questions import Question
 from llava_jax.evaluation.run import by_image, described, prepare
 
@@ -253,7 +253,7 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
     lines = [answer_line(Question(n, "?", "x" * 100, None), "y", ids[n], "model") for n in range(8)]
     file = AnswerFile(epath.Path(tmp_path / "a.jsonl"), ids)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    part = Part(file.part(0))
+    part = AnswerShard(file.part(0))
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         part.append(lines[:3])
@@ -262,7 +262,7 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
         ):
             part.append(lines[3:])
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        part = Part(file.part(0))
+        part = AnswerShard(file.part(0))
         assert set(file.answered()) >= {0, 1, 2} and len(file.answered()) < 8
         part.append(lines[n] for n in range(8) if n not in file.answered())
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -279,8 +279,8 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
 def test_parts_are_found_whatever_the_file_is_called(tmp_path, name):
     question = Question(1, "?", "?", None)
     file = AnswerFile(epath.Path(tmp_path / name), ("x" * 22,))
-    Part(epath.Path(tmp_path / "b.jsonl.part-0")).append(["{}\n"])  # of another file, whose name * would match
-    Part(file.part(0)).append([answer_line(question, "yes", "x" * 22, "model")])
+    AnswerShard(epath.Path(tmp_path / "b.jsonl.part-0")).append(["{}\n"])  # of another file, whose name * would match
+    AnswerShard(file.part(0)).append([answer_line(question, "yes", "x" * 22, "model")])
     assert list(file.answered()) == [0]
     file.merge()
     assert {path.name for path in tmp_path.iterdir()} == {name, "b.jsonl.part-0"}
@@ -292,7 +292,7 @@ def test_a_line_about_a_question_is_one_line():
 
 
 def test_a_bucket_that_takes_nothing_is_named(in_memory, monkeypatch):
-    part = Part(epath.Path("gs://full/a.jsonl.part-0"))
+    part = AnswerShard(epath.Path("gs://full/a.jsonl.part-0"))
 
     def refuse(*_, **__):
         raise RuntimeError("429, rate limit")  # of a kind of its own, as gcsfs'
@@ -353,7 +353,7 @@ def _stop_after(append, times):
 
 def test_ctrl_c_keeps_what_is_answered(benchmark, tmp_path, capsys, monkeypatch):
     flags, _, answers = benchmark
-    monkeypatch.setattr(Part, "append", _stop_after(Part.append, 1))
+    monkeypatch.setattr(AnswerShard, "append", _stop_after(AnswerShard.append, 1))
     out = tmp_path / "answers.jsonl"
     assert main(scenes.command(flags, answers_file=out)) == 130
     assert "start it again" in capsys.readouterr().err
@@ -484,7 +484,7 @@ def test_files_in_a_bucket(benchmark, in_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "Workers", _NoProcesses)  # they would not know this bucket
     out = "gs://bucket/out/answers.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(Part, "append", _stop_after(Part.append, 2))
+        patch.setattr(AnswerShard, "append", _stop_after(AnswerShard.append, 2))
         assert main(scenes.command(flags, answers_file=out)) == 130
     assert len(bucket.ls("gs://bucket/out")) == 3  # the part's beginning, and what was answered
     assert main(scenes.command(flags, answers_file=out)) == 0

@@ -13,7 +13,7 @@ from PIL import Image, features
 
 from llava_jax.cli import main
 from llava_jax.evaluation import pictures
-from llava_jax.evaluation.options import EvaluateOptions
+from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.run import prepare
 from llava_jax.inputs.workers import WorkerDied
 

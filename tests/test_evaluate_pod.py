@@ -9,21 +9,21 @@ import sys
 import pytest
 import scenes
 
-from llava_jax import hosts
+from llava_jax.parallel import multihost
 
 PROCESS = """
 import json, os, signal, sys
 import jax
-from llava_jax import hosts
+from llava_jax.parallel import multihost
 from llava_jax.cli import main
-from llava_jax.evaluation.answers import Part
+from llava_jax.evaluation.answers import AnswerShard
 if __name__ == "__main__":
     address, processes, number, killed, flags = map(json.loads, sys.argv[1:])
     if processes > 1:
         jax.distributed.initialize(address, processes, number)
-    hosts.SILENCE = 8
+    multihost.HEARTBEAT_TIMEOUT = 8
     if killed:
-        append = Part.append
+        append = AnswerShard.append
 
         def append_and_die(part, lines):
             lines = list(lines)
@@ -31,7 +31,7 @@ if __name__ == "__main__":
             if lines:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Part.append = append_and_die
+        AnswerShard.append = append_and_die
     sys.exit(main(flags))
 """
 
@@ -48,14 +48,14 @@ def kill():
 
 def append(part, lines):
     if text := "".join(lines).encode():
-        Part.calls += 1
+        AnswerShard.calls += 1
         with open(part.path, "ab") as file:
-            if (Part.calls, "within") == kill_at:
+            if (AnswerShard.calls, "within") == kill_at:
                 file.write(text[: len(text) // 2])
                 file.flush()
                 kill()
             file.write(text)
-        if (Part.calls, "after") == kill_at:
+        if (AnswerShard.calls, "after") == kill_at:
             kill()
 
 def write(path, content):
@@ -64,7 +64,7 @@ def write(path, content):
 
 groups.MAX_GROUPS = 1  # a picture's answers at a time,
 batching.bucket_rows = lambda count: 8  # by one program
-Part, Part.calls = answers.Part, 0
+AnswerShard, AnswerShard.calls = answers.AnswerShard, 0
 out, *flags = sys.argv[1:]
 for kill_at in ((1, "within"), (1, "after"), (2, "within"), "merge", None):
     left = sum(path.stat().st_size for path in Path(out).parent.glob("answers.jsonl*part-*"))
@@ -72,7 +72,7 @@ for kill_at in ((1, "within"), (1, "after"), (2, "within"), "merge", None):
         if kill_at == "merge":
             answers.write_whole = write
         elif kill_at:
-            Part.append = append
+            AnswerShard.append = append
         os._exit(main(flags))
     ended = os.waitpid(child, 0)[1]
     assert ended == (0 if kill_at is None else signal.SIGKILL), (kill_at, ended)
@@ -175,7 +175,7 @@ def test_killed_twenty_times_it_gives_the_same_file(benchmark, tmp_path):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_one_of_several_is_killed_the_others_stop(benchmark, tmp_path, victim):
     flags, _, answers = benchmark
-    assert hosts.SILENCE + 4 * hosts.BEAT < 60
+    assert multihost.HEARTBEAT_TIMEOUT + 4 * multihost.BEAT < 60
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
     started = start(answers.parent, command, processes=2, killed=victim)
     started[victim].wait(timeout=300)

@@ -26,8 +26,8 @@ from published import (
 )
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.conversion import sources, stored, to_hf
-from llava_jax.conversion.directories import new_directory
+from llava_jax.conversion import orbax_reader, published_files, to_hf
+from llava_jax.conversion.atomic_directory import new_directory
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.to_hf import export
 
@@ -67,7 +67,7 @@ def test_golden_variants_come_back(checkpoint, converted, tmp_path, variant):
     source = Path(checkpoint(variant)[0])
     back = export(converted(variant), tmp_path / "back", max_shard_bytes=2_000_000, progress=False)
     assert len(list(back.glob("*.safetensors"))) > 1
-    published = sources.open_checkpoint(sources.locate(str(source)))
+    published = published_files.open_checkpoint(published_files.locate(str(source)))
     assert_same_tensors(back, {name: tensor.read() for name, tensor in published.items()})
     for file in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json"):
         assert (back / file).read_bytes() == (source / file).read_bytes()
@@ -115,7 +115,7 @@ def test_known_tower_inside_though_not_tuned(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "llava-v1.6-tiny")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tiny = Checkpoint(tmp_path, unfreeze_mm_vision_tower=False, mm_vision_tower="openai/known")
-    monkeypatch.setattr(sources, "_snapshot", offline)
+    monkeypatch.setattr(published_files, "_snapshot", offline)
     assert_round_trip(tiny.path, tmp_path, tiny.tensors)
 
 
@@ -245,9 +245,9 @@ def test_tensors_are_aligned(tiny, tmp_path):
 def test_streams_in_batches(tiny, tmp_path, monkeypatch):
     """No more parameters are held than a batch has room for, however many there are."""
     converted = convert(tiny.path, tmp_path / "converted", progress=False)
-    loaded, load = [], stored.load
-    monkeypatch.setattr(stored.checkpoint, "BATCH_BYTES", 4000)
-    monkeypatch.setattr(stored, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    loaded, load = [], orbax_reader.load
+    monkeypatch.setattr(orbax_reader.checkpoint, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(orbax_reader, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     back = export(converted, tmp_path / "back", progress=False)
     sizes = [[array.nbytes for array in batch.values()] for batch in loaded]
     assert len(sizes) > 3 and all(sum(batch) <= 4000 or len(batch) == 1 for batch in sizes)

@@ -18,7 +18,7 @@ from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfi
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sample, checked
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.models.llava import init_params
+from llava_jax.models.llava_llama import init_params
 
 QUESTION = "What is in this picture?"
 

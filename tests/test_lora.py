@@ -14,7 +14,7 @@ from test_training import GOLDEN, reference_name, training_data
 
 from llava_jax.conversion.key_table import invert_transform, liuhaotian_rules
 from llava_jax.inputs.batch import pack
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.training.lora import adapters, init_lora, merge_lora
 from llava_jax.training.optimizer import split_params, trainable_pattern
 from llava_jax.training.step import LORA

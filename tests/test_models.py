@@ -30,7 +30,7 @@ from llava_jax.config import PINPOINTS_336, GenerationDefaults, LlavaConfig, Tex
 from llava_jax.conversion.reference import next_processor
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.anyres import num_image_tokens
-from llava_jax.models.llava import init_params, param_shapes
+from llava_jax.models.llava_llama import init_params, param_shapes
 from llava_jax.models.vision import CLIPVisionTower, CLIPVisionTowerS2, build_vision_tower, normalize_tiles
 
 ATOL = 1e-4

@@ -21,12 +21,12 @@ from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inference.batching import prefill_wave
 from llava_jax.inputs.batch import pack
-from llava_jax.inputs.groups import Cost, Group, Wave
+from llava_jax.inputs.groups import Group, MemoryEstimate, PrefixBatch
 from llava_jax.models.attention import two_part_attention
 from llava_jax.models.linear import Linear
-from llava_jax.quantize import Int8, quantize_params, to_int8
-from llava_jax.training.options import TrainOptions
+from llava_jax.models.quantize import Int8, quantize_params, to_int8
 from llava_jax.training.train import train
+from llava_jax.training.train_options import TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(load
     asked = [question.text for question in questions_about(scene, 0, 2)]
     tiles, sizes = llava.load_images(draw(scene))
     group = Group(np.array([1, -200, 5]), (np.array([6]),), (0,), 0)
-    prefix, _ = prefill_wave(llava, params, Wave((group,), 1, 1, 1, 0), [(tiles, sizes)])
+    prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [(tiles, sizes)])
     assert all(isinstance(x, Int8) and x.values.dtype == jnp.int8 for pair in prefix.keys_values for x in pair)
     options = {"max_new_tokens": 24}
     answers = llava.generate_batch(params, [(draw(scene), asked)], **options)
@@ -192,7 +192,7 @@ def test_over_eight_devices(scenes_model, loaded):
 
 def test_an_int8_prefix_is_planned_for():
     config = llava_jax.LlavaConfig.preset("1.6-vicuna-7b")
-    usual, int8 = (Cost(config, 3072, 16, 32, 2, 1, prefix).bytes(4, 8) for prefix in (False, True))
+    usual, int8 = (MemoryEstimate(config, 3072, 16, 32, 2, 1, prefix).bytes(4, 8) for prefix in (False, True))
     assert usual - int8 >= 4 * 3072 * 0.47 * 2**19  # 0.5 MiB a position, and half of it but for the scales
 
 

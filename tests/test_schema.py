@@ -11,7 +11,7 @@ from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import GenerationDefaults, LlavaConfig, TextConfig
 from llava_jax.config_schema import read_checked
 from llava_jax.conversion.from_hf import convert
-from llava_jax.conversion.sources import Location, open_checkpoint
+from llava_jax.conversion.published_files import Location, open_checkpoint
 from llava_jax.conversion.to_hf import export
 from llava_jax.inputs.tokenizer import load_tokenizer
 

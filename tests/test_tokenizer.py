@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_jax.constants import IMAGE_TOKEN_INDEX
-from llava_jax.inputs.stream import TextStream
+from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 from llava_jax.inputs.tokenizer import LlamaTokenizer, load_tokenizer, tokenizer_image_token
 
 HERE = Path(__file__).parent / "golden"
@@ -212,7 +212,7 @@ def test_tokenizer_json_alone(byte_level):
 
 
 def streamed(tokenizer, ids, stop=()):
-    stream = TextStream(tokenizer, stop)
+    stream = IncrementalDetokenizer(tokenizer, stop)
     pieces = [stream.push(i) for i in ids]
     return [*pieces, stream.flush()], stream
 

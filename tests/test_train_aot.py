@@ -16,16 +16,16 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from llava_jax.batch import Batch, Targets
+from llava_jax.capacity.programs import chip_bytes
 from llava_jax.config import LlavaConfig
-from llava_jax.evaluation.programs import chip_bytes
-from llava_jax.models.llava import param_shapes
-from llava_jax.sharding import param_shardings, rows_divided, rows_sharding
+from llava_jax.inputs.types import Batch, Targets
+from llava_jax.models.llava_llama import param_shapes
+from llava_jax.parallel.sharding import batch_sharding, constrain_batch, param_shardings
 from llava_jax.training.lora import init_lora
 from llava_jax.training.optimizer import make_optimizer, split_params, trainable_pattern
-from llava_jax.training.options import TrainOptions
 from llava_jax.training.step import LORA, TrainState, train_step
 from llava_jax.training.train import compiled_step
+from llava_jax.training.train_options import TrainOptions
 
 MIB, GIB = 2**20, 2**30
 LENGTH = 3072  # 1.6's longest picture, 2,928 positions, and a conversation
@@ -86,7 +86,7 @@ def _abstract_batch(config, rows, mesh):
         lengths=array(total),
     )
     targets = Targets(array(total, LABELS), array(total, LABELS))
-    return _placed((batch, targets), jax.tree.map(lambda _: rows_sharding(mesh), (batch, targets)))
+    return _placed((batch, targets), jax.tree.map(lambda _: batch_sharding(mesh), (batch, targets)))
 
 
 def _placed(tree, shardings):
@@ -140,7 +140,7 @@ def test_a_chip_keeps_its_slices_of_the_gradients_alone(no_tpu):
     def loss(trained, frozen, x, targets, step):
         for layer in trained.values():
             x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w.astype(x.dtype)))(
-                rows_divided(x), layer["up_proj"]["kernel"]
+                constrain_batch(x), layer["up_proj"]["kernel"]
             )
         return jnp.mean(x.astype(jnp.float32) ** 2)
 
@@ -150,7 +150,7 @@ def test_a_chip_keeps_its_slices_of_the_gradients_alone(no_tpu):
 
     state = jax.eval_shape(start)
     state = _placed(state, param_shardings(state, mesh))
-    x = _placed(jax.ShapeDtypeStruct((128 * mesh.size, width), jnp.bfloat16), rows_sharding(mesh))
+    x = _placed(jax.ShapeDtypeStruct((128 * mesh.size, width), jnp.bfloat16), batch_sharding(mesh))
     step = jax.jit(partial(train_step, loss, optimizer), out_shardings=(param_shardings(state, mesh), None))
     with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
         memory = step.lower(state, {}, x, None).compile().memory_analysis()

@@ -19,10 +19,10 @@ from llava_jax.checkpoint import fingerprint, load_config, load_params
 from llava_jax.conversion import checksums
 from llava_jax.conversion.key_table import invert_transform, liuhaotian_rules, published_name
 from llava_jax.training.optimizer import make_optimizer
-from llava_jax.training.options import TrainOptions
 from llava_jax.training.output import check_output, claim_output, read_projector
 from llava_jax.training.step import LORA
 from llava_jax.training.train import compiled_step, initial_state, make_batch, train, training_config
+from llava_jax.training.train_options import TrainOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -188,7 +188,7 @@ def test_a_finished_run_is_not_trained_over(finished):
 KILLED = """
 import json, os, sys
 if __name__ == "__main__":
-    from llava_jax.training.options import TrainOptions
+    from llava_jax.training.train_options import TrainOptions
     from llava_jax.training.output import Metrics
     from llava_jax.training.train import train
 
@@ -308,7 +308,7 @@ def test_another_run_in_the_same_place_is_refused(finished, tmp_path):
 PARALLEL = """
 import json, sys
 import jax
-from llava_jax.training.options import TrainOptions
+from llava_jax.training.train_options import TrainOptions
 from llava_jax.training.train import train
 if __name__ == "__main__":
     told, address, processes, number = map(json.loads, sys.argv[1:])

@@ -10,8 +10,8 @@ from test_train_data import CONFIG, TOKENIZER, sample
 from llava_jax.training.arguments import HELP
 from llava_jax.training.checks import check_examples, check_labels
 from llava_jax.training.data import load_example, load_examples
-from llava_jax.training.options import RANGES, TrainOptions
 from llava_jax.training.preprocess import training_tokenizer
+from llava_jax.training.train_options import RANGES, TrainOptions
 
 CHECKED = training_tokenizer(TOKENIZER)
 PLACES = dict(model_path="model", data_path="data.json", output_dir="out")

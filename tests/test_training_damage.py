@@ -16,10 +16,10 @@ import llava_jax
 from llava_jax.demo.model import convert_published, first_params, scenes_config, write_published, write_tokenizer
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.training.data import sample_order
-from llava_jax.training.options import TrainOptions
 from llava_jax.training.output import Metrics, write_result
 from llava_jax.training.states import States, survey
 from llava_jax.training.train import train, training_config
+from llava_jax.training.train_options import TrainOptions
 
 # ---- states on the disk
 

@@ -8,8 +8,14 @@ import pytest
 from PIL import Image
 
 import llava_jax
-from llava_jax import visualize
-from llava_jax.attention_maps import (
+from llava_jax.config import LlavaConfig
+from llava_jax.demo.model import scenes_config
+from llava_jax.demo.scenes import SIGN, draw
+from llava_jax.demo.score import held_out_scene
+from llava_jax.inputs.anyres import num_image_tokens, unpad_window
+from llava_jax.inputs.image import process_images
+from llava_jax.plots import visualize
+from llava_jax.plots.attention_maps import (
     AnswerAttention,
     answer_attention,
     by_word,
@@ -17,13 +23,7 @@ from llava_jax.attention_maps import (
     picture_positions,
     tower_attention,
 )
-from llava_jax.config import LlavaConfig
-from llava_jax.demo.model import scenes_config
-from llava_jax.demo.scenes import SIGN, draw
-from llava_jax.demo.score import held_out_scene
-from llava_jax.inputs.anyres import num_image_tokens, unpad_window
-from llava_jax.inputs.image import process_images
-from llava_jax.visualize import draw_answers, draw_attention, draw_tiles, draw_token_grid, image_tokens, pixel_map
+from llava_jax.plots.visualize import draw_answers, draw_attention, draw_tiles, draw_token_grid, image_tokens, pixel_map
 
 SCENES = scenes_config(365)  # canvases of up to 2 x 2 or 3 tiles, of 4 x 4 patches each
 SIZES = [(620, 246), (446, 472), (232, 682), (448, 448), (900, 310), (100, 700)]
@@ -314,5 +314,6 @@ def test_without_matplotlib(monkeypatch):
 
 
 def test_importing_it_imports_neither_jax_nor_matplotlib():
-    code = "from llava_jax import visualize; import sys; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
+    show = "print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
+    code = f"import sys; from llava_jax.plots import visualize; {show}"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -11,7 +11,7 @@ import pytest
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.tokenizer import LlamaTokenizer
-from llava_jax.models.llava import init_params, param_shapes
+from llava_jax.models.llava_llama import init_params, param_shapes
 from llava_jax.models.vocabulary import initialize_vision_tokenizer, resize_rows
 
 TOKENIZER = LlamaTokenizer((Path(__file__).parent / "golden/tokenizers/llama/tokenizer.model").read_bytes())

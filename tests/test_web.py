@@ -15,8 +15,8 @@ import time
 import pytest
 from PIL import Image
 
-from llava_jax import web
 from llava_jax.config import LlavaConfig
+from llava_jax.web import app as web
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # its use of pandas
@@ -209,7 +209,7 @@ def test_only_the_last_conversations_keep_their_caches(conversations):
 
 def test_only_uploads_are_read(tmp_path):
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
-    from llava_jax.web_page import uploaded_file
+    from llava_jax.web.page import uploaded_file
 
     uploads = tmp_path / "uploads"
     uploads.mkdir()
@@ -236,7 +236,7 @@ def test_closing_waits_for_the_answers(conversations):
 
 SERVE = """
 import argparse, signal, sys
-from llava_jax import web
+from llava_jax.web import app as web
 
 def watch(event, args):
     host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
@@ -335,7 +335,7 @@ def scenes(tmp_path_factory):
 def served(bundled, tmp_path_factory):
     """(address, the conversations) of a server in this process."""
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
-    from llava_jax.web_page import build_page, launch
+    from llava_jax.web.page import build_page, launch
 
     folder = str(tmp_path_factory.mktemp("uploads"))
     conversations = web.Conversations(*bundled)

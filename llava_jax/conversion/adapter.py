@@ -13,10 +13,8 @@ from llava_jax import checkpoint
 from llava_jax.checkpoint import ADAPTERS, TRAIN_OPTIONS
 from llava_jax.config_schema import read_checked
 from llava_jax.conversion import key_table
-from llava_jax.conversion.directories import check_output, new_directory
-from llava_jax.conversion.safetensors_files import write_safetensors
-from llava_jax.conversion.sources import write_json
-from llava_jax.conversion.stored import (
+from llava_jax.conversion.atomic_directory import check_output, new_directory
+from llava_jax.conversion.orbax_reader import (
     Converted,
     Stored,
     Written,
@@ -25,6 +23,8 @@ from llava_jax.conversion.stored import (
     open_stored,
     read_tensors,
 )
+from llava_jax.conversion.published_files import write_json
+from llava_jax.conversion.safetensors_files import write_safetensors
 
 PEFT = "base_model.model."  # what peft puts in front of a model's own names
 MATRICES = {"a": "lora_A", "b": "lora_B"}

@@ -14,8 +14,8 @@ import numpy as np
 from llava_jax import checkpoint
 from llava_jax.checkpoint import CHECKSUMS
 from llava_jax.config_schema import read_checked
-from llava_jax.conversion.sources import write_json
-from llava_jax.conversion.stored import Stored, as_tensor, batches, load, open_stored
+from llava_jax.conversion.orbax_reader import Stored, as_tensor, batches, load, open_stored
+from llava_jax.conversion.published_files import write_json
 
 
 def checksum(array: np.ndarray) -> str:

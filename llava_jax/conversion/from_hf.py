@@ -20,19 +20,19 @@ from tqdm import tqdm
 
 from llava_jax import checkpoint, config_layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
-from llava_jax.conversion import checksums, key_table, sources
+from llava_jax.conversion import checksums, key_table, published_files
 from llava_jax.conversion.arguments import add_arguments, run_command
-from llava_jax.conversion.directories import check_output, new_directory
+from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
+from llava_jax.conversion.orbax_reader import quiet_orbax
 from llava_jax.conversion.prompt_template import choose_template
+from llava_jax.conversion.published_files import Location, Tensor, write_json
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
 from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES, check_small_files
-from llava_jax.conversion.sources import Location, Tensor, write_json
-from llava_jax.conversion.stored import quiet_orbax
 from llava_jax.inputs.text import check_text
-from llava_jax.models.llava import param_shapes
-from llava_jax.quantize import check_quantize, quantize_leaves
+from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.quantize import check_quantize, quantize_leaves
 from llava_jax.records import naming
 
 BUFFERS = "buffers.safetensors"  # what the published checkpoint holds beside its parameters, for the way back
@@ -165,10 +165,10 @@ def read_published(
     anyres: bool,
 ) -> Published:
     """Read and check everything but the tensors."""
-    location = sources.locate(source, revision)
+    location = published_files.locate(source, revision)
     config = location.read_config()
     layout = "llava-hf" if "text_config" in config else "liuhaotian"
-    base = sources.locate(model_base) if model_base is not None else None
+    base = published_files.locate(model_base) if model_base is not None else None
     text = base or location  # whose tokenizer and generation defaults they are
     generation = text.read_json("generation_config.json")
     if new_projector is None:
@@ -203,7 +203,7 @@ def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None
             "config.json names no mm_vision_tower; give the tower (a CLIP directory or hub id) with --vision-tower"
         )
     try:
-        tower = sources.locate(named)
+        tower = published_files.locate(named)
         found = tower.read_config()
     except FileNotFoundError as error:
         hint = f"the vision tower {named!r} cannot be had ({error}); give it with --vision-tower"
@@ -245,7 +245,7 @@ def make_plan(published: Published, dtype: str | None) -> Plan:
         parts.append((_open_projector(published.location), key_table.projector_file_rules(config)))
     if published.new_projector:
         parts.append((new_tensors(config), rules))
-    main, own = len(parts), sources.open_checkpoint(published.base or published.location)
+    main, own = len(parts), published_files.open_checkpoint(published.base or published.location)
     parts.append((own, rules))
     if published.layout == "liuhaotian":
         parts += _tower_part(published, own)
@@ -285,17 +285,18 @@ def _tower_part(published: Published, tensors: dict[str, Tensor]) -> list[tuple[
         raise FileNotFoundError(f"{published.source} holds no vision tower, and {published.tower_error}")
     for name in inside:
         del tensors[name]
-    return [(sources.open_checkpoint(published.tower), key_table.clip_rules())]
+    return [(published_files.open_checkpoint(published.tower), key_table.clip_rules())]
 
 
 def _open_projector(location: Location) -> dict[str, Tensor]:
-    location.fetch([sources.PROJECTOR_FILE])
-    path = location.path / sources.PROJECTOR_FILE
+    location.fetch([published_files.PROJECTOR_FILE])
+    path = location.path / published_files.PROJECTOR_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{location.given}: no {sources.PROJECTOR_FILE}; --model-base is for a stage-1 projector, leave it out"
+            f"{location.given}: no {published_files.PROJECTOR_FILE}; --model-base is for a stage-1 projector, leave it "
+            "out"
         )
-    return sources.open_file(path)
+    return published_files.open_file(path)
 
 
 # ---- writing
@@ -307,7 +308,7 @@ def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
     largest = 4 * max(int(np.prod(t.shape)) for t in plan.tensors.values())  # float32 has the most bytes
     read, turned = np.empty(largest, np.uint8), np.empty(largest, np.uint8)
     for file, in_file in itertools.groupby(paths, key=lambda path: plan.tensors[path].file):
-        sources.check_blob(file)
+        published_files.check_blob(file)
         for path in in_file:
             tensor = plan.tensors[path]
             array = tensor.read_into(read) if tensor.read_into else tensor.read()

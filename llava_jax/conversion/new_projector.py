@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from llava_jax.config import PINPOINTS_336, LlavaConfig, one_of
 from llava_jax.config_layouts import read_vision
 from llava_jax.conversion import key_table
-from llava_jax.conversion.sources import Tensor
-from llava_jax.models.llava import param_shapes
+from llava_jax.conversion.published_files import Tensor
+from llava_jax.models.llava_llama import param_shapes
 
 SEED = 0
 

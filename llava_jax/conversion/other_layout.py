@@ -10,7 +10,7 @@ from llava_jax import config_layouts as layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig
 from llava_jax.config_schema import read_checked
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava_jax.conversion.sources import write_json
+from llava_jax.conversion.published_files import write_json
 from llava_jax.inputs.tokenizer import load_tokenizer
 
 ROWS = 64  # where llava-hf's tables grow for `<image>`, it is to a multiple of this

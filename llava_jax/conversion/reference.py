@@ -65,13 +65,13 @@ def _record_torch(model, projector, decoder, inputs: dict) -> Record:
 
 def record_original(published, text: str, pictures: list, python: str, vision_tower: str | None) -> list[Record]:
     """What the original computes, in a process of the interpreter `python`, which has it and need not have JAX."""
-    from llava_jax.conversion import sources
+    from llava_jax.conversion import published_files
 
     if published.layout != "liuhaotian":
         raise ValueError(
             f"{published.source}: the original does not read the {published.layout} layout; give --against llava-hf"
         )
-    sources.open_checkpoint(published.location)  # fetched from the hub, where it is there
+    published_files.open_checkpoint(published.location)  # fetched from the hub, where it is there
     tower = vision_tower if published.tower is None else str(published.tower.path)
     with tempfile.TemporaryDirectory() as folder:
         paths = [picture and str(Path(folder, f"{i}.png")) for i, picture in enumerate(pictures)]
@@ -234,13 +234,13 @@ def _hf_model(published, image_id: int):
     import torch
     import transformers
 
-    from llava_jax.conversion import other_layout, sources
+    from llava_jax.conversion import other_layout, published_files
 
     anyres = published.config.image_aspect_ratio == "anyres"
     kind = "LlavaNext" if anyres else "Llava"
     model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
     options = {"dtype": torch.float32, "output_loading_info": True}
-    sources.open_checkpoint(published.location)  # fetched from the hub, where it is there
+    published_files.open_checkpoint(published.location)  # fetched from the hub, where it is there
     if published.layout == "llava-hf":
         model, info = model_class.from_pretrained(published.location.path, **options)
         model.config.image_token_id = image_id
@@ -264,16 +264,17 @@ def _hf_model(published, image_id: int):
 
 def _hf_tensors(published) -> dict:
     """The tensors of a liuhaotian checkpoint, and of the tower beside it, under llava-hf's names."""
-    from llava_jax.conversion import sources
 
-    tensors = _read_torch(sources.open_checkpoint(published.location))
+    from llava_jax.conversion import published_files
+
+    tensors = _read_torch(published_files.open_checkpoint(published.location))
     inside = HF_NAMES[0][0]
     tuned = published.config.source.get("unfreeze_mm_vision_tower") or published.tower is None
     if not (tuned and any(name.startswith(inside) for name in tensors)):  # then the original reads the one beside
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}
         if published.tower is None:
             raise FileNotFoundError(published.tower_error)
-        beside = _read_torch(sources.open_checkpoint(published.tower))
+        beside = _read_torch(published_files.open_checkpoint(published.tower))
         tensors |= {inside + name: tensor for name, tensor in beside.items() if name.startswith("vision_model.")}
     renamed = {}
     for name, tensor in tensors.items():
@@ -284,7 +285,7 @@ def _hf_tensors(published) -> dict:
 
 
 def _read_torch(listed) -> dict:
-    """All tensors of the files that `listed` (`sources.open_checkpoint`) names, by the formats' own libraries."""
+    """All tensors of the files that `published_files.open_checkpoint` listed, by the formats' own libraries."""
     import torch
     from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.conversion.key_table import TensorInfo
-from llava_jax.conversion.sources import SAFETENSORS_DTYPES, write_json
+from llava_jax.conversion.published_files import SAFETENSORS_DTYPES, write_json
 
 DTYPE_NAMES = {numpy: name for name, numpy in SAFETENSORS_DTYPES.items()}
 

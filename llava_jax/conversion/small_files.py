@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_jax.config import LlavaConfig
-from llava_jax.conversion.sources import Location
+from llava_jax.conversion.published_files import Location
 from llava_jax.inputs.tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (

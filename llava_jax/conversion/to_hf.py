@@ -14,15 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_jax.config_schema import read_checked
-from llava_jax.conversion import key_table, other_layout, sources
+from llava_jax.conversion import key_table, other_layout, published_files
 from llava_jax.conversion.adapter import export_adapter
 from llava_jax.conversion.arguments import add_export_arguments, run_command
-from llava_jax.conversion.directories import check_output, new_directory
+from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.from_hf import BUFFERS
+from llava_jax.conversion.orbax_reader import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
+from llava_jax.conversion.published_files import Tensor, write_json
 from llava_jax.conversion.safetensors_files import write_checkpoint
 from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES
-from llava_jax.conversion.sources import Tensor, write_json
-from llava_jax.conversion.stored import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has long had it
 EMBEDDING, HEAD = "language_model/embed_tokens/embedding", "language_model/lm_head/kernel"
@@ -67,7 +67,7 @@ def export(
     same = layout == converted.layout
     config = published_config(converted, layout, vision_tower)
     tensors = make_plan(converted, layout, config, dtype)
-    buffers = sources.open_file(converted.directory / BUFFERS) if same and _has(converted, BUFFERS) else {}
+    buffers = published_files.open_file(converted.directory / BUFFERS) if same and _has(converted, BUFFERS) else {}
     config = with_dtype(config, converted, tensors, same)
     infos: dict[str, Written | Tensor] = {**tensors, **buffers}
     nbytes = sum(info.nbytes for info in infos.values())

@@ -224,7 +224,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify as the flags say; the exit status."""
-    from llava_jax.conversion.stored import quiet_orbax
+    from llava_jax.conversion.orbax_reader import quiet_orbax
 
     quiet_orbax()
     if args.quick:

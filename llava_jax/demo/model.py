@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.conversion.sources import write_json
+from llava_jax.conversion.published_files import write_json
 from llava_jax.demo.questions import vocabulary
 from llava_jax.inputs.conversation import conv_templates
 
@@ -100,7 +100,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def first_params(config: LlavaConfig, seed: int) -> dict:
     """Random parameters from which so small a decoder learns at once: what a token is outweighs what layers add."""
-    from llava_jax.models.llava import init_params
+    from llava_jax.models.llava_llama import init_params
 
     flat = flatten_dict(jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed)), sep="/")
     deep = (2 * config.text.num_hidden_layers) ** -0.5

@@ -11,7 +11,7 @@ from llava_jax.demo.model import converted
 from llava_jax.demo.questions import Question
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, is_right, questions_about
-from llava_jax.visualize import draw_answers
+from llava_jax.plots.visualize import draw_answers
 
 SHEET = "llava-jax-demo.png"
 

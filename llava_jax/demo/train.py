@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_jax.checkpoint import CHECKSUMS, MANIFEST, load_config, load_params
 from llava_jax.config_schema import read_checked
 from llava_jax.conversion.checksums import write_record
-from llava_jax.conversion.sources import write_json
+from llava_jax.conversion.published_files import write_json
 from llava_jax.demo.dataset import DATA, IMAGES, write_dataset
 from llava_jax.demo.model import (
     NAME,
@@ -89,8 +89,8 @@ def _first_checkpoint(output: Path, tower_steps: int) -> Path:
 
 def _run(phase: Phase, number: int, start: Path, output: Path) -> Path:
     """The phase's checkpoint, trained from the one before; nothing is done again if it is there."""
-    from llava_jax.training.options import TrainOptions
     from llava_jax.training.train import train
+    from llava_jax.training.train_options import TrainOptions
 
     directory = output / phase.name
     if (directory / MANIFEST).exists():

@@ -120,7 +120,7 @@ class AnswerFile:
             part.unlink()
 
 
-class Part:
+class AnswerShard:
     """One process's part, to append to.
 
     Raises:

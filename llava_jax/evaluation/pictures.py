@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.groups import Wave
+from llava_jax.inputs.groups import PrefixBatch
 from llava_jax.inputs.image import image_size, image_source, load_image, process_images
 from llava_jax.inputs.sources import source_name
 from llava_jax.inputs.text import reason_of
@@ -84,9 +84,9 @@ class Pictures:
     def __exit__(self, *_) -> None:
         self.workers.close()
 
-    def of_waves(self, waves: Iterable[Wave]) -> Iterator[tuple[Wave, dict]]:
+    def of_waves(self, waves: Iterable[PrefixBatch]) -> Iterator[tuple[PrefixBatch, dict]]:
         """Each wave with {group.images: (tiles, sizes) or the ValueError of its picture}."""
-        waiting: deque[tuple[Wave, dict[int, Future | None]]] = deque()
+        waiting: deque[tuple[PrefixBatch, dict[int, Future | None]]] = deque()
         for wave in waves:
             waiting.append((wave, {group.images: self._submit(group.images) for group in wave.groups}))
             if len(waiting) > AHEAD:
@@ -98,7 +98,7 @@ class Pictures:
         image = self.images[number]
         return None if image is None else self.workers.submit(_source(image, self.folder))
 
-    def _finish(self, wave: Wave, futures: dict[int, Future | None]):
+    def _finish(self, wave: PrefixBatch, futures: dict[int, Future | None]):
         return wave, {number: self._result(number, future) for number, future in futures.items()}
 
     def _result(self, number: int, future: Future | None):

@@ -12,19 +12,19 @@ from etils import epath
 from tqdm import tqdm
 
 import llava_jax
-from llava_jax import hosts
 from llava_jax.checkpoint import fingerprint, load_config
 from llava_jax.config import LlavaConfig
-from llava_jax.evaluation.answers import AnswerFile, Part, answer_id, answer_line, failure_of
-from llava_jax.evaluation.options import EvaluateOptions
+from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, answer_line, failure_of
+from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.pictures import Pictures, picture_sizes
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
-from llava_jax.inference.options import plan_decode
+from llava_jax.inference.generation_options import plan_decode
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
 from llava_jax.inputs.sources import stands_alone
-from llava_jax.sharding import default_axes, make_mesh
+from llava_jax.parallel import multihost
+from llava_jax.parallel.sharding import default_axes, make_mesh
 
 NAMED = 20  # rows of which something is not asked
 TEXT_ONLY = 16  # questions without a picture that share a prefix
@@ -82,12 +82,12 @@ def evaluate(options: EvaluateOptions) -> list[str]:
         KeyboardInterrupt: SIGINT; what is answered stays answered.
     """
     kept = f"what was answered is kept beside {options.answers_file}: start it again, everywhere, to go on"
-    with hosts.watched(kept):
+    with multihost.abort_on_peer_failure(kept):
         job = prepare(options)
         _say_what_is_not_asked(job.questions)
         answered = job.file.answered()
-        part = Part(job.file.part(jax.process_index()))
-        hosts.wait_for_all("every process has its part")
+        part = AnswerShard(job.file.part(jax.process_index()))
+        multihost.barrier("every process has its part")
         _check_shared(job.file)
         left = {n for n in range(len(job.questions)) if n not in answered or failure_of(answered[n])}
         try:
@@ -95,16 +95,16 @@ def evaluate(options: EvaluateOptions) -> list[str]:
                 _answer_share(job, part, left)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {kept}") from None
-        hosts.wait_for_all("every question is answered")
-        if hosts.is_first():
+        multihost.barrier("every question is answered")
+        if multihost.is_primary():
             job.file.merge()
-        hosts.wait_for_all("the answers are merged")
+        multihost.barrier("the answers are merged")
         return _failures(job)
 
 
 def _say_what_is_not_asked(questions: Sequence[Question]) -> None:
     notes = list(dict.fromkeys(question.note for question in questions if question.note))
-    if notes and hosts.is_first():
+    if notes and multihost.is_primary():
         more = f"; and {len(notes) - NAMED} more rows" if len(notes) > NAMED else ""
         print("\n".join(notes[:NAMED]) + more, file=sys.stderr)
 
@@ -162,7 +162,7 @@ def _check_shared(file: AnswerFile) -> None:
         )
 
 
-def _answer_share(job: Job, part: Part, left: set[int]) -> None:
+def _answer_share(job: Job, part: AnswerShard, left: set[int]) -> None:
     """Answer this process's share of the questions that are left."""
     shares = by_image(job.questions)[jax.process_index() :: jax.process_count()]
     shares = [kept for numbers in shares if (kept := [n for n in numbers if n in left])]
@@ -184,7 +184,9 @@ def _answer_share(job: Job, part: Part, left: set[int]) -> None:
     lines = [job.failure(n, str(error)) for n, error in zip(numbers, errors, strict=True) if error]
     part.append(lines)
     waves, answer = _plan(job, llava, params, groups, sizes)
-    progress = tqdm(total=len(numbers) - len(lines), unit="question", disable=not hosts.is_first(), dynamic_ncols=True)
+    progress = tqdm(
+        total=len(numbers) - len(lines), unit="question", disable=not multihost.is_primary(), dynamic_ncols=True
+    )
     rgb = job.options.layout in ("loader", "vqa")
     with Pictures(job.config, rgb, images, folder, sizes) as pictures, progress:
         for wave, loaded in pictures.of_waves(waves):

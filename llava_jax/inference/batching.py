@@ -8,13 +8,21 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from llava_jax.batch import Batch
 from llava_jax.constants import IGNORE_INDEX
 from llava_jax.inputs.batch import pack, room_for, stack_shards
-from llava_jax.inputs.groups import Group, Wave, bucket_rows, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.groups import (
+    Group,
+    PrefixBatch,
+    bucket_rows,
+    common_length,
+    group_prompts,
+    pack_questions,
+    plan_waves,
+)
 from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.prompt import as_prompts, as_texts, prompt_ids
-from llava_jax.sharding import num_shards, rows_sharding
+from llava_jax.inputs.types import Batch
+from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
@@ -54,7 +62,7 @@ def make_groups(llava, requests, conv_mode=None):
     return groups, errors
 
 
-def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | None) -> list[Wave]:
+def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | None) -> list[PrefixBatch]:
     """The waves that answer the groups, and a line about them on stderr.
 
     Args:
@@ -65,14 +73,14 @@ def plan(llava, params, groups: list[Group], sizes, slots: int, budget: int | No
     budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
     itemsize = params["language_model"]["embed_tokens"]["embedding"].dtype.itemsize
     tensor = 1 if llava.mesh is None else llava.mesh.shape.get("tensor", 1)
-    divided = num_shards(llava.mesh), tensor
+    divided = num_batch_shards(llava.mesh), tensor
     waves = plan_waves(groups, lengths, llava.config, slots, itemsize, budget, *divided, llava.model.int8_prefix)
     if waves:
         _announce(waves, groups, budget)
     return waves
 
 
-def run_wave(llava, params, wave: Wave, pictures, answer):
+def run_wave(llava, params, wave: PrefixBatch, pictures, answer):
     """Prefill the wave's prefixes once, and hand them and their questions, a few rows at a time, to `answer`.
 
     Args:
@@ -82,7 +90,7 @@ def run_wave(llava, params, wave: Wave, pictures, answer):
     Yields:
         (place, result) of each question.
     """
-    count = wave.per_shard * num_shards(llava.mesh)
+    count = wave.per_shard * num_batch_shards(llava.mesh)
     prefix, last = prefill_wave(llava, params, wave, pictures)
     for start in range(0, max(len(group.questions) for group in wave.groups), wave.rows):
         here = slice(start, start + wave.rows)
@@ -93,9 +101,9 @@ def run_wave(llava, params, wave: Wave, pictures, answer):
             yield from zip(group.places[here], results[g], strict=False)
 
 
-def prefill_wave(llava, params, wave: Wave, pictures):
+def prefill_wave(llava, params, wave: PrefixBatch, pictures):
     """(Prefix, last hidden states [G, E]) of a wave, `at_once` prefixes of each shard after another."""
-    shards, parts = num_shards(llava.mesh), []
+    shards, parts = num_batch_shards(llava.mesh), []
     for first in range(0, wave.per_shard, wave.at_once):
         batches = []
         for start in range(first, wave.per_shard * shards, wave.per_shard):
@@ -117,10 +125,10 @@ def _pack_groups(config, groups, count: int, pictures) -> Batch:
 
 def _placed(batch, mesh):
     """A batch of groups with each shard's on the devices of that shard."""
-    return batch if mesh is None else jax.device_put(batch, rows_sharding(mesh))
+    return batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
 
 
-def _announce(waves: list[Wave], groups: list[Group], budget: int) -> None:
+def _announce(waves: list[PrefixBatch], groups: list[Group], budget: int) -> None:
     rows, most = sum(len(group.questions) for group in groups), max(waves, key=lambda wave: wave.bytes)
     print(
         f"{rows} questions on {len(groups)} prefixes in {len(waves)} waves; the largest takes {len(most.groups)} "

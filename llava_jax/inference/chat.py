@@ -12,12 +12,12 @@ import numpy as np
 
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.cache import Prefix, Suffix
-from llava_jax.inference.options import stop_strings
+from llava_jax.inference.generation_options import stop_strings
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_length, pack
 from llava_jax.inputs.groups import common_length, pack_questions
 from llava_jax.inputs.prompt import as_turns
-from llava_jax.quantize import Int8, to_int8
+from llava_jax.models.quantize import Int8, to_int8
 
 
 class Chat:

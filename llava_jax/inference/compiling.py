@@ -15,7 +15,7 @@ from tqdm import tqdm
 CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
 
 
-class Announced:
+class LoggedJit:
     """A jitted function that says on stderr when it meets shapes for the first time, and how long that took.
 
     The time is that of compiling (or of reading the cache) and of the first run. It runs under the mesh, if there is

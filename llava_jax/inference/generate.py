@@ -12,10 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from llava_jax.batch import Batch, Questions
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
 from llava_jax.inference.sampling import Greedy, Sample
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.inputs.types import Batch, Questions
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.models.ops import label_log_probs
 
 

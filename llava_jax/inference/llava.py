@@ -11,25 +11,25 @@ import jax
 import numpy as np
 from PIL import Image
 
-from llava_jax.batch import Batch
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate as device
 from llava_jax.inference.batching import answer_requests, score_candidates
 from llava_jax.inference.chat import Chat, fold
-from llava_jax.inference.compiling import Announced, enable_compilation_cache
+from llava_jax.inference.compiling import LoggedJit, enable_compilation_cache
 from llava_jax.inference.generate import DecodeState
-from llava_jax.inference.options import plan_decode, stop_strings
+from llava_jax.inference.generation_options import plan_decode, stop_strings
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation
+from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 from llava_jax.inputs.groups import no_questions
 from llava_jax.inputs.image import as_image_list, process_image
 from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.prompt import build_conversation, prompt_ids
-from llava_jax.inputs.stream import TextStream
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.inputs.types import Batch
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.models.ops import causal_lm_loss
 from llava_jax.models.vocabulary import initialize_vision_tokenizer
 
@@ -68,8 +68,8 @@ class Llava:
         self.mesh = mesh
         self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
 
-        def jitted(name: str, function, **options) -> Announced:
-            return Announced(name, jax.jit(partial(function, model), **options), mesh)
+        def jitted(name: str, function, **options) -> LoggedJit:
+            return LoggedJit(name, jax.jit(partial(function, model), **options), mesh)
 
         self._generate = jitted("generate", device.generate, static_argnums=0)
         self._start = jitted("start", device.start, static_argnums=0)
@@ -81,8 +81,8 @@ class Llava:
         self._forward = jitted("forward", _forward, static_argnums=(0, 1, 2))
         self._encode = jitted("encode_images", partial(_call, "encode_images"))
         self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
-        self._fold = Announced("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
-        self._join = Announced("join", jax.jit(device.join, static_argnums=0), mesh)
+        self._fold = LoggedJit("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
+        self._join = LoggedJit("join", jax.jit(device.join, static_argnums=0), mesh)
 
     # ---- text
 
@@ -128,7 +128,7 @@ class Llava:
 
     def decode(self, params, prefix, state, limit, sampling, stop=()) -> Iterator[tuple[str, DecodeState]]:
         """One row's text as it comes, each piece (some are empty) with the state of the loop after it."""
-        text = TextStream(self.tokenizer, stop)
+        text = IncrementalDetokenizer(self.tokenizer, stop)
         seen, chunk = 0, STOP_CHUNK if stop else 1
         while True:
             tokens, step = np.asarray(state.tokens)[0, 0], int(state.step)
@@ -237,7 +237,7 @@ class Llava:
         return np.asarray(tokens)[:, 0, : int(steps)]
 
     def plan_decode(self, max_new_tokens: int = 512, sampling=None, **numbers):
-        """See `llava_jax.inference.options.plan_decode`."""
+        """See `llava_jax.inference.generation_options.plan_decode`."""
         return plan_decode(self.config.generation, max_new_tokens, sampling, **numbers)
 
     def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.batch import Batch, Targets
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
+from llava_jax.inputs.types import Batch, Targets
 
 PLACEHOLDERS = {IMAGE_TOKEN_INDEX: "an image", IGNORE_INDEX: "no label"}
 

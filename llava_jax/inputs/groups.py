@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_jax.batch import Questions
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import bucket_count, bucket_length
+from llava_jax.inputs.types import Questions
 
 MAX_GROUPS = 8  # prefixes at a time on each shard: more gain nothing once the weights are read for all of them
 PREFILL_POSITIONS = 4096  # positions at a time in prefill: more only crowd the caches and the memory
@@ -75,7 +75,7 @@ def no_questions(groups: int) -> Questions[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Wave:
+class PrefixBatch:
     """Groups that the device takes together: G prefixes of up to P positions, up to R rows of each at a time."""
 
     groups: tuple[Group, ...]  # one shard's after another's, the last ones perhaps missing
@@ -95,7 +95,7 @@ def plan_waves(
     shards: int = 1,
     tensor: int = 1,
     int8_prefix: bool = False,
-) -> list[Wave]:
+) -> list[PrefixBatch]:
     """Groups of like length together, as many, and as many of their rows at a time, as the budget holds.
 
     Args:
@@ -116,20 +116,20 @@ def plan_waves(
         same = [i for i in order[start : start + MAX_GROUPS * shards] if padded_lengths[i] == padded]
         count = max([n for n in range(1, len(same) // shards + 1) if bucket_count(n) == n], default=1)
         question = max(len(ids) for i in same for ids in groups[i].questions)
-        cost = Cost(config, padded, bucket_count(question), slots, itemsize, tensor, int8_prefix)
+        cost = MemoryEstimate(config, padded, bucket_count(question), slots, itemsize, tensor, int8_prefix)
         while count > 1 and cost.bytes(count, 1) > budget:
             count = max(n for n in range(1, count) if bucket_count(n) == n)
         taken = [groups[i] for i in same[: count * shards]]
         rows = bucket_rows(max(len(group.questions) for group in taken))
         while rows > 1 and cost.bytes(count, rows) > budget:
             rows = max(n for n in range(1, rows) if bucket_rows(n) == n)
-        waves.append(Wave(tuple(taken), count, cost.at_once(count), rows, cost.bytes(count, rows)))
+        waves.append(PrefixBatch(tuple(taken), count, cost.at_once(count), rows, cost.bytes(count, rows)))
         start += len(taken)
     return waves
 
 
 @dataclass(frozen=True)
-class Cost:
+class MemoryEstimate:
     """Bytes of one wave on one device, from the config: prefix, suffix, the larger of the two prefills' activations."""
 
     config: LlavaConfig

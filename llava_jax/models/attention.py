@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llava_jax.quantize import Int8
-from llava_jax.sharding import BATCH_AXES, dividing_axes
+from llava_jax.models.quantize import Int8
+from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN

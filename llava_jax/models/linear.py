@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.quantize import SCALE
+from llava_jax.models.quantize import SCALE
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias. An int8 kernel has a scale beside it, for the product (see `llava_jax.quantize`)."""
+    """x @ kernel + bias. An int8 kernel has a scale beside it, for the product (see `llava_jax.models.quantize`)."""
 
     features: int
     use_bias: bool = True

@@ -13,7 +13,7 @@ import jax
 from llava_jax.config import TextConfig
 from llava_jax.models.linear import Linear
 from llava_jax.models.ops import apply_rotary, rms_norm, rotary_embedding
-from llava_jax.sharding import rows_divided
+from llava_jax.parallel.sharding import constrain_batch
 
 # (q [..., L, H, D], k [..., L, K, D], v [..., L, K, D]) → (attended [..., L, H, D], anything to hand back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
@@ -105,10 +105,10 @@ class LlamaModel(nn.Module):
         cos, sin = rotary_embedding(positions, self.config, seq_len, max_seq_len)
         hidden_states, states = [x], []
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, state = layer(rows_divided(x), cos, sin, attend)
+            x, state = layer(constrain_batch(x), cos, sin, attend)
             hidden_states.append(x)
             states.append(state)
-        hidden_states[-1] = self.norm(rows_divided(x))
+        hidden_states[-1] = self.norm(constrain_batch(x))
         return hidden_states[-1], states, hidden_states
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.models.linear import Linear
 from llava_jax.models.ops import divide_exactly, quick_gelu
-from llava_jax.sharding import rows_divided
+from llava_jax.parallel.sharding import constrain_batch
 
 
 def normalize_tiles(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:
@@ -131,7 +131,7 @@ class CLIPVisionTower(nn.Module):
         runs = count if self.is_initializing() else selected
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.layers[:runs]:
-            x = layer(rows_divided(x))
+            x = layer(constrain_batch(x))
         if self.is_initializing():
             self.post_layernorm(x[:, 0])
         return x

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from llava_jax.flags import add_distributed_argument, mesh_axes
-from llava_jax.training.options import STAGES, TrainOptions
+from llava_jax.training.train_options import STAGES, TrainOptions
 
 HELP = {
     "stage": f"{', '.join(STAGES)}: which parameters are trained",

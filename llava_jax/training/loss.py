@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llava_jax.batch import Targets
 from llava_jax.constants import IGNORE_INDEX
+from llava_jax.inputs.types import Targets
 from llava_jax.models.ops import label_log_probs
-from llava_jax.sharding import row_shards, rows_divided
+from llava_jax.parallel.sharding import constrain_batch, row_shards
 
 CHUNK_BYTES = 256 << 20  # of float32 logits alive at once on a device
 
@@ -21,7 +21,7 @@ def next_token_loss(hidden: jax.Array, targets: Targets[jax.Array], logits_of, v
         targets: which positions, and their labels [B, M].
         logits_of: hidden states [..., E] → float32 logits [..., V]. It runs again in the backward pass.
     """
-    picked = rows_divided(jnp.take_along_axis(hidden, targets.positions[..., None], axis=1))  # [B, M, E]
+    picked = constrain_batch(jnp.take_along_axis(hidden, targets.positions[..., None], axis=1))  # [B, M, E]
     rows, count = targets.labels.shape
     chunks = _divisor(count, rows // row_shards(rows) * count * vocab_size * 4 / CHUNK_BYTES)
 

@@ -9,7 +9,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import LlavaConfig
-from llava_jax.training.options import STAGES, TrainOptions
+from llava_jax.training.train_options import STAGES, TrainOptions
 
 NO_DECAY = r".*/bias|.*norm\d?/scale"  # as transformers' Trainer has it: biases and norms
 

@@ -13,19 +13,20 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax import checkpoint, hosts
+from llava_jax import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import checksums, key_table
-from llava_jax.conversion.sources import open_file, write_json
+from llava_jax.conversion.published_files import open_file, write_json
 from llava_jax.files import write_atomically
 from llava_jax.inputs.conversation import SeparatorStyle, conv_templates
-from llava_jax.models.llava import param_shapes
+from llava_jax.models.llava_llama import param_shapes
+from llava_jax.parallel import multihost
 from llava_jax.records import parse_json, problem_of, read_json_object
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params
-from llava_jax.training.options import TrainOptions
 from llava_jax.training.states import survey
 from llava_jax.training.step import LORA
+from llava_jax.training.train_options import TrainOptions
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -77,11 +78,11 @@ def _changed(before: dict, now: dict[str, str]) -> list[str]:
 def claim_output(options: TrainOptions) -> None:
     """Make the output directory and say in it which run it holds."""
     told = Path(options.output_dir) / checkpoint.TRAIN_OPTIONS
-    hosts.wait_for_all("the output directory has been checked")
-    if hosts.is_first() and not told.exists():
+    multihost.barrier("the output directory has been checked")
+    if multihost.is_primary() and not told.exists():
         told.parent.mkdir(parents=True, exist_ok=True)
         write_json(told, _told(options) | {FINGERPRINTS: fingerprints(options)})
-    hosts.wait_for_all("the output directory is taken")
+    multihost.barrier("the output directory is taken")
 
 
 def _told(options: TrainOptions) -> dict:
@@ -162,7 +163,7 @@ class Metrics:
         self._waiting: tuple[int, dict] | None = None
 
     def __enter__(self) -> Metrics:
-        if hosts.is_first():
+        if multihost.is_primary():
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
             self._file = self._path.open("a", encoding="utf-8")
         return self
@@ -243,17 +244,17 @@ def write_result(options: TrainOptions, config: LlavaConfig, trained: dict, froz
     if lora is not None:
         _save(output / checkpoint.ADAPTERS, lora)
     _save(output / checkpoint.PARAMS, params)
-    if hosts.is_first():
+    if multihost.is_primary():
         _write_small_files(options, config, source, output)
-    hosts.wait_for_all("the checkpoint is written")
+    multihost.barrier("the checkpoint is written")
     return output
 
 
 def _save(path: Path, params: dict) -> None:
     """In the place of what a run that was killed here left."""
-    if hosts.is_first():
+    if multihost.is_primary():
         shutil.rmtree(path, ignore_errors=True)
-    hosts.wait_for_all(f"{path.name} can be written")
+    multihost.barrier(f"{path.name} can be written")
     checkpoint.save_params(path, params)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from llava_jax import hosts
+from llava_jax.parallel import multihost
 
 
 class States:
@@ -101,7 +101,7 @@ class States:
             raise
         except Exception as error:
             problem = f"cannot be read ({_first_cause(error)})"
-        if hosts.any_of(found is None):
+        if multihost.any_of(found is None):
             raise ValueError(problem)
         if not np.array_equal(survey(found["state"]).checksums, found["checksums"]):
             raise ValueError("changed since it was saved (its checksums differ)")
@@ -111,7 +111,7 @@ class States:
         """Move damaged states away, that newer ones may take their place, and say so."""
         if not damaged:
             return
-        if hosts.is_first():
+        if multihost.is_primary():
             for number, problem in damaged.items():
                 aside = _free(self._directory.with_name(f"damaged-{number}"))
                 (self._directory / str(number)).rename(aside)
@@ -119,7 +119,7 @@ class States:
                     f"the state of step {number} {problem}; moved to {aside}, going on from step {step}",
                     file=sys.stderr,
                 )
-        hosts.wait_for_all("damaged states are out of the way")
+        multihost.barrier("damaged states are out of the way")
         self._orbax.reload()
 
 

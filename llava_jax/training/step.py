@@ -9,9 +9,9 @@ import flax.struct
 import jax
 import optax
 
-from llava_jax.batch import Batch, Targets
-from llava_jax.models.llava import LlavaLlamaForCausalLM
-from llava_jax.sharding import held_divided
+from llava_jax.inputs.types import Batch, Targets
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
+from llava_jax.parallel.sharding import constrain_params
 from llava_jax.training.lora import adapters
 from llava_jax.training.loss import next_token_loss
 from llava_jax.training.optimizer import join_params
@@ -60,7 +60,7 @@ def train_step(loss, optimizer: optax.GradientTransformation, state: TrainState,
         (the next state, {"loss", "grad_norm"}: float32 scalars, the norm before clipping)
     """
     value, gradients = jax.value_and_grad(loss)(state.trained, frozen, batch, targets, state.step)
-    gradients = held_divided(gradients)
+    gradients = constrain_params(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}

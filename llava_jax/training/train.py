@@ -15,26 +15,26 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from llava_jax import hosts
-from llava_jax.batch import Batch, Targets
 from llava_jax.checkpoint import PARAMS, check_tree, load_config, load_params, stored_tree
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.compiling import Announced, enable_compilation_cache
+from llava_jax.inference.compiling import LoggedJit, enable_compilation_cache
 from llava_jax.inputs.batch import Room, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
-from llava_jax.sharding import make_mesh, num_shards, param_shardings
+from llava_jax.inputs.types import Batch, Targets
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.parallel import multihost
+from llava_jax.parallel.sharding import make_mesh, num_batch_shards, param_shardings
 from llava_jax.training.checks import check_examples, check_labels
 from llava_jax.training.data import Loaded, load_examples
 from llava_jax.training.loader import Loader
 from llava_jax.training.lora import init_lora
 from llava_jax.training.optimizer import make_optimizer, split_params, trainable_pattern
-from llava_jax.training.options import MOST, TrainOptions
 from llava_jax.training.output import Metrics, check_output, claim_output, read_projector, write_result
 from llava_jax.training.preprocess import training_tokenizer
 from llava_jax.training.states import States
 from llava_jax.training.step import LORA, TrainState, loss_function, train_step
+from llava_jax.training.train_options import MOST, TrainOptions
 
 
 def train(options: TrainOptions) -> Path:
@@ -60,7 +60,7 @@ def train(options: TrainOptions) -> Path:
     check_output(options)
     tokenizer = load_tokenizer(options.model_path, config.name, config.reading)
     examples = _checked_examples(options, config, training_tokenizer(tokenizer), template)
-    rows = options.per_device_train_batch_size * num_shards(mesh)
+    rows = options.per_device_train_batch_size * num_batch_shards(mesh)
     micro_steps = count_micro_steps(len(examples), rows, options)
     optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
     state, frozen = initial_state(options, config, mesh, optimizer)
@@ -77,10 +77,10 @@ def train(options: TrainOptions) -> Path:
             batch_size=rows,
             seed=options.seed,
             max_unlabelled_ratio=options.max_unlabelled_ratio,
-            shards=None if mesh is None else hosts.local_shards(mesh),
+            shards=None if mesh is None else multihost.local_shards(mesh),
             start_step=int(state.step),
             group_by_modality_length=options.group_by_modality_length,
-            num_devices=num_shards(mesh),
+            num_devices=num_batch_shards(mesh),
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             num_workers=options.dataloader_num_workers,
         )
@@ -111,10 +111,10 @@ def _batches(
 ) -> Iterator[tuple[Batch, Targets] | BaseException]:
     """The loader's samples as (Batch, Targets), each where it belongs on the mesh; or, in every process and last, why
     there are no more: a signal has come, or samples cannot be loaded."""
-    shards, samples = 1 if mesh is None else len(hosts.local_shards(mesh)), iter(loaded)
+    shards, samples = 1 if mesh is None else len(multihost.local_shards(mesh)), iter(loaded)
     while True:
         some = _next(samples)
-        failed, ended = hosts.largest([isinstance(some, Exception), bool(stopped)])
+        failed, ended = multihost.allgather_max([isinstance(some, Exception), bool(stopped)])
         if isinstance(some, Exception):
             yield some
         elif failed:
@@ -123,7 +123,7 @@ def _batches(
             yield KeyboardInterrupt("stopped by a signal")
         else:
             batch = make_batch(some, config, options.per_device_train_batch_size, shards, pad_id)
-            yield batch if mesh is None else hosts.place_rows(batch, mesh)
+            yield batch if mesh is None else multihost.place_rows(batch, mesh)
 
 
 def _next(samples: Iterator[list[Loaded]]) -> list[Loaded] | Exception:
@@ -142,7 +142,7 @@ def _run(options: TrainOptions, state: TrainState, advance, batches, states: Sta
     """The loop: what is on the device, what is being loaded, and what is being saved overlap."""
     done, every = int(state.step), options.save_steps * options.gradient_accumulation_steps
     steps = range(done + 1, micro_steps + 1)
-    progress = tqdm(steps, initial=done, total=micro_steps, disable=not hosts.is_first())
+    progress = tqdm(steps, initial=done, total=micro_steps, disable=not multihost.is_primary())
     with Metrics(options, done) as metrics:
         for number, batch in zip(progress, batches, strict=False):
             if isinstance(batch, BaseException):
@@ -208,7 +208,7 @@ def compiled_step(options: TrainOptions, config: LlavaConfig, state, optimizer, 
     loss = loss_function(model, options.dtype, options.lora_alpha / options.lora_r, options.lora_dropout, options.seed)
     shardings = None if mesh is None else (param_shardings(state, mesh), None)
     jitted = jax.jit(partial(train_step, loss, optimizer), donate_argnums=0, out_shardings=shardings)
-    return Announced("the training step", jitted, mesh)
+    return LoggedJit("the training step", jitted, mesh)
 
 
 def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int | None) -> tuple[Batch, Targets]:
@@ -228,7 +228,7 @@ def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int
         tiles = [tile for sample in some for tile in sample.tiles]
         sizes = [size for sample in some for size in sample.sizes]
         batches.append(pack(ids, labels, tiles, sizes, config, max_length=config.tokenizer_model_max_length))
-    room = Room(*hosts.largest(room_for(batches)))
+    room = Room(*multihost.allgather_max(room_for(batches)))
     return stack_shards(batches, room, config)
 
 

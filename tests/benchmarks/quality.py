@@ -32,7 +32,7 @@ from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, score
 from llava_jax.inference.batching import prefill_wave
 from llava_jax.inference.generate import ask
-from llava_jax.inputs.groups import Group, Wave, pack_questions
+from llava_jax.inputs.groups import Group, PrefixBatch, pack_questions
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 
 FORMS = {  # how it is converted, and loaded
@@ -71,7 +71,7 @@ def next_tokens(llava, params, scenes, texts) -> list[np.ndarray]:
         said = said.replace_last(said.messages[-1][0], text).get_prompt()
         ids = np.asarray(tokenizer_image_token(said, llava.tokenizer))  # </s> at its end
         group = Group(prompt[:-1], (ids[len(prompt) - 1 : -1],), (0,), 0)
-        prefix, _ = prefill_wave(llava, params, Wave((group,), 1, 1, 1, 0), [(tiles, sizes)])
+        prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [(tiles, sizes)])
         given = log_probs(params, prefix, pack_questions([group.questions], 1, 1))
         out.append(np.asarray(given)[0, 0, : len(group.questions[0])])
     return out
@@ -87,7 +87,7 @@ def differences(ours: list[np.ndarray], exact: list[np.ndarray]) -> tuple[float,
 def cache_bytes(llava, params) -> int:
     """Of one position of a prefix."""
     group = Group(np.zeros(64, np.int64), (np.zeros(1, np.int64),), (0,), 0)
-    prefix, _ = prefill_wave(llava, params, Wave((group,), 1, 1, 1, 0), [([], [])])
+    prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [([], [])])
     return sum(x.nbytes for x in jax.tree.leaves(prefix.keys_values)) // prefix.valid.shape[1]
 
 

@@ -68,11 +68,11 @@ class Ours:
         compiles counts in neither: it is made once more."""
         import jax
 
-        from llava_jax.inference.compiling import Announced
+        from llava_jax.inference.compiling import LoggedJit
 
         inside = compiling = 0.0
 
-        def timed(program: Announced):
+        def timed(program: LoggedJit):
             def call(*args):
                 nonlocal inside, compiling
                 start, known = time.perf_counter(), len(program._met)
@@ -86,7 +86,7 @@ class Ours:
 
             return call
 
-        programs = {name: value for name, value in vars(self.llava).items() if isinstance(value, Announced)}
+        programs = {name: value for name, value in vars(self.llava).items() if isinstance(value, LoggedJit)}
         vars(self.llava).update({name: timed(program) for name, program in programs.items()})
         asked = [(picture, ["What is in this picture?"]) for picture in pictures]
         whole = seconds(self.answer_all, asked, new)

@@ -10,7 +10,7 @@ from make_7b import write_shards
 from published import PREPROCESSOR, TEXT, VISION, Checkpoint, tokenizer_model, write_json
 
 from llava_jax.checkpoint import load_config
-from llava_jax.conversion import checksums, sources
+from llava_jax.conversion import checksums, published_files
 from llava_jax.conversion.from_hf import convert, make_plan, read_published
 from llava_jax.conversion.to_hf import export
 from llava_jax.inputs.tokenizer import load_tokenizer
@@ -161,12 +161,12 @@ def test_weights_index_and_tokenizer(tiny, numbers, tmp_path):
                 text = json.dumps({"__metadata__": {}, **rng.choice(({}, {"x": header["lm_head.weight"]}))}).encode()
                 weights.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
             if kind < 3:
-                refusal(sources.open_checkpoint, sources.Location("c", tmp_path / "c"))
+                refusal(published_files.open_checkpoint, published_files.Location("c", tmp_path / "c"))
                 if number_of(case) % 10 == 0:  # it takes the time of ten
                     refusal(make_plan, read_all(tmp_path / "c", tiny.clip), None)
             elif kind == 3:
                 odd.write(index, wrong_json(rng, honest))
-                refusal(sources.open_checkpoint, sources.Location("sharded", sharded))
+                refusal(published_files.open_checkpoint, published_files.Location("sharded", sharded))
             else:
                 tokenizer.write_bytes(odd.damaged(rng, proto))
                 refusal(read_all, tmp_path / "c", tiny.clip)

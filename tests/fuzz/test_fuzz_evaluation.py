@@ -13,7 +13,7 @@ from fuzz import odd
 from test_scores import gqa_question, mme_answers, people
 
 from llava_jax.evaluation import score, submission
-from llava_jax.evaluation.answers import AnswerFile, Part, answer_line
+from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_line
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 
 PICTURE = base64.b64encode(bytes(range(120))).decode()
@@ -233,7 +233,7 @@ def finish(path) -> None:
     """What `evaluate` does with the answers that are there, and with one that is new."""
     file = AnswerFile(epath.Path(path), IDS)
     answered = file.answered()
-    part = Part(file.part(0))
+    part = AnswerShard(file.part(0))
     missing = [number for number in range(len(IDS)) if number not in answered]
     part.append(answer_line(Question(number, "?", "?", None), "new", IDS[number], "m") for number in missing)
     file.merge()

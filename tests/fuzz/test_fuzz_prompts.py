@@ -10,7 +10,7 @@ from test_prompt import CONFIG, TOKENIZER
 
 from llava_jax.config import GenerationDefaults
 from llava_jax.conversion.prompt_template import choose_template
-from llava_jax.inference.options import plan_decode, stop_strings
+from llava_jax.inference.generation_options import plan_decode, stop_strings
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import as_rows, pack, pack_text
 from llava_jax.inputs.conversation import conv_templates

@@ -11,8 +11,8 @@ from test_train_data import CONFIG, TOKENIZER
 
 from llava_jax.training.checks import check_examples, check_labels
 from llava_jax.training.data import load_example, load_examples, modality_lengths
-from llava_jax.training.options import TrainOptions
 from llava_jax.training.preprocess import training_tokenizer
+from llava_jax.training.train_options import TrainOptions
 
 CHECKED = training_tokenizer(TOKENIZER)
 TEMPLATES = ("v1", "v0", "plain", "llama_2", "mpt", "mistral_instruct")

@@ -12,9 +12,9 @@ import json
 import math
 import os
 
+from llava_jax.capacity import roofline
+from llava_jax.capacity.roofline import BENCHMARKS, GIB, SLICES, Precision, Slice
 from llava_jax.config import PRESETS, LlavaConfig
-from llava_jax.evaluation import roofline
-from llava_jax.evaluation.roofline import BENCHMARKS, GIB, SLICES, Held, Slice
 from llava_jax.flags import add_int8_arguments, check_axes, mesh_axes
 from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         from llava_jax.checkpoint import load_config
 
         config = load_config(args.model_path)
-    held = Held(args.quantize, args.int8_prefix)
+    held = Precision(args.quantize, args.int8_prefix)
     for name in args.topology:
         report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, held)
         print(json.dumps(report) if args.json else describe(report), flush=True)
@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(
-    config: LlavaConfig, name: str, axes: dict[str, int], prefix: int, rows: int, max_new_tokens: int, held: Held
+    config: LlavaConfig, name: str, axes: dict[str, int], prefix: int, rows: int, max_new_tokens: int, held: Precision
 ) -> dict:
     """What one slice makes of it, as plain values; `describe` puts it into words."""
-    from llava_jax.evaluation.programs import Engine, Shapes, largest_wave, slice_mesh
-    from llava_jax.sharding import default_axes
+    from llava_jax.capacity.programs import Engine, Shapes, largest_wave, slice_mesh
+    from llava_jax.parallel.sharding import default_axes
 
     where = SLICES[name]
     axes = axes or default_axes(where.chips, config.text.num_key_value_heads)
@@ -97,7 +97,7 @@ def measure(
     return report
 
 
-def at_best(config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, held: Held) -> dict:
+def at_best(config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, held: Precision) -> dict:
     """The roofline: seconds of each program, and questions a second."""
     after = shapes.question + shapes.slots
     wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, tensor=tensor, held=held)

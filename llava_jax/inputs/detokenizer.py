@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from llava_jax.inputs.tokenizer import BYTE_PIECE, LlamaTokenizer
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Turns ids that come one at a time into pieces of text that are final: never half a character.
 
     The pieces, that of `flush` included, join to `decode(ids, skip_special_tokens=True)`, cut before the first of

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     llava, params = load_model(args)
     with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="llava-jax-web-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded goes when the server ends
-        from llava_jax.web_page import build_page, launch
+        from llava_jax.web.page import build_page, launch
 
         conversations = Conversations(llava, params, args.conv_mode)
         page = build_page(conversations, example_scenes(llava.config.name, folder))

@@ -19,7 +19,7 @@ BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
-class Held:
+class Precision:
     """What is int8 instead of bfloat16: the layers' kernels, the keys and values of prefixes."""
 
     quantize: str | None = None
@@ -106,7 +106,7 @@ def position_bytes(text: TextConfig) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * BF16
 
 
-def encode(config: LlavaConfig, tiles: int, tensor: int, held: Held = Held()) -> Work:
+def encode(config: LlavaConfig, tiles: int, tensor: int, held: Precision = Precision()) -> Work:
     """`encode_images`. The projector is not divided over `tensor`: each chip does the whole of it."""
     vision, width = config.vision, config.vision.hidden_size
     layers = config.mm_vision_select_layer % (vision.num_hidden_layers + 1)  # those that are run
@@ -122,7 +122,7 @@ def encode(config: LlavaConfig, tiles: int, tensor: int, held: Held = Held()) ->
     return Work(flops, read, 2 * layers * positions * width * BF16)
 
 
-def prefill(config: LlavaConfig, positions: int, tensor: int, held: Held = Held()) -> Work:
+def prefill(config: LlavaConfig, positions: int, tensor: int, held: Precision = Precision()) -> Work:
     """The decoder over one prefix; each position sees half of them."""
     text = config.text
     kernels = text.num_hidden_layers * layer_weights(text)
@@ -132,7 +132,14 @@ def prefill(config: LlavaConfig, positions: int, tensor: int, held: Held = Held(
 
 
 def extend(
-    config: LlavaConfig, groups: int, rows: int, length: int, prefix: int, suffix: int, tensor: int, held: Held = Held()
+    config: LlavaConfig,
+    groups: int,
+    rows: int,
+    length: int,
+    prefix: int,
+    suffix: int,
+    tensor: int,
+    held: Precision = Precision(),
 ) -> Work:
     """`length` new positions in each of groups x rows, after that many positions: a question, or a step of decoding."""
     text, new = config.text, groups * rows * length
@@ -184,7 +191,7 @@ def questions_a_second(
     tensor: int,
     groups: int,
     rows: int,
-    held: Held = Held(),
+    held: Precision = Precision(),
 ) -> float:
     """Each image encoded and prefilled once, its questions asked up to `rows` at a time, in waves of `groups` images;
     `data` such waves at once."""

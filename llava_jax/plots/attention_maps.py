@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.batch import Batch
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import pack
+from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 from llava_jax.inputs.image import as_image_list, load_image
-from llava_jax.inputs.stream import TextStream
+from llava_jax.inputs.types import Batch
 from llava_jax.models.attention import attention_weights, causal_attention
 from llava_jax.models.linear import Linear
-from llava_jax.models.llava import LlavaLlamaForCausalLM
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.models.vision import normalize_tiles
 
 ROWS = 16  # rows are asked for in multiples of it, so that answers of many lengths share a program
@@ -72,7 +72,7 @@ def answer_attention(
     batch = pack([row], [np.full(len(row), -100)], tiles, sizes, llava.config)
     end = int(batch.lengths[0])
     weights = attention_rows(llava, params, batch, np.arange(end - len(answer), end), mean_heads)
-    stream = TextStream(llava.tokenizer)
+    stream = IncrementalDetokenizer(llava.tokenizer)
     pieces = [stream.push(token) for token in answer.tolist()]
     pieces[-1] += stream.flush()
     return AnswerAttention(tuple(pieces), weights[:, 0, ..., :end], picture_positions(ids, sizes, llava.config))

@@ -18,7 +18,7 @@ from llava_jax import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import key_table
 from llava_jax.conversion.key_table import TensorInfo
-from llava_jax.models.llava import param_shapes
+from llava_jax.models.llava_llama import param_shapes
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.batch import Batch
 from llava_jax.config import LlavaConfig
+from llava_jax.inputs.types import Batch
 from llava_jax.models.attention import (
     attention_weights,
     causal_attention,
@@ -17,8 +17,8 @@ from llava_jax.models.attention import (
 )
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
+from llava_jax.models.quantize import to_int8
 from llava_jax.models.vision import build_vision_tower
-from llava_jax.quantize import to_int8
 
 
 class LlavaLlamaForCausalLM(nn.Module):

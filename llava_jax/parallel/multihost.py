@@ -15,28 +15,28 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from orbax.checkpoint import multihost
+from orbax.checkpoint import multihost as orbax_multihost
 
-from llava_jax.sharding import num_shards, rows_sharding
+from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 
 BEAT = 3  # seconds between two signs of life
-SILENCE = 30  # seconds without any, after which a process is taken to be dead
+HEARTBEAT_TIMEOUT = 30  # seconds without any, after which a process is taken to be dead
 ALIVE, ENDED = "llava_jax/alive/", "llava_jax/ended/"  # where processes say so, by their number
 BARRIER = 10 * 24 * 3600 * 1000  # milliseconds: however much slower the slowest process is
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes what only one can."""
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Until every process has come to the place of that name."""
     if jax.process_count() > 1:
         _client().wait_at_barrier(name, BARRIER)
 
 
-def largest(values: Sequence[int]) -> list[int]:
+def allgather_max(values: Sequence[int]) -> list[int]:
     """Of each value, the largest that any process has."""
     if jax.process_count() == 1:
         return list(values)
@@ -45,18 +45,18 @@ def largest(values: Sequence[int]) -> list[int]:
 
 def any_of(value: bool) -> bool:
     """Whether it is so in any process."""
-    return bool(largest([value])[0])
+    return bool(allgather_max([value])[0])
 
 
 def local_shards(mesh: Mesh) -> list[int]:
     """Which shards of a batch's rows this process has devices for, in order."""
-    placed = rows_sharding(mesh).addressable_devices_indices_map((num_shards(mesh),))
+    placed = batch_sharding(mesh).addressable_devices_indices_map((num_batch_shards(mesh),))
     return sorted({index[0].start or 0 for index in placed.values() if index is not None})
 
 
 def place_rows(batch, mesh: Mesh):
     """A tree of arrays that hold this process's shards, as the whole of them, over the mesh."""
-    sharding, here = rows_sharding(mesh), local_shards(mesh)
+    sharding, here = batch_sharding(mesh), local_shards(mesh)
 
     def place(local: np.ndarray) -> jax.Array:
         rows = len(local) // len(here)
@@ -65,13 +65,13 @@ def place_rows(batch, mesh: Mesh):
             at = here.index((index[0].start or 0) // rows) * rows
             return local[at : at + rows]
 
-        return jax.make_array_from_callback((num_shards(mesh) * rows, *local.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((num_batch_shards(mesh) * rows, *local.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)
 
 
 @contextlib.contextmanager
-def watched(remedy: str) -> Iterator[None]:
+def abort_on_peer_failure(remedy: str) -> Iterator[None]:
     """A process that dies or fails within this ends all the others too, within a minute and with a line on stderr.
 
     Alone, a process would wait for it for ever, or be ended by JAX with a stack trace. No exception comes out of this
@@ -88,7 +88,7 @@ def watched(remedy: str) -> Iterator[None]:
 
         def end(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
-            time.sleep(2 * BEAT if is_first() else 0)  # the others read from the first process why
+            time.sleep(2 * BEAT if is_primary() else 0)  # the others read from the first process why
             say_nothing()
             os._exit(1)  # JAX's own way out would wait for the others
 
@@ -105,7 +105,7 @@ def watched(remedy: str) -> Iterator[None]:
 
 
 def _client():
-    return multihost.get_jax_distributed_client()
+    return orbax_multihost.get_jax_distributed_client()
 
 
 def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> None:
@@ -123,8 +123,10 @@ def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> No
         for process, (sign, since) in seen.items():
             if signs.get(process, sign) != sign:
                 seen[process] = signs[process], now
-            elif now - since > SILENCE + 2 * BEAT * is_first():  # all are cut off once the first process ends
-                ended[process] = f"nothing was heard of it for {SILENCE} seconds"
+            elif (
+                now - since > HEARTBEAT_TIMEOUT + 2 * BEAT * is_primary()
+            ):  # all are cut off once the first process ends
+                ended[process] = f"nothing was heard of it for {HEARTBEAT_TIMEOUT} seconds"
         if ended and not over.is_set():
             process, why = min(ended.items())
             end(f"llava-jax: process {process} has ended ({why}); {remedy}")

@@ -1,6 +1,6 @@
 """Batch evaluation's programs, compiled for a TPU slice that is not there, and what the compiler made of them.
 
-libtpu alone is needed. It must not look for a TPU: see NO_TPU in `llava_jax.evaluation.ahead`.
+libtpu alone is needed. It must not look for a TPU: see NO_TPU in `llava_jax.capacity.report`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from llava_jax.batch import Batch, Questions
+from llava_jax.capacity.roofline import Precision, Slice, position_bytes
 from llava_jax.config import LlavaConfig
-from llava_jax.evaluation.roofline import Held, Slice, position_bytes
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.groups import MAX_GROUPS
-from llava_jax.models.llava import LlavaLlamaForCausalLM, param_shapes
-from llava_jax.quantize import is_quantized, with_scales
-from llava_jax.sharding import make_mesh, num_shards, param_shardings, rows_sharding
+from llava_jax.inputs.types import Batch, Questions
+from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.models.quantize import is_quantized, with_scales
+from llava_jax.parallel.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Engine:
     config: LlavaConfig
     mesh: Mesh
     shapes: Shapes
-    held: Held
+    held: Precision
 
     @property
     def model(self) -> LlavaLlamaForCausalLM:
@@ -170,7 +170,7 @@ class Engine:
 
     def once(self) -> tuple[dict[str, Program], tuple]:
         """(encode and prefill of one picture for each shard of the rows, the prefixes and hidden states they give)."""
-        rows, side, at = num_shards(self.mesh), self.config.tile_size, rows_sharding(self.mesh)
+        rows, side, at = num_batch_shards(self.mesh), self.config.tile_size, batch_sharding(self.mesh)
         tiles = _array(at, rows * self.config.max_tiles_per_image, side, side, 3, dtype=jnp.uint8)
         text = _array(at, rows, 128) if rows > 1 else _array(at, 128)
         whole = (rows, self.shapes.prefix)
@@ -207,13 +207,13 @@ class Engine:
 
     def _asked(self, groups: int, prefixes):
         prefix, last = jax.tree.map(lambda x: _array(x.sharding, groups, *x.shape[1:], dtype=x.dtype), prefixes)
-        at, rows = rows_sharding(self.mesh), (groups, self.shapes.rows)
+        at, rows = batch_sharding(self.mesh), (groups, self.shapes.rows)
         ids, mask = _array(at, *rows, self.shapes.question), _array(at, *rows, dtype=bool)
         return self.params(), prefix, last, Questions(ids, _array(at, *rows), mask), Greedy()
 
     def _parts(self, groups: int, prefixes) -> dict[str, tuple[int, ...]]:
         """What one chip has of a layer's keys."""
-        prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_shards(self.mesh)
+        prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_batch_shards(self.mesh)
         _, heads, length, width = prefix.sharding.shard_shape(prefix.shape)
         groups, shapes = groups // shards, self.shapes
         suffix = groups, shapes.rows, shapes.question + shapes.slots, heads, width
@@ -243,7 +243,7 @@ TRIES = 6  # waves compiled on the way to the largest
 
 
 @dataclass(frozen=True)
-class Fit:
+class Capacity:
     """What a slice has room for. Bytes are of HBM on one chip."""
 
     params: int
@@ -259,16 +259,16 @@ class Wave:
     answer: Program
 
 
-def largest_wave(engine: Engine, room: float) -> Fit:
+def largest_wave(engine: Engine, room: float) -> Capacity:
     """The most that fit, of those that parameters and cache alone leave room for, and what was compiled on the way."""
-    shards, shapes = num_shards(engine.mesh), engine.shapes
+    shards, shapes = num_batch_shards(engine.mesh), engine.shapes
     params = chip_bytes(engine.params())
     text, tensor = engine.config.text, engine.mesh.shape.get("tensor", 1)
     prefix = shapes.prefix * engine.held.prefix(text) // tensor
     suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
     bound = int((room - params) // (prefix + suffix))
     if bound < 1:
-        return Fit(params, prefix, 0, {}, {})
+        return Capacity(params, prefix, 0, {}, {})
     once, prefixes = engine.once()
     prefix = chip_bytes(prefixes[0].keys_values)
 
@@ -279,7 +279,7 @@ def largest_wave(engine: Engine, room: float) -> Fit:
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
     halves = engine.halves(min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
-    return Fit(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
+    return Capacity(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
 
 
 def search(compiled, room: float, params: int, bound: int) -> dict[int, Wave]:

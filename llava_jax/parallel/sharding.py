@@ -85,12 +85,12 @@ def param_shardings(shapes, mesh: Mesh | AbstractMesh):
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def num_shards(mesh: Mesh | None) -> int:
+def num_batch_shards(mesh: Mesh | None) -> int:
     """How many devices divide a batch's rows among themselves."""
     return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of whatever has a batch's rows, or its shards, in front."""
     return NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
 
@@ -107,7 +107,7 @@ def row_shards(rows: int) -> int:
     return math.prod(mesh.shape[name] for name in dividing_axes(mesh, BATCH_AXES, rows) or ())
 
 
-def rows_divided(x: jax.Array) -> jax.Array:
+def constrain_batch(x: jax.Array) -> jax.Array:
     """x with its leading axis over the batch axes of the mesh that `jax.set_mesh` names, and whole otherwise.
 
     Without being told, the compiler may divide activations as the weights that they meet are divided in storage.
@@ -118,7 +118,7 @@ def rows_divided(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(dividing_axes(mesh, BATCH_AXES, len(x))))
 
 
-def held_divided(params):
+def constrain_params(params):
     """The tree, each leaf divided on that mesh as the rules table has it, before anything is done with any of them.
 
     Without the barrier, a gradient that all devices add up to stays whole on each of them until it is used.

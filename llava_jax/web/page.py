@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.helpers import Examples
 
-from llava_jax.web import KEPT, Conversations
+from llava_jax.web.app import KEPT, Conversations
 
 SUGGESTED = (
     "Describe the image in detail.",
