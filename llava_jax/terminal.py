@@ -49,11 +49,11 @@ def answer_options(args: argparse.Namespace) -> dict:
 def check_options(args: argparse.Namespace) -> None:
     """ValueError or FileNotFoundError if the model cannot be asked so, or is not there: before it is loaded."""
     from llava_jax.checkpoint import load_config
-    from llava_jax.inference.generation_options import plan_decode
+    from llava_jax.inference.generation_options import generation_options
 
     options = answer_options(args)
     del options["conv_mode"]
-    plan_decode(load_config(args.model_path).generation, **options)
+    generation_options(load_config(args.model_path).generation, **options)
 
 
 # ---- ask

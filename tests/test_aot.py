@@ -15,6 +15,7 @@ from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import no_questions
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 
 MIB = 2**20
@@ -25,7 +26,7 @@ def compile_for_tpu(config, slots=128):
     mesh = slice_mesh(SLICES["v5e-8"], data=1, tensor=8)
     params = abstract_params(config, mesh)
     row, size = np.array([1, *[5] * 34, -200, *[5] * 40]), config.tile_size
-    batch = pack([row], [np.zeros_like(row)], [np.zeros((5, size, size, 3), np.uint8)], [(672, 672)], config)
+    batch = pack([row], [ProcessedImage(np.zeros((5, size, size, 3), np.uint8), (672, 672))], config)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole),

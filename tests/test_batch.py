@@ -8,6 +8,7 @@ import torch
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, assign_images, bucket_count, bucket_length, pack
+from llava_jax.inputs.types import ProcessedImage
 
 CONFIG = LlavaConfig.preset("1.6-vicuna-7b")
 NINE = tuple((336 * w, 336 * h) for w in (1, 2, 3) for h in (1, 2, 3))
@@ -38,24 +39,25 @@ def test_images_go_to_rows_in_order_and_dummies_are_passed_over():
 
 def test_rows_without_images_hold_their_own_text_and_nothing_else():
     rows = [np.array([5, 6, 7]), np.array([8])]
-    batch = pack(rows, rows, [], [], CONFIG, padding_side="left")
-    assert batch.tiles.shape == (0, 336, 336, 3) and batch.index.shape == (2, 64)
+    batch = pack(rows, [], CONFIG, labels=rows, padding_side="left")
+    assert batch.tiles.shape == (0, 336, 336, 3) and batch.gather_indices.shape == (2, 64)
     assert batch.lengths.tolist() == [3, 1]
     assert batch.attention_mask[:, :4].tolist() == [[True, True, True, False], [False, False, True, False]]
-    assert batch.text_ids[batch.index[0, :3]].tolist() == [5, 6, 7] and batch.text_ids[batch.index[1, 2]] == 8
+    assert batch.text_ids[batch.gather_indices[0, :3]].tolist() == [5, 6, 7]
+    assert batch.text_ids[batch.gather_indices[1, 2]] == 8
     assert batch.labels[1, :4].tolist() == [-100, -100, 8, -100]
     assert batch.position_ids[1, :4].tolist() == [0, 0, 0, 0]
 
 
 def test_an_image_takes_its_own_label_out():
     rows, labels = [np.array([1, -200, 5])], [np.array([-100, -200, 5])]  # as a model's turn with <image> is labelled
-    tiles, config = [np.zeros((1, 336, 336, 3), np.uint8)], CONFIG.replace(image_aspect_ratio="pad")
-    batch = pack(rows, labels, tiles, [(336, 336)], config)
+    image = ProcessedImage(np.zeros((1, 336, 336, 3), np.uint8), (336, 336))
+    batch = pack(rows, [image], CONFIG.replace(image_aspect_ratio="pad"), labels=labels)
     assert set(batch.labels.ravel().tolist()) == {-100, 5}
     with pytest.raises(
         ValueError, match="row 0, position 1: 32000 is not in the embedding table, which has 32000 rows"
     ):
-        pack([np.array([1, 32000])], [np.array([-100, -100])], [], [], CONFIG)
+        pack([np.array([1, 32000])], [], CONFIG)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint32", "uint64"])

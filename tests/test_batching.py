@@ -1,11 +1,22 @@
 """Many questions on one image, conversations and scores: what one prompt at a time gives, for less work."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.groups import MemoryEstimate, common_length, group_prompts, pack_questions, plan_waves
+from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.groups import (
+    CacheLayout,
+    MemoryEstimate,
+    Prompt,
+    common_length,
+    group_prompts,
+    pack_questions,
+    plan_prefix_batches,
+)
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 from llava_jax.inputs.types import Batch, Questions
 
@@ -50,7 +61,7 @@ def test_each_image_is_prefilled_once_however_small_the_budget(model, requests, 
     llava, params = model("vicuna")
 
     def prefixes_and_questions():
-        prefills = [len(batch.index) for batch in given(programs, "prefill", Batch)]
+        prefills = [len(batch.gather_indices) for batch in given(programs, "prefill", Batch)]
         return prefills, [questions.active.size for questions in given(programs, "answer", Questions)]
 
     wanted = llava.generate_batch(params, requests[:3], **OPTIONS)
@@ -126,10 +137,13 @@ def test_scores_are_the_log_likelihoods_of_the_forward_pass(model, pictures):
 def test_groups_share_what_the_ids_share():
     rows = [np.array(row) for row in ([1, -200, 5, 6, 7], [1, -200, 5, 9], [1, -200, 5])]
     assert common_length(rows) == 3
-    (group,) = group_prompts(rows, [4, 5, 6], 2)
-    assert group.prefix.tolist() == [1, -200] and group.places == (4, 5, 6)
-    assert [q.tolist() for q in group.questions] == [[5, 6, 7], [5, 9], [5]]
-    apart = group_prompts([np.array([1, 7, -200, 5]), np.array([1, 8, -200, 5])], [0, 1], 0)
+    config, size = LlavaConfig.preset("1.6-vicuna-7b"), (336, 672)
+    (group,) = group_prompts(list(map(Prompt, "abc", rows)), "picture", [size], config)
+    assert group.prefix.tolist() == [1, -200] and group.questions == ("a", "b", "c") and group.images == "picture"
+    assert [q.tolist() for q in group.suffixes] == [[5, 6, 7], [5, 9], [5]]
+    assert group.prefix_length == 1 + num_image_tokens(*size, config)
+    two = [Prompt("a", np.array([1, 7, -200, 5])), Prompt("b", np.array([1, 8, -200, 5]))]
+    apart = group_prompts(two, "picture", [size], config)
     assert [g.prefix.tolist() for g in apart] == [[1, 7, -200], [1, 8, -200]]
     packed = pack_questions([[np.array([5, 6, 7])], []], 2, 3)
     assert packed.ids.shape == (2, 3, 3) and packed.active.tolist() == [[True, False, False], [False] * 3]
@@ -137,16 +151,18 @@ def test_groups_share_what_the_ids_share():
 
 def test_waves_hold_every_group_once_within_the_budget():
     config, rng = LlavaConfig.preset("1.6-vicuna-7b"), np.random.default_rng(0)
-    groups, lengths = [], rng.integers(600, 2990, 40)
+    groups, lengths, layout = [], rng.integers(600, 2990, 40), CacheLayout(itemsize=2)
     for n in range(40):
         rows = [np.arange(rng.integers(2, 30)) for _ in range(rng.integers(1, 40))]
-        groups += group_prompts([np.concatenate([[1, 2, 50 + n], row]) for row in rows], range(len(rows)), n)
+        prompts = [Prompt(row, np.concatenate([[1, 2, 50 + n], row])) for row in rows]
+        (group,) = group_prompts(prompts, n, [], config)
+        groups.append(replace(group, prefix_length=int(lengths[n])))
     for budget in (1, 4 << 30, 40 << 30):
-        waves = plan_waves(groups, lengths, config, 32, 2, budget)
+        waves = plan_prefix_batches(groups, config, layout, 32, budget)
         assert sorted(g.images for wave in waves for g in wave.groups) == list(range(40))
         assert all(wave.bytes <= budget or (len(wave.groups), wave.rows) == (1, 1) for wave in waves)
     assert max(len(wave.groups) for wave in waves) > 1
-    small, large = MemoryEstimate(config, 1024, 16, 32, 2), MemoryEstimate(config, 3072, 16, 32, 2)
+    small, large = (MemoryEstimate(config, layout, prefix, 16, 32) for prefix in (1024, 3072))
     assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 8) < large.bytes(2, 8)
     # 7B in bf16: 0.5 MiB a position
     assert large.bytes(1, 1) > 3072 * 2**19

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.sampling import Sample, checked
+from llava_jax.inference.sampling import Sample, validate
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava_llama import init_params
 
@@ -204,7 +204,7 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy(llava):
     almost = [Sample(temperature, 0, repetition_penalty=1.5) for temperature in (1e-40, 1e-20)]
     assert len({model.generate(params, None, QUESTION, sampling=sample, **options) for sample in almost}) == 1
     for temperature in (1e-29, 1e-38):  # the one is divided by, the other is not: neither gives NaN
-        warped = checked(Sample(temperature, repetition_penalty=100)).warp(
+        warped = validate(Sample(temperature, repetition_penalty=100)).warp(
             np.array([9e3, -8e3, 7.0, 0]), np.zeros(1, int), 1
         )
         assert np.argmax(warped) == 0 and not np.isnan(warped).any()
@@ -252,7 +252,7 @@ def test_warp_is_transformers_warpers(method):
         wanted = transformers.TopPLogitsWarper(method.top_p)(None, wanted)
     if method.min_p:
         wanted = transformers.MinPLogitsWarper(method.min_p)(None, wanted)
-    got = np.asarray(checked(method).warp(scores.numpy(), said.numpy(), 6))
+    got = np.asarray(validate(method).warp(scores.numpy(), said.numpy(), 6))
     assert (np.isinf(got) == np.isinf(wanted.numpy())).all()
     kept = ~np.isinf(got)
     assert np.allclose(got[kept], wanted.numpy()[kept], atol=1e-5)

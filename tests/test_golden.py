@@ -128,7 +128,7 @@ def test_features(golden, pictures, model, variant):
     """The tower's features, projected, and merged."""
     llava, params = model(variant)
     recorded = golden(variant)
-    tower = jax.jit(lambda params, tiles: llava.model.apply({"params": params}, tiles, method="vision_features"))
+    tower = jax.jit(lambda params, tiles: llava.engine.model.apply({"params": params}, tiles, method="vision_features"))
     for name in recorded_images(golden, variant):
         key, picture = f"image/{name}", load_image(pictures[name])
         (tiles,) = process_images([picture], llava.config)

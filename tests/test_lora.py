@@ -93,7 +93,7 @@ def test_merged_adapters_give_what_adapters_beside_the_weights_gave(model):
     llava, params = model("llava15")
     lora = init_lora(params, 4, jax.random.key(0))
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, lora)
-    batch = pack([np.arange(1, 9)], [np.arange(1, 9)], [], [], llava.config)
+    batch = pack([np.arange(1, 9)], [], llava.config)
     hidden = partial(LlavaLlamaForCausalLM(llava.config, remat=True).apply, method="hidden")
     with adapters(lora, 2.0, 0.0, None):
         beside = hidden({"params": params}, batch)

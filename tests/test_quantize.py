@@ -19,9 +19,8 @@ from llava_jax.conversion.to_hf import export
 from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, questions_about
-from llava_jax.inference.batching import prefill_wave
 from llava_jax.inputs.batch import pack
-from llava_jax.inputs.groups import Group, MemoryEstimate, PrefixBatch
+from llava_jax.inputs.groups import CacheLayout, MemoryEstimate
 from llava_jax.models.attention import two_part_attention
 from llava_jax.models.linear import Linear
 from llava_jax.models.quantize import Int8, quantize_params, to_int8
@@ -136,9 +135,8 @@ def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(load
     _, (llava, params) = loaded
     scene = held_out_scene(0, 2)
     asked = [question.text for question in questions_about(scene, 0, 2)]
-    tiles, sizes = llava.load_images(draw(scene))
-    group = Group(np.array([1, -200, 5]), (np.array([6]),), (0,), 0)
-    prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [(tiles, sizes)])
+    images = llava.load_images(draw(scene))
+    prefix, _ = llava.engine.prefill(params, pack([np.array([1, -200, 5])], images, llava.config))
     assert all(isinstance(x, Int8) and x.values.dtype == jnp.int8 for pair in prefix.keys_values for x in pair)
     options = {"max_new_tokens": 24}
     answers = llava.generate_batch(params, [(draw(scene), asked)], **options)
@@ -146,10 +144,12 @@ def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(load
     chat = llava.chat(params, draw(scene), **options)
     assert chat.send(asked[0]) == answers[0]
     chat.send(asked[1])
-    assert all(isinstance(x, Int8) for pair in chat._prefix.keys_values for x in pair)
-    whole, _ = llava._prefill(params, pack([chat._cached], [chat._cached], tiles, sizes, llava.config))
+    assert all(isinstance(x, Int8) for pair in chat.cached.prefix.keys_values for x in pair)
+    whole, _ = llava.engine.prefill(params, pack([chat.cached.ids], images, llava.config))
     kept = int(whole.lengths[0])
-    for folded, wanted in zip(chat._prefix.keys_values[0], whole.keys_values[0], strict=True):  # of the first layer
+    for folded, wanted in zip(
+        chat.cached.prefix.keys_values[0], whole.keys_values[0], strict=True
+    ):  # of the first layer
         folded, wanted = (np.asarray(x.values * x.scale[..., None])[:, :, :kept] for x in (folded, wanted))
         assert np.max(abs(folded - wanted)) < 0.03 * np.max(abs(wanted))
 
@@ -192,7 +192,10 @@ def test_over_eight_devices(scenes_model, loaded):
 
 def test_an_int8_prefix_is_planned_for():
     config = llava_jax.LlavaConfig.preset("1.6-vicuna-7b")
-    usual, int8 = (MemoryEstimate(config, 3072, 16, 32, 2, 1, prefix).bytes(4, 8) for prefix in (False, True))
+    usual, int8 = (
+        MemoryEstimate(config, CacheLayout(2, int8_prefix=int8_prefix), 3072, 16, 32).bytes(4, 8)
+        for int8_prefix in (False, True)
+    )
     assert usual - int8 >= 4 * 3072 * 0.47 * 2**19  # 0.5 MiB a position, and half of it but for the scales
 
 

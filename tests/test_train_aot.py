@@ -79,10 +79,9 @@ def _abstract_batch(config, rows, mesh):
     batch = Batch(
         tiles=array(5 * total, side, side, 3, dtype=jnp.uint8),
         text_ids=array(mesh.size, rows * LABELS),
-        index=array(total, LENGTH),
+        gather_indices=array(total, LENGTH),
         position_ids=array(total, LENGTH),
         attention_mask=array(total, LENGTH, dtype=bool),
-        labels=array(total, LENGTH),
         lengths=array(total),
     )
     targets = Targets(array(total, LABELS), array(total, LABELS))

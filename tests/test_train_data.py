@@ -87,9 +87,13 @@ def loaded_by(examples, folder, steps, start_step=0, tokenizer=TOKENIZER, templa
 
 
 def same(a: Loaded, b: Loaded) -> bool:
-    assert len(a.tiles) == len(b.tiles)
-    pairs = [(a.ids, b.ids), (a.labels, b.labels), *zip(a.tiles, b.tiles, strict=True)]
-    return all(np.array_equal(x, y) for x, y in pairs) and (a.sizes, a.mismatch) == (b.sizes, b.mismatch)
+    pairs = [(a.ids, b.ids), (a.labels, b.labels)]
+    pairs += [(x.tiles, y.tiles) for x, y in zip(a.images, b.images, strict=True)]
+    return all(np.array_equal(x, y) for x, y in pairs) and (sizes(a), a.mismatch) == (sizes(b), b.mismatch)
+
+
+def sizes(loaded: Loaded) -> list[tuple[int, int]]:
+    return [image.size for image in loaded.images]
 
 
 # ---- the file
@@ -275,9 +279,10 @@ def test_a_sample_with_an_image(folder, aspect):
     want = preprocess(turns, training_tokenizer(TOKENIZER), conv_templates["v1"], has_image=True, max_length=256)
     assert np.array_equal(got.ids, want.ids) and np.array_equal(got.labels, want.labels) and got.mismatch is None
     with Image.open(folder / "3.png") as image:
-        assert got.sizes == [image.size] == [(39, 47)]
-        assert np.array_equal(got.tiles[0], process_images([image], config)[0])
-    assert got.tiles[0].shape == (3 if aspect == "anyres" else 1, 28, 28, 3) and got.tiles[0].dtype == np.uint8
+        assert sizes(got) == [image.size] == [(39, 47)]
+        assert np.array_equal(got.images[0].tiles, process_images([image], config)[0])
+    tiles = got.images[0].tiles
+    assert tiles.shape == (3 if aspect == "anyres" else 1, 28, 28, 3) and tiles.dtype == np.uint8
 
 
 def test_several_images_none_and_wrapped(folder):
@@ -286,9 +291,9 @@ def test_several_images_none_and_wrapped(folder):
     config = CONFIG.replace(mm_use_im_start_end=True)
     got = load_example(example, folder, config, tokenizer, "v1")
     assert np.sum(got.ids == IMAGE_TOKEN_INDEX) == np.sum(got.ids == 32000) == np.sum(got.ids == 32001) == 2
-    assert len(got.tiles) == 2 and got.sizes == [(60, 20), (53, 29)]
+    assert sizes(got) == [(60, 20), (53, 29)]
     text = load_example(sample("<image>" * 3, "no " * 300, image=None), folder, config, tokenizer, "v1")
-    assert len(text.ids) == 256 and IMAGE_TOKEN_INDEX not in text.ids and text.tiles == text.sizes == []
+    assert len(text.ids) == 256 and IMAGE_TOKEN_INDEX not in text.ids and text.images == []
 
 
 def test_exif_orientation_is_ignored(tmp_path):
@@ -296,7 +301,7 @@ def test_exif_orientation_is_ignored(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     example = sample("<image>", "B", image="turned.jpg")
-    assert load_example(example, tmp_path, CONFIG, training_tokenizer(TOKENIZER), "v1").sizes == [(40, 20)]
+    assert sizes(load_example(example, tmp_path, CONFIG, training_tokenizer(TOKENIZER), "v1")) == [(40, 20)]
 
 
 def test_placeholders_that_do_not_match(folder):
@@ -366,7 +371,7 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
         def ask(self, task):
             _, number = task
             asked.append(number)
-            return Loaded(np.array([number]), np.array([number]), [], [], None)
+            return Loaded(np.array([number]), np.array([number]), [], None)
 
         kill = stop = lambda self: None
 

@@ -182,9 +182,10 @@ def test_words_are_means_of_their_tokens():
 def test_tower_attention_gives_what_the_tower_computes(demo):
     """The weights times the values, projected, are what each layer's attention adds."""
     llava, params = demo
-    (tiles,), _ = llava.load_images(draw(held_out_scene(0, 27)))
+    (image,) = llava.load_images(draw(held_out_scene(0, 27)))
+    tiles = image.tiles
     kept = dict(capture_intermediates=lambda module, _: True, mutable=["intermediates"])
-    _, state = llava.model.apply({"params": params}, tiles, method="vision_features", **kept)
+    _, state = llava.engine.model.apply({"params": params}, tiles, method="vision_features", **kept)
     for layer in (0, 3):
         inside = state["intermediates"]["vision_tower"][f"layers_{layer}"]
         own = params["vision_tower"][f"layers_{layer}"]["self_attn"]
@@ -203,7 +204,8 @@ def test_tower_attention_gives_what_the_tower_computes(demo):
 
 def test_wrong_layers_and_tiles_are_refused(demo):
     llava, params = demo
-    (tiles,), _ = llava.load_images(draw(held_out_scene(0, 27)))
+    (image,) = llava.load_images(draw(held_out_scene(0, 27)))
+    tiles = image.tiles
     with pytest.raises(ValueError, match="layer=4 is not one of those that this model runs: 0 to 3"):
         tower_attention(llava, params, tiles, 4)  # the fifth block, which LLaVA leaves out
     with pytest.raises(ValueError, match=r"tiles: expected uint8 \[T, 56, 56, 3\], got uint8 \(5, 55, 56, 3\)"):

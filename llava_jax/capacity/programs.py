@@ -153,7 +153,7 @@ def compile_if_it_fits(*args, **options) -> Compiled | None:
 
 
 @dataclass(frozen=True)
-class Engine:
+class Programs:
     """The programs of waves of any number of prefixes, for one model on one mesh."""
 
     config: LlavaConfig
@@ -175,7 +175,7 @@ class Engine:
         text = _array(at, rows, 128) if rows > 1 else _array(at, 128)
         whole = (rows, self.shapes.prefix)
         mask = _array(at, *whole, dtype=bool)
-        batch = Batch(tiles, text, _array(at, *whole), _array(at, *whole), mask, _array(at, *whole), _array(at, rows))
+        batch = Batch(tiles, text, _array(at, *whole), _array(at, *whole), mask, _array(at, rows))
 
         def encode(params, tiles):
             return self.model.apply({"params": params}, tiles, method="encode_images")
@@ -189,18 +189,20 @@ class Engine:
 
         None where the compiler finds that a chip has no room for it.
         """
-        answer = partial(generate.answer, self.model, self.shapes.slots)
+        answer = partial(generate.generate_from_prefix, self.model, self.shapes.slots)
         answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
         return answered and _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
 
     def halves(self, groups: int, prefixes) -> dict[str, Program]:
         """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
         arguments, out = self._asked(groups, prefixes), {}
-        asked = compile_if_it_fits(self.mesh, partial(generate.first, self.model, self.shapes.slots), *arguments)
+        asked = compile_if_it_fits(
+            self.mesh, partial(generate.sample_first_token, self.model, self.shapes.slots), *arguments
+        )
         if asked:
             out["question"] = _read("question", asked)
             params, prefix, *_, sampling = arguments
-            run, decoding = partial(generate.run, self.model), (params, prefix, asked.out, sampling, _LIMIT)
+            run, decoding = partial(generate.decode_loop, self.model), (params, prefix, asked.out, sampling, _LIMIT)
             if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
                 out["decode"] = _read("decode", decoded, self._parts(groups, prefixes))
         return out
@@ -259,26 +261,26 @@ class Wave:
     answer: Program
 
 
-def largest_wave(engine: Engine, room: float) -> Capacity:
+def largest_wave(programs: Programs, room: float) -> Capacity:
     """The most that fit, of those that parameters and cache alone leave room for, and what was compiled on the way."""
-    shards, shapes = num_batch_shards(engine.mesh), engine.shapes
-    params = chip_bytes(engine.params())
-    text, tensor = engine.config.text, engine.mesh.shape.get("tensor", 1)
-    prefix = shapes.prefix * engine.held.prefix(text) // tensor
+    shards, shapes = num_batch_shards(programs.mesh), programs.shapes
+    params = chip_bytes(programs.params())
+    text, tensor = programs.config.text, programs.mesh.shape.get("tensor", 1)
+    prefix = shapes.prefix * programs.held.prefix(text) // tensor
     suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
     bound = int((room - params) // (prefix + suffix))
     if bound < 1:
         return Capacity(params, prefix, 0, {}, {})
-    once, prefixes = engine.once()
+    once, prefixes = programs.once()
     prefix = chip_bytes(prefixes[0].keys_values)
 
     def compiled(size: int) -> Wave | None:
-        answer = engine.answer(size * shards, prefixes)
+        answer = programs.answer(size * shards, prefixes)
         return None if answer is None else Wave(needed(once["prefill"], answer, params, prefix, size), answer)
 
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
-    halves = engine.halves(min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
+    halves = programs.halves(min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
     return Capacity(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
 
 

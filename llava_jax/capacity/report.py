@@ -73,7 +73,7 @@ def measure(
     config: LlavaConfig, name: str, axes: dict[str, int], prefix: int, rows: int, max_new_tokens: int, held: Precision
 ) -> dict:
     """What one slice makes of it, as plain values; `describe` puts it into words."""
-    from llava_jax.capacity.programs import Engine, Shapes, largest_wave, slice_mesh
+    from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
     from llava_jax.parallel.sharding import default_axes
 
     where = SLICES[name]
@@ -82,7 +82,7 @@ def measure(
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
     shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
-    fit = largest_wave(Engine(config, slice_mesh(where, **axes), shapes, held), where.chip.hbm)
+    fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, held), where.chip.hbm)
     report = dict(
         topology=name,
         mesh=axes,

@@ -113,10 +113,10 @@ def record_ours(llava, params, text: str, picture, theirs: Record) -> Record:
     images, given = [] if picture is None else [picture], [theirs["ids"].tolist()]
     out = {"ids": np.array(tokenizer_image_token(text, llava.tokenizer))}
     if images:
-        (tiles,), _ = llava.load_images(images)
+        (shown,) = llava.load_images(images)
         tower = jax.jit(_vision_features, static_argnums=0)
-        out["pixels"] = np.asarray(normalize_tiles(tiles, llava.config.vision)).transpose(0, 3, 1, 2)
-        out["tower"] = np.asarray(tower(llava.model, params, tiles))
+        out["pixels"] = np.asarray(normalize_tiles(shown.tiles, llava.config.vision)).transpose(0, 3, 1, 2)
+        out["tower"] = np.asarray(tower(llava.engine.model, params, shown.tiles))
         out["projector"] = llava.encode_images(params, images)[0]
     out["embeds"] = llava.prepare_inputs_labels_for_multimodal(params, given, None, None, None, None, images)[4][0]
     out["logits"] = np.asarray(llava.forward(params, given, images or None).logits[0])

@@ -13,6 +13,7 @@ from llava_jax.inputs.groups import PrefixBatch
 from llava_jax.inputs.image import image_size, image_source, load_image, process_images
 from llava_jax.inputs.sources import source_name
 from llava_jax.inputs.text import reason_of
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.inputs.workers import WorkerDied, Workers
 
 READERS = 32  # threads: an object store answers many requests at a time
@@ -39,8 +40,8 @@ def _source(image: str | bytes, folder: str) -> str | bytes:
     return image_source(image, folder) if isinstance(image, str) else image
 
 
-def load_tiles(config: LlavaConfig, rgb: bool, source: str | bytes):
-    """(tiles, sizes) of one picture, as the original's evaluation programs see it: EXIF is ignored.
+def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> ProcessedImage:
+    """One picture, as the original's evaluation programs see it: EXIF is ignored.
 
     Args:
         rgb: convert to RGB before everything else, as the original's loader and vqa programs do, and its science and
@@ -54,7 +55,8 @@ def load_tiles(config: LlavaConfig, rgb: bool, source: str | bytes):
     except OSError as error:
         raise ValueError(str(error)) from error
     try:
-        return process_images([image], config), [image.size]
+        (tiles,) = process_images([image], config)
+        return ProcessedImage(tiles, image.size)
     except Exception as error:  # a mode that cannot be resized, or too little memory
         raise ValueError(f"{source_name(source)} cannot be made into tiles: {reason_of(error)}") from error
 
@@ -76,7 +78,7 @@ class Pictures:
         sizes: Sequence[Sizes | ValueError],
     ):
         self.images, self.folder, self.sizes = images, folder, sizes
-        self.workers = Workers(partial(load_tiles, config, rgb), min(WORKERS, os.cpu_count() or 1))
+        self.workers = Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1))
 
     def __enter__(self) -> Pictures:
         return self
@@ -85,7 +87,7 @@ class Pictures:
         self.workers.close()
 
     def of_waves(self, waves: Iterable[PrefixBatch]) -> Iterator[tuple[PrefixBatch, dict]]:
-        """Each wave with {group.images: (tiles, sizes) or the ValueError of its picture}."""
+        """Each wave with {group.images: its pictures, one or none, or the ValueError of its picture}."""
         waiting: deque[tuple[PrefixBatch, dict[int, Future | None]]] = deque()
         for wave in waves:
             waiting.append((wave, {group.images: self._submit(group.images) for group in wave.groups}))
@@ -104,14 +106,15 @@ class Pictures:
     def _result(self, number: int, future: Future | None):
         image = self.images[number]
         if image is None or future is None:
-            return [], []
+            return []
         name = source_name(_source(image, self.folder))
         try:
-            tiles, sizes = future.result()
+            picture = future.result()
         except ValueError as error:
             return error
         except WorkerDied:
             return ValueError(f"{name}: the process that read it died, perhaps for memory")
-        if sizes != self.sizes[number]:  # another picture by now, or a file that says two things; the prompt is planned
-            return ValueError(f"{name}: was {self.sizes[number]} (width, height) at first, and is {sizes} now")
-        return tiles, sizes
+        sizes = self.sizes[number]
+        if [picture.size] != sizes:  # another picture by now, or a file that says two things; the prompt is planned
+            return ValueError(f"{name}: was {sizes} (width, height) at first, and is {[picture.size]} now")
+        return [picture]

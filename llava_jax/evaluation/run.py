@@ -18,9 +18,9 @@ from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, ans
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.pictures import Pictures, picture_sizes
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
-from llava_jax.inference.batching import answerer, as_text, make_groups, plan, run_wave
-from llava_jax.inference.generation_options import plan_decode
-from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference import batching
+from llava_jax.inference.generation_options import GenerationOptions, generation_options
+from llava_jax.inference.text_requests import group_questions
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
@@ -44,7 +44,7 @@ class Job:
     config: LlavaConfig
     questions: Sequence[Question]
     conv_mode: str
-    sampling: Greedy | Sample
+    generation: GenerationOptions
     file: AnswerFile
 
     def line(self, number: int, text: str, error: str | None = None) -> str:
@@ -126,8 +126,9 @@ def prepare(options: EvaluateOptions) -> Job:
     in_folder = any(isinstance(q.image, str) and not stands_alone(q.image) for q in questions)
     if in_folder and not epath.Path(options.image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"--image-folder {options.image_folder!r}: no such directory")
-    numbers = dict(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    _, _, sampling = plan_decode(config.generation, options.new_tokens, **numbers)
+    generation = generation_options(
+        config.generation, options.new_tokens, options.temperature, options.top_p, seed=options.seed
+    )
     path = epath.Path(options.answers_file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config)
@@ -135,7 +136,7 @@ def prepare(options: EvaluateOptions) -> Job:
     settings = (config.name, _digest(config), conv_mode, options.new_tokens, *of_options)
     weights = fingerprint(options.model_path)
     ids = tuple(answer_id(weights, settings, number, question) for number, question in enumerate(questions))
-    return Job(options, config, questions, conv_mode, sampling, AnswerFile(path, ids))
+    return Job(options, config, questions, conv_mode, generation, AnswerFile(path, ids))
 
 
 def _digest(config: LlavaConfig) -> str:
@@ -178,19 +179,21 @@ def _answer_share(job: Job, part: AnswerShard, left: set[int]) -> None:
         return
 
     llava, params = _load(job)
-    requests = [(size, [job.prompt(n) for n in numbers]) for size, numbers in zip(sizes, shares, strict=True)]
-    groups, errors = make_groups(llava, requests)
-    numbers = [n for numbers in shares for n in numbers]
-    lines = [job.failure(n, str(error)) for n, error in zip(numbers, errors, strict=True) if error]
+    groups, lines = [], []
+    for i, numbers in enumerate(shares):
+        grouped = group_questions(llava, [(n, job.prompt(n)) for n in numbers], i, sizes[i])
+        groups += grouped.groups
+        lines += [job.failure(n, str(error)) for n, error in grouped.refused]
     part.append(lines)
-    waves, answer = _plan(job, llava, params, groups, sizes)
+    waves = batching.plan(llava.engine, params, groups, job.generation.output_capacity)
+    numbers = [n for numbers in shares for n in numbers]
     progress = tqdm(
         total=len(numbers) - len(lines), unit="question", disable=not multihost.is_primary(), dynamic_ncols=True
     )
     rgb = job.options.layout in ("loader", "vqa")
     with Pictures(job.config, rgb, images, folder, sizes) as pictures, progress:
         for wave, loaded in pictures.of_waves(waves):
-            lines = _answer_wave(job, llava, params, wave, loaded, numbers, answer)
+            lines = _answer_wave(job, llava, params, wave, loaded)
             part.append(lines)
             progress.update(len(lines))
 
@@ -201,24 +204,19 @@ def _load(job: Job):
     return llava_jax.load(options.model_path, mesh=mesh_for(options, job.config), **held)
 
 
-def _plan(job: Job, llava, params, groups, sizes):
-    """(the waves, what answers one of them)"""
-    decoding = llava.plan_decode(job.options.new_tokens, job.sampling)
-    return plan(llava, params, groups, sizes, decoding[0], None), answerer(llava, params, decoding)
-
-
-def _answer_wave(job: Job, llava, params, wave, loaded, numbers: list[int], answer) -> list[str]:
+def _answer_wave(job: Job, llava, params, wave, loaded) -> list[str]:
     """The lines of a wave's questions; a picture that turned out to be damaged takes its own questions along only."""
     lines, good = [], []
     for group in wave.groups:
         picture = loaded[group.images]
         if isinstance(picture, ValueError):
-            lines += [job.failure(numbers[place], str(picture)) for place in group.places]
+            lines += [job.failure(n, str(picture)) for n in group.questions]
         else:
             good.append(group)
     if good:
-        for place, tokens in run_wave(llava, params, replace(wave, groups=tuple(good)), loaded, answer):
-            lines.append(job.line(numbers[place], as_text(llava, tokens)))
+        batch = replace(wave, groups=tuple(good))
+        for n, tokens in batching.generate(llava.engine, params, batch, loaded, job.generation):
+            lines.append(job.line(n, llava.decode(tokens)))
     return lines
 
 

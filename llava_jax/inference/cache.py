@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import TextConfig
+from llava_jax.models.quantize import Int8, to_int8
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -34,3 +37,39 @@ def empty_suffix(config: TextConfig, groups: int, rows: int, slots: int, dtype) 
     shape = (groups, rows, slots, config.num_key_value_heads, config.head_dim)
     keys_values = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
     return Suffix(keys_values, jnp.zeros(shape[:3], bool))
+
+
+def concat_prefixes(shards: int, parts):
+    """Trees of arrays [G, ...] as one; where devices divide them into shards, each shard's stay together."""
+
+    def concat(*arrays):
+        divided = [x.reshape(shards, -1, *x.shape[1:]) for x in arrays]
+        return jnp.concatenate(divided, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+    return jax.tree.map(concat, *parts)
+
+
+def append_to_prefix(
+    capacity: int, question_slots: int, prefix: Prefix, suffix: Suffix, question_length: jax.Array
+) -> Prefix:
+    """One row's suffix written behind its prefix, G = R = 1: the question without its padding, then the new tokens.
+
+    Args:
+        capacity: positions of the new prefix. None of them is marked as valid: the caller knows which tokens it keeps.
+    """
+    start = prefix.lengths[0]
+
+    def append(old, new):
+        new = new[:, 0].swapaxes(1, 2)  # [1, K, S, D]
+        return jax.tree.map(write, old, to_int8(new, -1) if isinstance(old, Int8) else new)
+
+    def write(old, new):
+        padding = [(0, 0), (0, 0), (0, capacity - old.shape[2]), (0, 0)]
+        whole = jnp.pad(old, padding[: old.ndim])
+        question, tokens = new[:, :, :question_slots], new[:, :, question_slots:]
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, question, start, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(whole, tokens, start + question_length, axis=2)
+
+    layers = zip(prefix.keys_values, suffix.keys_values, strict=True)
+    keys_values = [tuple(append(a, b) for a, b in zip(old, new, strict=True)) for old, new in layers]
+    return replace(prefix, keys_values=keys_values, valid=jnp.zeros((1, capacity), bool))

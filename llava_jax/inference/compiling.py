@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from llava_jax.inputs.types import Batch, Questions
+
 CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
 
 
@@ -19,38 +22,54 @@ class LoggedJit:
     """A jitted function that says on stderr when it meets shapes for the first time, and how long that took.
 
     The time is that of compiling (or of reading the cache) and of the first run. It runs under the mesh, if there is
-    one, for the kernels that must be told of it.
+    one, for the kernels that must be told of it. Parameters keep their shapes and a cache's layers have like ones, so a
+    call looks at a few arrays only.
     """
 
     def __init__(self, name: str, jitted, mesh: Mesh | None = None):
         self.name, self.jitted, self.mesh = name, jitted, mesh
-        self._met: set = set()
+        self.compiled_for: set = set()
 
     def __call__(self, *args):
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return self._call(*args)
 
     def _call(self, *args):
-        leaves, structure = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf for leaf in leaves)
-        if (shapes, structure) in self._met:
+        shapes = tuple(map(_shapes, args))
+        if shapes in self.compiled_for:
             return self.jitted(*args)
         with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes way
             print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
             began = time.perf_counter()
             out = jax.block_until_ready(self.jitted(*args))
             print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-        self._met.add((shapes, structure))
+        self.compiled_for.add(shapes)
         return out
+
+
+def _shapes(arg):
+    """The shapes that can differ from call to call, of one argument."""
+    if hasattr(arg, "shape"):
+        return arg.shape, arg.dtype
+    if isinstance(arg, dict):  # parameters, or the state of their training
+        return None
+    if isinstance(arg, list):  # one entry a layer
+        return len(arg), _shapes(arg[0]) if arg else None
+    if isinstance(arg, tuple):  # or a NamedTuple
+        return type(arg), tuple(map(_shapes, arg))
+    if dataclasses.is_dataclass(arg):
+        return type(arg), tuple(_shapes(getattr(arg, field.name)) for field in dataclasses.fields(arg))
+    return arg
 
 
 def _describe(args) -> str:
     """The shapes that differ between programs: of the planned batch, or of the questions."""
     for arg in args:
-        if hasattr(arg, "tiles"):
-            return f"for {len(arg.tiles)} tiles, {len(arg.index)} x {arg.index.shape[1]} positions "
+        if isinstance(arg, Batch):
+            rows, length = arg.gather_indices.shape
+            return f"for {len(arg.tiles)} tiles, {rows} x {length} positions "
     for arg in args:
-        if hasattr(arg, "active"):
+        if isinstance(arg, Questions):
             return "for {} prefixes x {} questions of up to {} tokens ".format(*arg.ids.shape)
     return ""
 

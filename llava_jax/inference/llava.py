@@ -1,11 +1,10 @@
-"""`Llava`: a config, a tokenizer and the jitted functions of one model; what `llava_jax.load` returns."""
+"""`Llava`: a model as text and pictures, over an `Engine`; what `llava_jax.load` returns."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,80 +12,58 @@ from PIL import Image
 
 from llava_jax.checkpoint import load_config, load_params
 from llava_jax.config import LlavaConfig
-from llava_jax.inference import generate as device
-from llava_jax.inference.batching import answer_requests, score_candidates
-from llava_jax.inference.chat import Chat, fold
-from llava_jax.inference.compiling import LoggedJit, enable_compilation_cache
-from llava_jax.inference.generate import DecodeState
-from llava_jax.inference.generation_options import plan_decode, stop_strings
+from llava_jax.inference import text_requests
+from llava_jax.inference.chat import Chat
+from llava_jax.inference.compiling import enable_compilation_cache
+from llava_jax.inference.engine import Engine, ForwardArrays
+from llava_jax.inference.generation_options import GenerationOptions, generation_options
+from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference.streaming import stream_text
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation
-from llava_jax.inputs.detokenizer import IncrementalDetokenizer
-from llava_jax.inputs.groups import no_questions
 from llava_jax.inputs.image import as_image_list, process_image
 from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.prompt import build_conversation, prompt_ids
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.inputs.types import Batch
-from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
-from llava_jax.models.ops import causal_lm_loss
+from llava_jax.inputs.types import Batch, ProcessedImage
 from llava_jax.models.vocabulary import initialize_vision_tokenizer
-
-STOP_CHUNK = 16  # tokens decoded between two looks for a stop string
-
-
-class ForwardOutput(NamedTuple):
-    """What the reference's forward returns."""
-
-    logits: jax.Array  # float32 [B, L, V]
-    loss: jax.Array | None
-    hidden_states: tuple[jax.Array, ...] | None  # layers + 1 of [B, L, E], the last one normed
-    attentions: tuple[jax.Array, ...] | None  # for each layer [B, H, L, L]
-
-
-def _forward(model, output_hidden_states, output_attentions, with_loss, params, batch: Batch):
-    logits, hidden, attentions = model.apply({"params": params}, batch, output_attentions)
-    loss = causal_lm_loss(logits, batch.labels) if with_loss else None
-    return logits, loss, hidden if output_hidden_states else None, attentions if output_attentions else None
-
-
-def _call(method, model, params, *args):
-    return model.apply({"params": params}, *args, method=method)
 
 
 class Llava:
-    """A LLaVA model without its weights, which every method takes as `params`. All jitted functions are built here,
-    once; shapes are bucketed, so images of any size share a handful of compiled programs.
+    """A LLaVA model without its weights, which every method takes as `params`. Shapes are bucketed, so images of any
+    size share a handful of compiled programs.
 
     Images are given as a path, URL, data URI, bytes, PIL image, uint8 array, a list of those, or None.
+
+    Attributes:
+        engine: the same model for token ids and arrays.
     """
 
-    def __init__(self, config: LlavaConfig, tokenizer, mesh=None, int8_prefix: bool = False):
+    def __init__(
+        self, config: LlavaConfig, tokenizer, mesh: jax.sharding.Mesh | None = None, int8_prefix: bool = False
+    ):
         self.config = config
         self.tokenizer = tokenizer
-        self.mesh = mesh
-        self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
+        self.engine = Engine(config, mesh, int8_prefix)
 
-        def jitted(name: str, function, **options) -> LoggedJit:
-            return LoggedJit(name, jax.jit(partial(function, model), **options), mesh)
+    # ---- one prompt
 
-        self._generate = jitted("generate", device.generate, static_argnums=0)
-        self._start = jitted("start", device.start, static_argnums=0)
-        self._run = jitted("decode", device.run, donate_argnums=2)
-        self._prefill = jitted("prefill", device.prefill)
-        self._first = jitted("first token", device.first, static_argnums=0)
-        self._answer = jitted("answer", device.answer, static_argnums=0)
-        self._score = jitted("score", device.score)
-        self._forward = jitted("forward", _forward, static_argnums=(0, 1, 2))
-        self._encode = jitted("encode_images", partial(_call, "encode_images"))
-        self._embed = jitted("embed_multimodal", partial(_call, "embed_multimodal"))
-        self._fold = LoggedJit("fold", jax.jit(fold, static_argnums=(0, 1)), mesh)
-        self._join = LoggedJit("join", jax.jit(device.join, static_argnums=0), mesh)
-
-    # ---- text
-
-    def generate(self, params, image=None, prompt="", *, stop: str | Sequence[str] = (), **options) -> str:
+    def generate(
+        self,
+        params,
+        image=None,
+        prompt="",
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        sampling: Greedy | Sample | None = None,
+        stop: str | Sequence[str] | None = None,
+        conv_mode: str | None = None,
+    ) -> str:
         """Answer a prompt about a picture, several, or none.
 
         Args:
@@ -95,11 +72,13 @@ class Llava:
             prompt: the question; or turns, alternating user and assistant, the last one the user's, as texts or as
                 messages like {"role": "user", "content": …} (see `llava_jax.inputs.prompt.as_turns`); or a
                 Conversation, used as it stands. `<image>` may be placed by hand; otherwise it goes in front.
+            temperature: None is 0, greedy.
+            top_p, top_k: None is as the checkpoint's generation_config has them, or 1 and 50.
+            seed: None is 0.
+            sampling: a Greedy or Sample in place of these four.
             stop: a string that ends the answer, or several; it is cut before them. The end-of-sequence token always
                 does.
-            options: `max_new_tokens` (512), `temperature` (0: greedy), `top_p` and `top_k` (where the checkpoint's
-                generation_config says nothing: 1 and 50), `seed` (0), or instead `sampling`, a Greedy or Sample;
-                `conv_mode` (picked from the checkpoint).
+            conv_mode: the template; None is the checkpoint's.
 
         Returns:
             the answer, without special tokens and outer white space.
@@ -107,44 +86,50 @@ class Llava:
         Raises:
             ValueError: the pictures do not fit the prompt, the prompt is too long, or an option is out of range.
         """
-        if stop := stop_strings(stop):
-            return "".join(self.stream(params, image, prompt, stop=stop, **options))
-        batch, options = self._one_prompt(image, prompt, **options)
-        tokens = self._tokens(params, batch, **options)
-        return self.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True).strip()
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling, stop)
+        batch = self._pack_prompt(image, prompt, conv_mode)
+        if options.stop:
+            return "".join(self._stream(params, batch, options))
+        (tokens,) = self.engine.generate(params, batch, options)
+        return self.decode(tokens)
 
-    def stream(self, params, image=None, prompt="", *, stop: str | Sequence[str] = (), **options) -> Iterator[str]:
+    def stream(
+        self,
+        params,
+        image=None,
+        prompt="",
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        sampling: Greedy | Sample | None = None,
+        stop: str | Sequence[str] | None = None,
+        conv_mode: str | None = None,
+    ) -> Iterator[str]:
         """`generate`, yielding text as it comes: never half a character, nor what may still become a stop string.
 
         The pieces joined are exactly what `generate` returns.
         """
-        batch, options = self._one_prompt(image, prompt, **options)
-        slots, limit, sampling = self.plan_decode(**options)
-        return self._stream(params, batch, slots, limit, sampling, stop_strings(stop))
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling, stop)
+        return self._stream(params, self._pack_prompt(image, prompt, conv_mode), options)
 
-    def _stream(self, params, batch, slots, limit, sampling, stop) -> Iterator[str]:
-        prefix, state = self._start(slots, params, batch, no_questions(len(batch.index)), sampling)
-        yield from (piece for piece, _ in self.decode(params, prefix, state, limit, sampling, stop) if piece)
+    def _stream(self, params, batch: Batch, options: GenerationOptions) -> Iterator[str]:
+        prefix, state = self.engine.prefill_and_sample(params, batch, options)
+        for piece in stream_text(self.engine, self.tokenizer, params, prefix, state, options):
+            if piece.text:
+                yield piece.text
 
-    def decode(self, params, prefix, state, limit, sampling, stop=()) -> Iterator[tuple[str, DecodeState]]:
-        """One row's text as it comes, each piece (some are empty) with the state of the loop after it."""
-        text = IncrementalDetokenizer(self.tokenizer, stop)
-        seen, chunk = 0, STOP_CHUNK if stop else 1
-        while True:
-            tokens, step = np.asarray(state.tokens)[0, 0], int(state.step)
-            finished = step >= limit or bool(np.all(state.done))
-            for token in tokens[seen:step].tolist():
-                yield text.push(token), state
-            if finished or text.stopped:
-                break
-            seen = step
-            state = self._run(params, prefix, state, sampling, np.int32(min(limit, step + chunk)))
-        yield text.flush(), state
+    def _options(self, max_new_tokens, temperature, top_p, top_k, seed, sampling, stop=None) -> GenerationOptions:
+        return generation_options(
+            self.config.generation, max_new_tokens, temperature, top_p, top_k, seed, sampling, stop
+        )
 
-    def _one_prompt(self, image, prompt, conv_mode: str | None = None, **options) -> tuple[Batch, dict]:
-        """One prompt and its pictures, packed, and the other options."""
-        tiles, sizes = self.load_images(image)
-        return self._pack_prompts([self.prompt_ids(prompt, sizes, conv_mode)], tiles, sizes), options
+    def _pack_prompt(self, image, prompt, conv_mode: str | None = None) -> Batch:
+        images = self.load_images(image)
+        ids = self.prompt_ids(prompt, [image.size for image in images], conv_mode)
+        return pack([np.asarray(ids, np.int64)], images, self.config)
 
     def conversation(self, prompt, num_images: int = 0, conv_mode: str | None = None) -> Conversation:
         """A question, or turns, in the template that the checkpoint picks (`conv_mode` overrides)."""
@@ -158,12 +143,24 @@ class Llava:
         """
         return prompt_ids(self.config, self.tokenizer, prompt, sizes, conv_mode)
 
-    def warmup(self, params, question: str = "What is in this picture?", max_new_tokens: int = 512, **options) -> None:
+    def decode(self, tokens: np.ndarray) -> str:
+        """An answer's tokens as the original decodes them: without special tokens and outer white space."""
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+
+    def warmup(
+        self,
+        params,
+        question: str = "What is in this picture?",
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        sampling: Greedy | Sample | None = None,
+    ) -> None:
         """Compile what `generate` needs for one picture of any size and a question about this long, before it is asked.
 
-        With the cache on disk (on by default) this costs seconds from the second time on.
+        With the cache on disk (on by default) this costs seconds from the second time on. Greedy decoding and sampling
+        are two programs; the values of a Sample make no difference.
         """
-        slots, _, sampling = self.plan_decode(max_new_tokens, **options)
+        options = self._options(max_new_tokens, temperature, None, None, None, sampling)
         sides = np.geomspace(8, 4000, 40).astype(int)
         text = len(self.prompt_ids(question, [(1, 1)])) - 1
         sizes: dict[int, tuple[int, int]] = {}  # of each length
@@ -171,12 +168,25 @@ class Llava:
             length = bucket_length(text + int(num_image_tokens(width, height, self.config)), self.config)
             sizes.setdefault(length, (width, height))
         for size in sizes.values():
-            batch, _ = self._one_prompt(Image.new("RGB", size), question)
-            self._generate(slots, params, batch, no_questions(1), sampling, np.int32(1))
+            batch = self._pack_prompt(Image.new("RGB", size), question)
+            self.engine.warmup(params, batch, options)
 
     # ---- many questions
 
-    def generate_batch(self, params, requests, *, memory_budget: int | None = None, conv_mode=None, **options) -> list:
+    def generate_batch(
+        self,
+        params,
+        requests,
+        *,
+        memory_budget: int | None = None,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        sampling: Greedy | Sample | None = None,
+        conv_mode: str | None = None,
+    ) -> list:
         """Answer many questions; each image is encoded and prefilled once for all of its own.
 
         Args:
@@ -184,24 +194,41 @@ class Llava:
                 one prompt.
             memory_budget: bytes for the cache and the activations at any time; None is most of what the device has
                 free (4 GiB on a CPU).
-            options: as `generate` has them, without `stop`.
+
+        Other options are as `generate` has them.
 
         Returns:
             the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked, for
             its own sake or for its picture's.
         """
-        return answer_requests(self, params, requests, memory_budget, conv_mode, self.plan_decode(**options))
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling)
+        return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options)
 
-    def chat(self, params, image=None, conv_mode: str | None = None, **options) -> Chat:
+    def chat(
+        self,
+        params,
+        image=None,
+        conv_mode: str | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        sampling: Greedy | Sample | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Chat:
         """A conversation about a picture: `chat.send("…")`, again and again; each turn prefills only what is new."""
-        return Chat(self, params, image, conv_mode, **options)
+        options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        return Chat(self, params, image, conv_mode, options | dict(sampling=sampling, stop=stop))
 
-    def score(self, params, image, question, candidates, *, memory_budget=None, conv_mode=None) -> np.ndarray:
+    def score(
+        self, params, image, question, candidates, *, memory_budget: int | None = None, conv_mode: str | None = None
+    ) -> np.ndarray:
         """The log-likelihood of each candidate as the answer to a question: the sum over its tokens, its end excluded.
 
         Args:
-            image, question: as `generate` takes them.
-            candidates: answers, texts; or one.
+            image, question: as `generate` takes them; candidates: answers, texts, or one.
 
         Returns:
             float32 [candidates]. The image and the question are prefilled once.
@@ -209,45 +236,42 @@ class Llava:
         Raises:
             ValueError: the question cannot be asked, or a candidate is no text or makes it too long for the model.
         """
-        return score_candidates(self, params, image, question, candidates, memory_budget, conv_mode)
+        return text_requests.score_candidates(self, params, image, question, candidates, memory_budget, conv_mode)
 
-    # ---- tokens
+    # ---- tokens and arrays, as the reference's methods give them
 
-    def generate_tokens(self, params, input_ids, images=None, *, attention_mask=None, **options) -> np.ndarray:
-        """The token-level twin of `generate`.
+    def generate_tokens(
+        self,
+        params,
+        input_ids,
+        images=None,
+        *,
+        attention_mask=None,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        sampling: Greedy | Sample | None = None,
+    ) -> np.ndarray:
+        """The token-level twin of `generate`, whose options it has.
 
         Args:
             input_ids: [B, L] (or rows of different lengths), -200 where an image goes.
             images: a flat list over all rows, in any form that `generate` takes.
             attention_mask: [B, L], 0 at padding on either side, or None.
-            options: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Returns:
             int32 [B, new tokens]: no BOS, padding after a row's end-of-sequence token; each row's tokens are those it
             gives alone. As in the reference, a prompt over tokenizer_model_max_length is cut off on the right.
         """
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling)
         rows, _ = as_rows(input_ids, attention_mask)
-        return self._tokens(
-            params, self._pack_prompts(rows, *self.load_images(images), cut=images is not None), **options
-        )
-
-    def _tokens(self, params, batch: Batch, **options) -> np.ndarray:
-        slots, limit, sampling = self.plan_decode(**options)
-        tokens, steps = self._generate(slots, params, batch, no_questions(len(batch.index)), sampling, limit)
-        return np.asarray(tokens)[:, 0, : int(steps)]
-
-    def plan_decode(self, max_new_tokens: int = 512, sampling=None, **numbers):
-        """See `llava_jax.inference.generation_options.plan_decode`."""
-        return plan_decode(self.config.generation, max_new_tokens, sampling, **numbers)
-
-    def _pack_prompts(self, rows, tiles, sizes, cut: bool = False) -> Batch:
-        rows = [np.asarray(row, np.int64) for row in rows]
         if not all(map(len, rows)):
             raise ValueError("input_ids: a row is empty; a prompt has at least one token")
-        max_length = self.config.tokenizer_model_max_length if cut else None
-        return pack(rows, [np.full(len(row), -100) for row in rows], tiles, sizes, self.config, max_length=max_length)
-
-    # ---- arrays, as the reference's methods give them
+        max_length = None if images is None else self.config.tokenizer_model_max_length
+        batch = pack(rows, self.load_images(images), self.config, max_length=max_length)
+        return self.engine.generate(params, batch, options)
 
     def forward(
         self,
@@ -259,7 +283,7 @@ class Llava:
         labels=None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> ForwardOutput:
+    ) -> ForwardArrays:
         """Logits over whole sequences (the reference's forward).
 
         Args:
@@ -269,20 +293,19 @@ class Llava:
             attention_mask, labels: [B, L] or None. Without a mask, padding is attended to, as in the reference.
 
         Returns:
-            ForwardOutput; L there is the longest merged row.
+            host arrays; L there is the longest merged row.
         """
         batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
-        counted = np.broadcast_to(np.arange(batch.index.shape[1], dtype=np.int32), batch.index.shape)
+        counted = np.broadcast_to(np.arange(batch.gather_indices.shape[1], dtype=np.int32), batch.gather_indices.shape)
         batch = batch._replace(position_ids=counted)  # the reference counts left padding too
-        wanted = bool(output_hidden_states), bool(output_attentions), labels is not None
-        out = self._forward(*wanted, params, batch)
-        logits, loss, hidden_states, attentions = jax.device_get(out)
+        out = jax.device_get(self.engine.forward(params, batch, output_hidden_states, output_attentions))
         end = int(batch.lengths.max())
-        return ForwardOutput(
-            logits[:, :end],
-            loss,
-            tuple(x[:, :end] for x in hidden_states) if output_hidden_states else None,
-            tuple(x[:, :, :end, :end] for x in attentions) if output_attentions else None,
+        hidden_states, attentions = out.hidden_states, out.attentions
+        return ForwardArrays(
+            out.logits[:, :end],
+            out.loss,
+            None if hidden_states is None else tuple(x[:, :end] for x in hidden_states),
+            None if attentions is None else tuple(x[:, :, :end, :end] for x in attentions),
         )
 
     def prepare_inputs_labels_for_multimodal(
@@ -298,24 +321,31 @@ class Llava:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
         end = int(batch.lengths.max())
-        embeds = np.asarray(self._embed(params, batch))[:, :end]
+        embeds = np.asarray(self.engine.embed_multimodal(params, batch))[:, :end]
         positions = None if position_ids is None else batch.position_ids[:, :end]
         mask = None if attention_mask is None else batch.attention_mask[:, :end]
-        return None, positions, mask, past_key_values, embeds, None if labels is None else batch.labels[:, :end]
+        return (
+            None,
+            positions,
+            mask,
+            past_key_values,
+            embeds,
+            batch.labels if batch.labels is None else batch.labels[:, :end],
+        )
 
     def _pack_reference(self, input_ids, attention_mask, labels, images, image_sizes) -> Batch:
         if images is None:
             return pack_text(input_ids, attention_mask, labels, self.config)
         rows, targets = as_rows(input_ids, attention_mask, labels)
-        tiles, sizes = self.load_images(images)
+        shown = self.load_images(images)
         if image_sizes is not None:
-            sizes = _read_sizes(image_sizes, len(sizes))
+            sizes = _read_sizes(image_sizes, len(shown))
+            shown = [replace(image, size=size) for image, size in zip(shown, sizes, strict=True)]
         return pack(
             rows,
-            targets,
-            tiles,
-            sizes,
+            shown,
             self.config,
+            labels=targets,
             padding_side=self.config.tokenizer_padding_side,
             max_length=self.config.tokenizer_model_max_length,
             attend_to_padding=attention_mask is None,
@@ -323,17 +353,14 @@ class Llava:
 
     def encode_images(self, params, images) -> list[np.ndarray]:
         """Each image's projected features, [tiles, tokens_per_tile, E], before merging."""
-        tiles, _ = self.load_images(images)
-        return [np.asarray(self._encode(params, tile)) for tile in tiles]
+        return [np.asarray(self.engine.encode_images(params, image.tiles)) for image in self.load_images(images)]
 
-    def load_images(self, images) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-        """(tiles, sizes) of pictures in any form."""
-        processed = [process_image(image, self.config) for image in as_image_list(images)]
-        return [image.tiles for image in processed], [image.size for image in processed]
+    def load_images(self, images) -> list[ProcessedImage]:
+        """Pictures in any form, a list of them, or None."""
+        return [process_image(image, self.config) for image in as_image_list(images)]
 
 
 def _read_sizes(image_sizes, count: int) -> list[tuple[int, int]]:
-    """The caller's (width, height) of each image."""
     if len(image_sizes) != count:
         raise ValueError(f"image_sizes: got {len(image_sizes)} for {count} images")
     if any(np.shape(size) != (2,) for size in image_sizes):

@@ -73,7 +73,7 @@ LEAST_TEMPERATURE = 1e-30
 PENALTIES = 0.01, 100.0  # the same, with what is divided twice
 
 
-def checked(sampling: Greedy | Sample) -> Greedy | Sample:
+def validate(sampling: Greedy | Sample) -> Greedy | Sample:
     """The same with its numbers checked and as arrays of fixed types, so that 1 and 1.0 are one program.
 
     A temperature below LEAST_TEMPERATURE is greedy.
@@ -113,14 +113,22 @@ def checked(sampling: Greedy | Sample) -> Greedy | Sample:
     )
 
 
-def sampling_of(defaults: GenerationDefaults, temperature: float = 0.0, top_p=None, top_k=None, seed: int = 0):
-    """Greedy (temperature 0) or Sample, as the original's command line has it; what is None is in the defaults.
+def sampling_of(
+    defaults: GenerationDefaults,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> Greedy | Sample:
+    """Greedy (temperature 0) or Sample, as the original's command line has it. None is 0, or as the defaults have it.
 
     Raises:
         ValueError: a number is out of range.
     """
+    temperature = 0.0 if temperature is None else temperature
+    seed = 0 if seed is None else seed
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k
     greedy = finite_number("temperature", temperature) == 0
-    sample = checked(Sample(1.0 if greedy else temperature, top_k, top_p, seed=seed))  # wrong is wrong, used or not
+    sample = validate(Sample(1.0 if greedy else temperature, top_k, top_p, seed=seed))  # wrong is wrong, used or not
     return Greedy() if greedy else sample

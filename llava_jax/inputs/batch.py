@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -9,17 +11,9 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
-from llava_jax.inputs.types import Batch, Targets
+from llava_jax.inputs.types import Batch, ProcessedImage, Targets
 
 PLACEHOLDERS = {IMAGE_TOKEN_INDEX: "an image", IGNORE_INDEX: "no label"}
-
-
-class _Table(NamedTuple):
-    """Where the kinds of rows start in the device's table."""
-
-    image_start: list[int]  # for each image that is shown
-    newline: int
-    zeros: int
 
 
 def bucket_length(n: int, config: LlavaConfig) -> int:
@@ -37,8 +31,25 @@ def bucket_count(n: int, per_doubling: int = 2) -> int:
     return -(-n // step) * step
 
 
-def as_rows(input_ids, attention_mask=None, labels=None) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The reference's [B, L] arrays (or lists of rows) as one id and one label array a row, padding taken out.
+def merged_length(ids, sizes: Iterable[tuple[int, int]], config: LlavaConfig) -> int:
+    """Positions that a row takes once its images, of these (width, height) in order, stand for their placeholders.
+
+    Images beyond the placeholders are passed over: `ids` may be the beginning of a row.
+    """
+    placeholders = int(np.sum(np.asarray(ids) == IMAGE_TOKEN_INDEX))
+    images = (int(num_image_tokens(width, height, config)) for width, height in islice(sizes, placeholders))
+    return len(ids) - placeholders + sum(images)
+
+
+class Rows(NamedTuple):
+    """One array a row, without padding."""
+
+    ids: list[np.ndarray]  # -200 where an image goes
+    labels: list[np.ndarray] | None
+
+
+def as_rows(input_ids, attention_mask=None, labels=None) -> Rows:
+    """The reference's [B, L] arrays, or lists of rows, with padding taken out.
 
     Raises:
         ValueError: rows of ids, mask and labels do not match, or hold something else than whole numbers.
@@ -47,13 +58,17 @@ def as_rows(input_ids, attention_mask=None, labels=None) -> tuple[list[np.ndarra
     masks = [np.ones(len(row), bool) for row in rows]
     if attention_mask is not None:
         masks = [mask.astype(bool) for mask in _rows("attention_mask", attention_mask, "biuf")]
-    targets = [np.full(len(row), IGNORE_INDEX) for row in rows] if labels is None else _rows("labels", labels)
+    targets = None if labels is None else _rows("labels", labels)
     for name, other in (("attention_mask", masks), ("labels", targets)):
-        if [len(x) for x in other] != [len(row) for row in rows]:
+        if other is not None and [len(x) for x in other] != [len(row) for row in rows]:
             raise ValueError(
                 f"{name}: its rows {[len(x) for x in other]} do not match input_ids' {[len(r) for r in rows]}"
             )
-    return [r[m] for r, m in zip(rows, masks, strict=True)], [t[m] for t, m in zip(targets, masks, strict=True)]
+
+    def kept(values):
+        return [value[mask] for value, mask in zip(values, masks, strict=True)]
+
+    return Rows(kept(rows), None if targets is None else kept(targets))
 
 
 def _rows(name: str, values, kinds: str = "iu") -> list[np.ndarray]:
@@ -109,50 +124,58 @@ def assign_images(rows, num_images: int) -> list[list[int]]:
     return out
 
 
-def _splice(row, labels, text_start: int, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One row's table index and labels: text in place, each placeholder replaced by its image's positions."""
-    index, targets, next_text = [], [], text_start
-    placeholders = np.flatnonzero(row == IMAGE_TOKEN_INDEX)
-    for i, (start, stop) in enumerate(zip([0, *placeholders + 1], [*placeholders, len(row)], strict=True)):
-        index.append(np.arange(next_text, next_text + stop - start))
-        targets.append(labels[start:stop])
-        next_text += stop - start
-        if i < len(images):
-            index.append(images[i])
-            targets.append(np.full(len(images[i]), IGNORE_INDEX))
-    return np.concatenate(index), np.concatenate(targets)
+def _splice(row, text, images: Sequence[np.ndarray]) -> np.ndarray:
+    """One row's values, those of its text in place, each placeholder replaced by its image's values.
+
+    Args:
+        text: [L]; what stands at a placeholder is left out.
+        images: each image's values, in order.
+    """
+    pieces, start = [], 0
+    for stop, image in zip(np.flatnonzero(row == IMAGE_TOKEN_INDEX), images, strict=True):
+        pieces += [text[start:stop], image]
+        start = int(stop) + 1
+    return np.concatenate([*pieces, text[start:]])
 
 
-def _check_tiles(tiles, sizes, config: LlavaConfig) -> None:
-    for i, (tile, size) in enumerate(zip(tiles, sizes, strict=True)):
-        if len(tile) != num_tiles(size, config):
+def _check_tiles(images: Sequence[ProcessedImage], config: LlavaConfig) -> None:
+    for i, image in enumerate(images):
+        if len(image.tiles) != num_tiles(image.size, config):
             raise ValueError(
-                f"image_sizes[{i}]={tuple(size)} (width, height) asks for {num_tiles(size, config)} tiles, "
-                f"but the image has {len(tile)}"
+                f"image_sizes[{i}]={tuple(image.size)} (width, height) asks for {num_tiles(image.size, config)} tiles, "
+                f"but the image has {len(image.tiles)}"
             )
 
 
-def _table(shown: list[int], tiles, config: LlavaConfig, text_rows: int) -> tuple[_Table, np.ndarray]:
-    """The table's layout, and the shown images' tiles [T, S, S, 3], padded to a bucket."""
-    counts = [len(tiles[i]) for i in shown]
+class _Table(NamedTuple):
+    """The device's table, as far as the host has it and needs to know it."""
+
+    tiles: np.ndarray  # uint8 [T, S, S, 3], padded to a bucket
+    image_indices: list[np.ndarray]  # for each image, the rows that stand for it
+    zeros: int  # the row of zeros
+
+
+def _table(images: Sequence[ProcessedImage], config: LlavaConfig, text_rows: int) -> _Table:
+    counts = [len(image.tiles) for image in images]
     per_image = config.max_tiles_per_image
     total = per_image * bucket_count(-(-sum(counts) // per_image))
-    packed = np.zeros((total, config.tile_size, config.tile_size, 3), np.uint8)
-    if shown:
-        packed[: sum(counts)] = np.concatenate([tiles[i] for i in shown])
-    starts = dict.fromkeys(range(len(tiles)), 0)
-    starts.update(zip(shown, text_rows + config.tokens_per_tile * np.cumsum([0, *counts])[:-1], strict=True))
+    tiles = np.zeros((total, config.tile_size, config.tile_size, 3), np.uint8)
+    if images:
+        tiles[: sum(counts)] = np.concatenate([image.tiles for image in images])
     newline = text_rows + config.tokens_per_tile * total
-    return _Table([int(starts[i]) for i in range(len(tiles))], newline, newline + 1), packed
+    indices = []
+    for image, first_tile in zip(images, np.cumsum([0, *counts])[:-1], strict=True):
+        cells = image_index(image.size, config)
+        indices.append(np.where(cells == NEWLINE, newline, cells + text_rows + config.tokens_per_tile * first_tile))
+    return _Table(tiles, indices, newline + 1)
 
 
 def pack(
-    rows,
-    labels,
-    tiles,
-    sizes,
+    rows: Sequence[np.ndarray],
+    images: Sequence[ProcessedImage],
     config: LlavaConfig,
     *,
+    labels: Sequence[np.ndarray] | None = None,
     padding_side: str = "right",
     max_length: int | None = None,
     attend_to_padding: bool = False,
@@ -160,8 +183,8 @@ def pack(
     """Any mix of rows into one bucketed batch (the original's prepare_inputs_labels_for_multimodal, planned).
 
     Args:
-        rows, labels: for each row, int arrays of ids (-200 where an image goes) and labels, from `as_rows`.
-        tiles, sizes: for each image, uint8 [T, S, S, 3] and (width, height), in the order of the placeholders.
+        rows: for each row, ids as `as_rows` gives them; labels: likewise, in training.
+        images: in the order of the placeholders.
         padding_side: "left" puts rows against the end of the longest one.
         max_length: rows are cut off on the right after so many positions, inside an image if need be.
         attend_to_padding: what the original does where no attention_mask went in.
@@ -173,49 +196,52 @@ def pack(
         ValueError: an id or a label is outside the embedding table, the images do not fit the placeholders, or a size
             does not fit its tiles. Positions are counted without padding.
     """
-    for b, (row, target) in enumerate(zip(rows, labels, strict=True)):
+    for b, row in enumerate(rows):
         check_ids(f"input_ids: row {b}", row, config.text.vocab_size, IMAGE_TOKEN_INDEX)
-        text_labels = np.where(row == IMAGE_TOKEN_INDEX, IGNORE_INDEX, target)  # an image takes its own out
+    for b, target in enumerate(labels or ()):
+        text_labels = np.where(rows[b] == IMAGE_TOKEN_INDEX, IGNORE_INDEX, target)  # an image takes its own out
         check_ids(f"labels: row {b}", text_labels, config.text.vocab_size, IGNORE_INDEX)
-    assigned = assign_images(rows, len(tiles))
-    shown = [i for images in assigned for i in images]
-    _check_tiles([tiles[i] for i in shown], [sizes[i] for i in shown], config)
-    text = [row[row != IMAGE_TOKEN_INDEX] for row in rows]
-    text_rows = max(128, bucket_count(sum(map(len, text))))
-    table, packed = _table(shown, tiles, config, text_rows)
+    assigned = assign_images(rows, len(images))
+    shown = [images[i] for of_row in assigned for i in of_row]
+    _check_tiles(shown, config)
+    is_text = [row != IMAGE_TOKEN_INDEX for row in rows]
+    text = np.concatenate([row[here] for row, here in zip(rows, is_text, strict=True)])
+    text_ids = np.zeros(max(128, bucket_count(len(text))), np.int32)
+    text_ids[: len(text)] = text
+    table = _table(shown, config, len(text_ids))
 
-    def positions_of(i: int) -> np.ndarray:
-        cells = image_index(sizes[i], config)
-        return np.where(cells == NEWLINE, table.newline, cells + table.image_start[i])
+    image_indices, merged, targets = iter(table.image_indices), [], []
+    text_starts = np.cumsum([0, *(here.sum() for here in is_text)])
+    for b, row in enumerate(rows):
+        own = list(islice(image_indices, len(assigned[b])))
+        merged.append(_splice(row, text_starts[b] + np.cumsum(is_text[b]) - 1, own)[:max_length])
+        if labels is not None:
+            targets.append(_splice(row, labels[b], [np.full(len(image), IGNORE_INDEX) for image in own])[:max_length])
 
-    text_starts = np.cumsum([0, *map(len, text)])
-    spliced = [
-        _splice(row, target, start, [positions_of(i) for i in images])
-        for row, target, start, images in zip(rows, labels, text_starts, assigned, strict=False)
-    ]
-    spliced = [(index[:max_length], target[:max_length]) for index, target in spliced]
-    text_ids = np.zeros(text_rows, np.int32)
-    text_ids[: text_starts[-1]] = np.concatenate(text)
-    lengths = np.array([len(index) for index, _ in spliced], np.int32)
-    shape = len(rows), bucket_length(lengths.max(), config)
-    arrays = _lay_out(spliced, lengths, shape, table.zeros, padding_side, attend_to_padding)
-    index, position_ids, mask, targets = arrays
-    return Batch(packed, text_ids, index, position_ids, mask, targets, lengths)
-
-
-def _lay_out(spliced, lengths, shape, zeros: int, padding_side: str, attend_to_padding: bool):
-    """Rows of (index, labels) as index, position_ids, attention_mask and labels, each [B, L]."""
-    longest = lengths.max()
-    index, targets = np.full(shape, zeros, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
-    position_ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for b, (row_index, row_targets) in enumerate(spliced):
-        start = longest - lengths[b] if padding_side == "left" else 0
-        here = slice(start, start + lengths[b])
-        index[b, here], targets[b, here] = row_index, row_targets
-        position_ids[b, here], mask[b, here] = np.arange(lengths[b]), True
+    lengths = np.array([len(indices) for indices in merged], np.int32)
+    longest = int(lengths.max())
+    starts = longest - lengths if padding_side == "left" else np.zeros_like(lengths)
+    shape = len(rows), bucket_length(longest, config)
+    positions = _lay_out([np.arange(length) for length in lengths], starts, np.zeros(shape, np.int32))
+    mask = _lay_out([np.ones(length, bool) for length in lengths], starts, np.zeros(shape, bool))
     if attend_to_padding:
-        mask[:, :longest], position_ids[:, :longest] = True, np.arange(longest)
-    return index, position_ids, mask, targets
+        mask[:, :longest], positions[:, :longest] = True, np.arange(longest)
+    return Batch(
+        tiles=table.tiles,
+        text_ids=text_ids,
+        gather_indices=_lay_out(merged, starts, np.full(shape, table.zeros, np.int32)),
+        position_ids=positions,
+        attention_mask=mask,
+        lengths=lengths,
+        labels=None if labels is None else _lay_out(targets, starts, np.full(shape, IGNORE_INDEX, np.int32)),
+    )
+
+
+def _lay_out(rows, starts, out: np.ndarray) -> np.ndarray:
+    """`out` [B, L] with each row's values from its start on."""
+    for b, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        out[b, start : start + len(row)] = row
+    return out
 
 
 def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch[np.ndarray]:
@@ -233,7 +259,7 @@ def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch[n
         raise ValueError(f"images: none given, but input_ids have <image> placeholders ({IMAGE_TOKEN_INDEX})")
     if len({len(row) for row in rows}) != 1:
         raise ValueError("input_ids: rows of different lengths need padding to [B, L] and an attention_mask")
-    batch = pack(rows, targets, [], [], config, attend_to_padding=True)
+    batch = pack(rows, [], config, labels=targets, attend_to_padding=True)
     if attention_mask is not None:
         batch.attention_mask[:, : len(rows[0])] = np.asarray(attention_mask).astype(bool)
     return batch
@@ -258,49 +284,51 @@ class Room(NamedTuple):
     text_rows: int
     tiles: int
     length: int
-    targets: int  # in a row
+    targets: int  # in a row; 0 in inference
 
 
 def room_for(batches: list[Batch[np.ndarray]]) -> Room:
     """What the largest of the batches needs, and as much text as there are positions: the shapes then differ by length
     and tiles alone."""
-    length = max(batch.index.shape[1] for batch in batches)
+    length = max(batch.gather_indices.shape[1] for batch in batches)
+    labels = [batch.labels for batch in batches if batch.labels is not None]
     return Room(
-        text_rows=max(len(batches[0].index) * length, *(len(batch.text_ids) for batch in batches)),
+        text_rows=max(len(batches[0].gather_indices) * length, *(len(batch.text_ids) for batch in batches)),
         tiles=max(len(batch.tiles) for batch in batches),
         length=length,
-        targets=max(int((batch.labels[:, 1:] != IGNORE_INDEX).sum(1).max()) for batch in batches),
+        targets=max((int((of_batch[:, 1:] != IGNORE_INDEX).sum(1).max()) for of_batch in labels), default=0),
     )
 
 
-def stack_shards(
-    batches: list[Batch[np.ndarray]], room: Room, config: LlavaConfig
-) -> tuple[Batch[np.ndarray], Targets[np.ndarray]]:
+def stack_shards(batches: list[Batch[np.ndarray]], room: Room, config: LlavaConfig) -> Batch[np.ndarray]:
     """Batches of as many rows each as one, a shard for each: grown to like shapes, one after another."""
-    grown = [_grow(batch, room.text_rows, room.tiles, room.length, config.tokens_per_tile) for batch in batches]
+    grown = [_grow(batch, room, config.tokens_per_tile) for batch in batches]
+
+    def joined(arrays):
+        return None if arrays[0] is None else np.concatenate(arrays)
+
     text_ids = np.stack([batch.text_ids for batch in grown])
-    stacked = Batch(*(np.concatenate(arrays) for arrays in zip(*grown, strict=True)))._replace(text_ids=text_ids)
-    return stacked, next_tokens(stacked.labels, room.targets)
+    return Batch(*map(joined, zip(*grown, strict=True)))._replace(text_ids=text_ids)
 
 
-def _grow(batch: Batch[np.ndarray], text_rows: int, tiles: int, length: int, tokens_per_tile: int) -> Batch[np.ndarray]:
+def _grow(batch: Batch[np.ndarray], room: Room, tokens_per_tile: int) -> Batch[np.ndarray]:
     """The same rows with room for more text, tiles and positions."""
-    more_text, more_tiles = text_rows - len(batch.text_ids), tiles - len(batch.tiles)
+    more_text, more_tiles = room.text_rows - len(batch.text_ids), room.tiles - len(batch.tiles)
     image_start = len(batch.text_ids)
     newline = image_start + len(batch.tiles) * tokens_per_tile
-    index = batch.index + np.where(batch.index >= image_start, more_text, 0)
-    index += np.where(batch.index >= newline, more_tiles * tokens_per_tile, 0)
+    indices = batch.gather_indices + np.where(batch.gather_indices >= image_start, more_text, 0)
+    indices += np.where(batch.gather_indices >= newline, more_tiles * tokens_per_tile, 0)
     zeros = newline + 1 + more_text + more_tiles * tokens_per_tile
 
     def widen(array, value=0):
-        return np.pad(array, ((0, 0), (0, length - array.shape[1])), constant_values=value)
+        return np.pad(array, ((0, 0), (0, room.length - array.shape[1])), constant_values=value)
 
     return Batch(
         tiles=np.pad(batch.tiles, ((0, more_tiles), (0, 0), (0, 0), (0, 0))),
         text_ids=np.pad(batch.text_ids, (0, more_text)),
-        index=widen(index.astype(np.int32), zeros),
+        gather_indices=widen(indices.astype(np.int32), zeros),
         position_ids=widen(batch.position_ids),
         attention_mask=widen(batch.attention_mask),
-        labels=widen(batch.labels, IGNORE_INDEX),
         lengths=batch.lengths,
+        labels=None if batch.labels is None else widen(batch.labels, IGNORE_INDEX),
     )

@@ -7,7 +7,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +16,7 @@ from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolu
 from llava_jax.inputs.resample import Axis, resample
 from llava_jax.inputs.sources import open_source, source_name, stands_alone
 from llava_jax.inputs.text import reason_of
+from llava_jax.inputs.types import ProcessedImage
 
 MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit
 LONGEST_SIDE = 2**17  # pixels; resizing makes up to a tile's side times as many
@@ -25,14 +25,6 @@ LARGE = 2**24  # pixels, 64 MiB
 # What Pillow remarks about a file is an error below or no matter; whoever asks for its remarks still gets them.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-
-@dataclass(frozen=True, eq=False)
-class ProcessedImage:
-    """A picture as the model takes it, a few megabytes however large it was."""
-
-    tiles: np.ndarray  # uint8 [T, S, S, 3]
-    size: tuple[int, int]  # (width, height) in pixels
 
 
 def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:

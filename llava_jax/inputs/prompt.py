@@ -12,8 +12,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.anyres import num_image_tokens
-from llava_jax.inputs.batch import check_ids
+from llava_jax.inputs.batch import check_ids, merged_length
 from llava_jax.inputs.conversation import (
     Conversation,
     SeparatorStyle,
@@ -181,7 +180,7 @@ def prompt_ids(
     placed = ids.count(IMAGE_TOKEN_INDEX)
     if placed != len(sizes):
         raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
-    _check_length(len(ids) - placed, sizes, config)
+    _check_length(ids, sizes, config)
     check_ids("prompt", np.array(ids, np.int64), config.text.vocab_size, IMAGE_TOKEN_INDEX)
     return ids
 
@@ -207,13 +206,14 @@ def _in_words(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, _IMAGE_IN_WORDS)
 
 
-def _check_length(text: int, sizes, config: LlavaConfig) -> None:
-    """ValueError if so many text tokens, and images of these (width, height), are more than the model's context."""
-    images = sum(int(num_image_tokens(width, height, config)) for width, height in sizes)
-    if text + images > config.context_length:
+def _check_length(ids: list[int], sizes, config: LlavaConfig) -> None:
+    """ValueError if these ids, with images of these (width, height), are more than the model's context."""
+    length = merged_length(ids, sizes, config)
+    if length > config.context_length:
         own = config.tokenizer_model_max_length is not None
+        images = length - len(ids) + len(sizes)
         raise ValueError(
-            f"prompt: {text + images} positions ({images} of them images) are more than this model's "
+            f"prompt: {length} positions ({images} of them images) are more than this model's "
             f"{'tokenizer_model_max_length' if own else 'max_position_embeddings'}={config.context_length}; "
             "shorten it or give fewer images"
         )

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 Array = TypeVar("Array")  # np.ndarray on the host, jax.Array in what is compiled
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedImage:
+    """A picture as the model takes it, a few megabytes however large it was."""
+
+    tiles: np.ndarray  # uint8 [T, S, S, 3]
+    size: tuple[int, int]  # (width, height) in pixels
 
 
 class Batch(NamedTuple, Generic[Array]):
     """Planned rows, padded to bucketed shapes; a pytree of arrays.
 
-    `index` points into the table [embed(text_ids) | projected tiles, row by row | image_newline | zeros]. Rows
+    `gather_indices` point into the table [embed(text_ids) | projected tiles, row by row | image_newline | zeros]. Rows
     divided into S shards have text_ids [S, X], and each shard's rows point into the table of its own text and tiles.
     """
 
     tiles: Array  # uint8 [T, S, S, 3]
     text_ids: Array  # int32 [text tokens of all rows]
-    index: Array  # type: ignore[assignment]  # int32 [B, L]; tuple's method of this name is not needed
+    gather_indices: Array  # int32 [B, L]
     position_ids: Array  # int32 [B, L], 0 at padding
     attention_mask: Array  # bool [B, L]
-    labels: Array  # int32 [B, L], -100 where there is none
     lengths: Array  # int32 [B]
+    labels: Array | None = None  # int32 [B, L], -100 where there is none; None in inference
 
 
 class Targets(NamedTuple, Generic[Array]):

@@ -44,12 +44,16 @@ class LlavaLlamaForCausalLM(nn.Module):
         """uint8 tiles [T, S, S, 3] → the tower's selected features [T, tokens_per_tile, mm_hidden_size]."""
         return self.vision_tower(tiles)
 
+    def tower_attention(self, tiles: jax.Array, layer: int) -> jax.Array:
+        """uint8 tiles [T, S, S, 3] → what a layer of the tower looks at, float32 [T, H, 1 + N, 1 + N]."""
+        return self.vision_tower.attention_weights(tiles, layer)
+
     def embed_multimodal(self, batch: Batch[jax.Array]) -> jax.Array:
         """The merged sequence [B, L, E] of a planned batch: one gather from one table.
 
-        The table is [embedded text | projected tiles | image_newline | zeros]; `batch.index` says which row stands
-        where (the device half of the original's prepare_inputs_labels_for_multimodal). A batch of shards (text_ids
-        [S, X]) has a table for each, over its own tiles, so that no device needs another's.
+        The table is [embedded text | projected tiles | image_newline | zeros]; `batch.gather_indices` says which row
+        stands where (the device half of the original's prepare_inputs_labels_for_multimodal). A batch of shards
+        (text_ids [S, X]) has a table for each, over its own tiles, so that no device needs another's.
         """
         text = self.language_model.embed_tokens(jnp.atleast_2d(batch.text_ids))  # [S, X, E]
         shards, _, width = text.shape
@@ -59,8 +63,8 @@ class LlavaLlamaForCausalLM(nn.Module):
             parts.append(self.encode_images(batch.tiles).reshape(shards, -1, width).astype(text.dtype))
         last = jnp.stack([newline, jnp.zeros(width, text.dtype)])
         table = jnp.concatenate([*parts, jnp.broadcast_to(last, (shards, 2, width))], axis=1)
-        index = batch.index.reshape(shards, -1, batch.index.shape[-1])
-        return jax.vmap(lambda table, index: table[index])(table, index).reshape(*batch.index.shape, width)
+        indices = batch.gather_indices.reshape(shards, -1, batch.gather_indices.shape[-1])
+        return jax.vmap(lambda table, index: table[index])(table, indices).reshape(*batch.gather_indices.shape, width)
 
     def __call__(self, batch: Batch[jax.Array], output_attentions: bool = False):
         """A whole batch at once.
@@ -85,6 +89,24 @@ class LlavaLlamaForCausalLM(nn.Module):
         """The decoder over whole sequences [B, L, E], the same `attend` in every layer."""
         attends = [attend] * self.config.text.num_hidden_layers
         return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
+
+    def attention_rows(self, batch: Batch[jax.Array], positions: jax.Array, mean_heads: bool) -> jax.Array:
+        """Some rows of every layer's attention weights, while each layer attends by the kernel that it always uses.
+
+        Args:
+            positions: int32 [A], those that look.
+
+        Returns:
+            float32 [layers, B, H, A, L], or [layers, B, A, L] with `mean_heads`.
+        """
+        seen = batch.attention_mask[:, None] & (jnp.arange(batch.gather_indices.shape[1]) <= positions[:, None])
+
+        def attend(q, k, v):
+            weights = attention_weights(q[:, positions], k, seen).astype(jnp.float32)
+            weights = weights.reshape(len(q), -1, *weights.shape[-2:])
+            return causal_attention(q, k, v, batch.attention_mask), weights.mean(1) if mean_heads else weights
+
+        return jnp.stack(self._decode_whole(self.embed_multimodal(batch), batch, attend)[1])
 
     def hidden(self, batch: Batch[jax.Array]) -> jax.Array:
         """Right-padded rows to their normed last hidden states, [B, L, E]: what training needs."""
@@ -112,7 +134,7 @@ class LlavaLlamaForCausalLM(nn.Module):
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], keys_values
 
-    def extend(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
+    def extend_cache(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
         """New tokens after a shared prefix: written into the suffix at `slot`, attending to both parts of the cache.
 
         Args:
@@ -151,10 +173,9 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
     batch = Batch(
         tiles=jnp.zeros((1, side, side, 3), jnp.uint8),
         text_ids=jnp.zeros(1, jnp.int32),
-        index=jnp.zeros((1, 1), jnp.int32),
+        gather_indices=jnp.zeros((1, 1), jnp.int32),
         position_ids=jnp.zeros((1, 1), jnp.int32),
         attention_mask=jnp.ones((1, 1), bool),
-        labels=jnp.zeros((1, 1), jnp.int32),
         lengths=jnp.ones(1, jnp.int32),
     )
     return LlavaLlamaForCausalLM(config).init(key, batch)["params"]

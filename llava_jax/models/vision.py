@@ -56,16 +56,23 @@ class CLIPAttention(nn.Module):
 
     config: VisionConfig
 
-    @nn.compact
+    def setup(self):
+        width = self.config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width) for _ in range(4))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [T, 1 + N, E] → the same shape."""
-        width, heads = self.config.hidden_size, self.config.num_attention_heads
-        q, k, v = (
-            Linear(width, name=name)(x).reshape(*x.shape[:2], heads, -1) for name in ("q_proj", "k_proj", "v_proj")
-        )
-        scores = jnp.einsum("tqhd,tkhd->thqk", q * (width // heads) ** -0.5, k)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
-        return Linear(width, name="out_proj")(jnp.einsum("thqk,tkhd->tqhd", weights, v).reshape(x.shape))
+        v = self._heads(self.v_proj(x))
+        return self.out_proj(jnp.einsum("thqk,tkhd->tqhd", self.weights(x).astype(x.dtype), v).reshape(x.shape))
+
+    def weights(self, x: jax.Array) -> jax.Array:
+        """What each position looks at, float32 [T, H, 1 + N, 1 + N]."""
+        q, k = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        scores = jnp.einsum("tqhd,tkhd->thqk", q * q.shape[-1] ** -0.5, k)
+        return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
 
 
 class CLIPMLP(nn.Module):
@@ -79,17 +86,24 @@ class CLIPMLP(nn.Module):
         return Linear(self.config.hidden_size, name="fc2")(hidden)
 
 
-def _layer_norm(config: VisionConfig, name: str | None) -> nn.LayerNorm:
-    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
+def _layer_norm(config: VisionConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False)
 
 
 class CLIPEncoderLayer(nn.Module):
     config: VisionConfig
 
-    @nn.compact
+    def setup(self):
+        self.layer_norm1, self.layer_norm2 = _layer_norm(self.config), _layer_norm(self.config)
+        self.self_attn, self.mlp = CLIPAttention(self.config), CLIPMLP(self.config)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + CLIPAttention(self.config, name="self_attn")(_layer_norm(self.config, "layer_norm1")(x))
-        return x + CLIPMLP(self.config, name="mlp")(_layer_norm(self.config, "layer_norm2")(x))
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+    def attention_weights(self, x: jax.Array) -> jax.Array:
+        """Those of its self-attention, float32 [T, H, 1 + N, 1 + N]."""
+        return self.self_attn.weights(self.layer_norm1(x))
 
 
 class CLIPVisionTower(nn.Module):
@@ -118,9 +132,9 @@ class CLIPVisionTower(nn.Module):
     def setup(self):
         vision = self.config.vision
         self.embeddings = CLIPVisionEmbeddings(vision)
-        self.pre_layrnorm = _layer_norm(vision, None)
+        self.pre_layrnorm = _layer_norm(vision)
         self.layers = [CLIPEncoderLayer(vision) for _ in range(vision.num_hidden_layers)]
-        self.post_layernorm = _layer_norm(vision, None)
+        self.post_layernorm = _layer_norm(vision)
 
     def hidden_state(self, pixels: jax.Array) -> jax.Array:
         """pixels [T, S, S, 3] → the selected hidden state [T, 1 + N, E]; -1 is the last layer, 0 the embeddings."""
@@ -135,6 +149,13 @@ class CLIPVisionTower(nn.Module):
         if self.is_initializing():
             self.post_layernorm(x[:, 0])
         return x
+
+    def attention_weights(self, tiles: jax.Array, layer: int) -> jax.Array:
+        """uint8 tiles [T, S, S, 3] → a layer's attention, float32 [T, H, 1 + N, 1 + N]; those after it are not run."""
+        x = self.pre_layrnorm(self.embeddings(normalize_tiles(tiles, self.config.vision)))
+        for block in self.layers[:layer]:
+            x = block(x)
+        return self.layers[layer].attention_weights(x)
 
     def feature_select(self, pixels: jax.Array) -> jax.Array:
         """pixels [T, S, S, 3] → [T, N, E], with the class token in front for `cls_patch`."""

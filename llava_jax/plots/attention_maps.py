@@ -6,30 +6,18 @@ the rows that were asked for, and attends by the kernel that it always uses.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.llava import Llava
+from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.detokenizer import IncrementalDetokenizer
-from llava_jax.inputs.image import as_image_list, load_image
-from llava_jax.inputs.types import Batch
-from llava_jax.models.attention import attention_weights, causal_attention
-from llava_jax.models.linear import Linear
-from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
-from llava_jax.models.vision import normalize_tiles
-
-ROWS = 16  # rows are asked for in multiples of it, so that answers of many lengths share a program
 
 
 class AnswerAttention(NamedTuple):
@@ -47,13 +35,26 @@ class AnswerAttention(NamedTuple):
 
 
 def answer_attention(
-    llava: Llava, params: dict, image, prompt, *, mean_heads: bool = False, conv_mode: str | None = None, **options
+    llava: Llava,
+    params: dict,
+    image,
+    prompt,
+    *,
+    mean_heads: bool = False,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    sampling: Greedy | Sample | None = None,
+    conv_mode: str | None = None,
 ) -> AnswerAttention:
     """Answer a prompt, and say what each token of the answer looked at.
 
     Args:
-        image, prompt, conv_mode, options: as `Llava.generate` takes them, without `stop`.
         mean_heads: give the mean over the heads; all heads of a 7B at 2,900 positions are 12 MB a token.
+
+    The others are as `Llava.generate` takes them.
 
     Returns:
         AnswerAttention; L is the length of prompt and answer, the answer's last token excluded.
@@ -61,17 +62,27 @@ def answer_attention(
     Raises:
         ValueError: as `Llava.generate`; or the answer is empty.
     """
-    shown = [load_image(picture) for picture in as_image_list(image)]
-    tiles, sizes = llava.load_images(shown)
+    images = llava.load_images(image)
+    sizes = [picture.size for picture in images]
     ids = llava.prompt_ids(prompt, sizes, conv_mode)
-    (tokens,) = llava.generate_tokens(params, [ids], shown, **options)
+    (tokens,) = llava.generate_tokens(
+        params,
+        [ids],
+        images,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        sampling=sampling,
+    )
     answer = tokens[: np.argmax(np.append(np.isin(tokens, llava.config.generation.eos_token_ids), True))]
     if not len(answer):
         raise ValueError("prompt: the model's answer is empty, so there is nothing that it looked at; ask another")
     row = np.concatenate([ids, answer[:-1]])
-    batch = pack([row], [np.full(len(row), -100)], tiles, sizes, llava.config)
+    batch = pack([row], images, llava.config)
     end = int(batch.lengths[0])
-    weights = attention_rows(llava, params, batch, np.arange(end - len(answer), end), mean_heads)
+    weights = llava.engine.attention_rows(params, batch, np.arange(end - len(answer), end), mean_heads)
     stream = IncrementalDetokenizer(llava.tokenizer)
     pieces = [stream.push(token) for token in answer.tolist()]
     pieces[-1] += stream.flush()
@@ -105,41 +116,6 @@ def by_word(looks: AnswerAttention) -> AnswerAttention:
     return looks._replace(pieces=words, weights=np.add.reduceat(looks.weights, starts, axis=-2) / counts)
 
 
-def attention_rows(
-    llava: Llava, params: dict, batch: Batch, positions: np.ndarray, mean_heads: bool = False
-) -> np.ndarray:
-    """Some rows of every layer's attention: those of `Llava.forward(…, output_attentions=True)`.
-
-    Args:
-        batch: rows as `pack` lays them out.
-        positions: int [A], those that look, the same in each row of the batch.
-
-    Returns:
-        float32 [layers, B, H, A, L], or [layers, B, A, L] with `mean_heads`.
-    """
-    padded = np.pad(np.asarray(positions, np.int32), (0, -len(positions) % ROWS), mode="edge")
-    with contextlib.nullcontext() if llava.mesh is None else jax.set_mesh(llava.mesh):
-        weights = _attention_rows(llava.model, mean_heads, params, batch, padded)
-    return np.asarray(weights)[..., : len(positions), :]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _attention_rows(model: LlavaLlamaForCausalLM, mean_heads: bool, params, batch: Batch, positions) -> jax.Array:
-    seen = batch.attention_mask[:, None] & (jnp.arange(batch.index.shape[1]) <= positions[:, None])  # [B, A, L]
-
-    def attend(q, k, v):
-        weights = attention_weights(q[:, positions], k, seen).astype(jnp.float32)
-        weights = weights.reshape(len(q), -1, *weights.shape[-2:])
-        return causal_attention(q, k, v, batch.attention_mask), weights.mean(1) if mean_heads else weights
-
-    def run(model):
-        embeds, attends = model.embed_multimodal(batch), [attend] * model.config.text.num_hidden_layers
-        return model.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)[1]
-
-    rows: Any = model.apply({"params": params}, method=run)
-    return jnp.stack(rows)
-
-
 # ---- the tower
 
 
@@ -165,31 +141,7 @@ def tower_attention(llava: Llava, params: dict, tiles: np.ndarray, layer: int) -
     tiles, side = np.asarray(tiles), vision.image_size
     if tiles.dtype != np.uint8 or tiles.shape[1:] != (side, side, 3):
         raise ValueError(f"tiles: expected uint8 [T, {side}, {side}, 3], got {tiles.dtype} {tiles.shape}")
-    return np.asarray(_tower_attention(llava.model, layer, params, tiles))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _tower_attention(model: LlavaLlamaForCausalLM, layer: int, params, tiles) -> jax.Array:
-    vision = model.config.vision
-
-    def state_before(model):
-        tower = model.vision_tower
-        x = tower.pre_layrnorm(tower.embeddings(normalize_tiles(tiles, vision)))
-        for block in tower.layers[:layer]:
-            x = block(x)
-        return x
-
-    def project(name):
-        out: Any = Linear(vision.hidden_size).apply({"params": block["self_attn"][name]}, normed)
-        return out.reshape(*out.shape[:2], vision.num_attention_heads, -1)
-
-    block = params["vision_tower"][f"layers_{layer}"]
-    x: Any = model.apply({"params": params}, method=state_before)
-    norm = nn.LayerNorm(vision.layer_norm_eps, use_fast_variance=False)
-    normed = norm.apply({"params": block["layer_norm1"]}, x)
-    everything = jnp.ones((1, x.shape[1], x.shape[1]), bool)
-    weights = attention_weights(project("q_proj"), project("k_proj"), everything)
-    return weights[:, :, 0].astype(jnp.float32)
+    return llava.engine.tower_attention(params, tiles, layer)
 
 
 def patch_maps(weights: np.ndarray, patch: int | None = None) -> np.ndarray:

@@ -15,9 +15,10 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.batch import merged_length
 from llava_jax.inputs.conversation import conv_templates
-from llava_jax.inputs.image import image_source, load_image, process_images
+from llava_jax.inputs.image import image_source, load_image, process_image
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.records import parse_json, read_file, read_lines
 from llava_jax.training.preprocess import Tokenized, preprocess, preprocess_multimodal
 
@@ -159,12 +160,11 @@ NO_LABEL = "no label"
 
 
 class Loaded(NamedTuple):
-    """One sample, ready to be packed: `tiles` and `sizes` have an entry for each image."""
+    """One sample, ready to be packed."""
 
     ids: np.ndarray  # int64 [L], -200 where an image goes
     labels: np.ndarray  # int64 [L], -100 where there is none
-    tiles: list[np.ndarray]  # uint8 [T, S, S, 3]
-    sizes: list[tuple[int, int]]  # (width, height)
+    images: list[ProcessedImage]
     mismatch: tuple[int, int] | None  # see preprocess.Tokenized
 
 
@@ -204,9 +204,8 @@ def load_example(example: dict, image_folder: str | Path, config: LlavaConfig, t
     """
     text = tokenized(example, config, tokenizer, template)
     sources = [image_source(path, os.fspath(image_folder)) for path in images_of(example)]
-    images = [load_image(source, exif=False) for source in sources]
-    sizes = [image.size for image in images]
-    return Loaded(text.ids, text.labels, process_images(images, config), sizes, text.mismatch)
+    images = [process_image(load_image(source, exif=False), config) for source in sources]
+    return Loaded(text.ids, text.labels, images, text.mismatch)
 
 
 def why_unlabelled(text: Tokenized | Loaded, sizes: Sequence[tuple[int, int]], config: LlavaConfig) -> str | None:
@@ -221,8 +220,5 @@ def why_unlabelled(text: Tokenized | Loaded, sizes: Sequence[tuple[int, int]], c
     labelled = np.flatnonzero(text.labels != IGNORE_INDEX)
     if not len(labelled):
         return CUT_OFF if len(text.ids) == config.tokenizer_model_max_length else NO_LABEL
-    before = np.flatnonzero(text.ids[: labelled[0]] == IMAGE_TOKEN_INDEX)
-    widths, heights = np.reshape(sizes[: len(before)], (-1, 2)).T
-    position = labelled[0] + np.sum(num_image_tokens(widths, heights, config) - 1)
     limit = config.tokenizer_model_max_length
-    return CUT_OFF if limit is not None and position >= limit else None
+    return CUT_OFF if limit is not None and merged_length(text.ids[: labelled[0]], sizes, config) >= limit else None

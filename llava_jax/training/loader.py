@@ -147,7 +147,7 @@ class _Unlabelled:
     def add(self, names: list[str], samples: list[Loaded]) -> None:
         self.seen += len(samples)
         for name, sample in zip(names, samples, strict=True):
-            if kind := why_unlabelled(sample, sample.sizes, self.config):
+            if kind := why_unlabelled(sample, [image.size for image in sample.images], self.config):
                 lengths = "" if sample.mismatch is None else ": {} vs. {}".format(*sample.mismatch)
                 self._note(kind, f"{name}{lengths}")
         share = sum(map(len, self.found.values())) / self.seen

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llava_jax.checkpoint import PARAMS, check_tree, load_config, load_params, stored_tree
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.compiling import LoggedJit, enable_compilation_cache
-from llava_jax.inputs.batch import Room, pack, room_for, stack_shards
+from llava_jax.inputs.batch import Room, next_tokens, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.inputs.types import Batch, Targets
@@ -225,11 +225,12 @@ def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int
         ids = [sample.ids[keep] for sample, keep in zip(some, kept, strict=True)] + empty
         labels = [sample.labels[keep] for sample, keep in zip(some, kept, strict=True)]
         labels += [np.array([-100])] * len(empty)
-        tiles = [tile for sample in some for tile in sample.tiles]
-        sizes = [size for sample in some for size in sample.sizes]
-        batches.append(pack(ids, labels, tiles, sizes, config, max_length=config.tokenizer_model_max_length))
+        images = [image for sample in some for image in sample.images]
+        batches.append(pack(ids, images, config, labels=labels, max_length=config.tokenizer_model_max_length))
     room = Room(*multihost.allgather_max(room_for(batches)))
-    return stack_shards(batches, room, config)
+    batch = stack_shards(batches, room, config)
+    assert batch.labels is not None
+    return batch._replace(labels=None), next_tokens(batch.labels, room.targets)
 
 
 @contextlib.contextmanager

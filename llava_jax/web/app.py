@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_jax.flags import add_model_arguments
-from llava_jax.inputs.image import ProcessedImage, process_image
+from llava_jax.inputs.image import process_image
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.terminal import load_model
 
 if TYPE_CHECKING:

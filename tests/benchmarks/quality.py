@@ -30,9 +30,9 @@ from llava_jax.conversion.from_hf import convert
 from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
 from llava_jax.demo.score import held_out_scene, score
-from llava_jax.inference.batching import prefill_wave
-from llava_jax.inference.generate import ask
-from llava_jax.inputs.groups import Group, PrefixBatch, pack_questions
+from llava_jax.inference.generate import prefill_questions
+from llava_jax.inputs.batch import pack
+from llava_jax.inputs.groups import pack_questions
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 
 FORMS = {  # how it is converted, and loaded
@@ -60,20 +60,20 @@ def next_tokens(llava, params, scenes, texts) -> list[np.ndarray]:
 
     @jax.jit
     def log_probs(params, prefix, questions):
-        _, hidden = ask(llava.model, 0, params, prefix, questions)
-        return jax.nn.log_softmax(llava.model.apply({"params": params}, hidden, method="logits"))
+        _, hidden = prefill_questions(llava.engine.model, 0, params, prefix, questions)
+        return jax.nn.log_softmax(llava.engine.model.apply({"params": params}, hidden, method="logits"))
 
     out = []
     for scene, text in zip(scenes, texts, strict=True):
-        tiles, sizes = llava.load_images(draw(scene))
-        prompt = np.asarray(llava.prompt_ids(DESCRIBE, sizes))
+        images = llava.load_images(draw(scene))
+        prompt = np.asarray(llava.prompt_ids(DESCRIBE, [images[0].size]))
         said = llava.conversation(DESCRIBE, 1)
         said = said.replace_last(said.messages[-1][0], text).get_prompt()
         ids = np.asarray(tokenizer_image_token(said, llava.tokenizer))  # </s> at its end
-        group = Group(prompt[:-1], (ids[len(prompt) - 1 : -1],), (0,), 0)
-        prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [(tiles, sizes)])
-        given = log_probs(params, prefix, pack_questions([group.questions], 1, 1))
-        out.append(np.asarray(given)[0, 0, : len(group.questions[0])])
+        answer = ids[len(prompt) - 1 : -1]
+        prefix, _ = llava.engine.prefill(params, pack([prompt[:-1]], images, llava.config))
+        given = log_probs(params, prefix, pack_questions([[answer]], 1, 1))
+        out.append(np.asarray(given)[0, 0, : len(answer)])
     return out
 
 
@@ -86,8 +86,7 @@ def differences(ours: list[np.ndarray], exact: list[np.ndarray]) -> tuple[float,
 
 def cache_bytes(llava, params) -> int:
     """Of one position of a prefix."""
-    group = Group(np.zeros(64, np.int64), (np.zeros(1, np.int64),), (0,), 0)
-    prefix, _ = prefill_wave(llava, params, PrefixBatch((group,), 1, 1, 1, 0), [([], [])])
+    prefix, _ = llava.engine.prefill(params, pack([np.zeros(64, np.int64)], [], llava.config))
     return sum(x.nbytes for x in jax.tree.leaves(prefix.keys_values)) // prefix.valid.shape[1]
 
 
@@ -98,9 +97,11 @@ def seconds(llava, params) -> float:
     return time.perf_counter() - began
 
 
-def endless(llava, int8_prefix: bool):
+def endless(llava):
     generation = dataclasses.replace(llava.config.generation, eos_token_ids=())
-    return llava_jax.Llava(llava.config.replace(generation=generation), llava.tokenizer, int8_prefix=int8_prefix)
+    return llava_jax.Llava(
+        llava.config.replace(generation=generation), llava.tokenizer, int8_prefix=llava.engine.model.int8_prefix
+    )
 
 
 def main() -> None:
@@ -135,7 +136,7 @@ def main() -> None:
         ]
         cells += [f"{disk / 1e6:.2f} MB", f"{parameters / 1e6:.2f} MB", f"{cache_bytes(llava, params)} B"]
         print(f"| {' | '.join(cells)} |", flush=True)
-    timed = {form: (endless(llava, llava.model.int8_prefix), params) for form, (llava, params, _) in loaded.items()}
+    timed = {form: (endless(llava), params) for form, (llava, params, _) in loaded.items()}
     for turn in range(TURNS + 1):
         for form, (llava, params) in timed.items():
             took = seconds(llava, params)

@@ -36,28 +36,29 @@ class Ours:
     def programs_alone(self, asked, new: int) -> float:
         """Seconds that (image, questions) must take: each image's one prefill, no position padded, and all of its
         questions' tokens, in one batch. The host's work and the compilation are not in it."""
-        import jax
 
+        from llava_jax.inference.generation_options import GenerationOptions
         from llava_jax.inference.sampling import Greedy
         from llava_jax.inputs.batch import pack
-        from llava_jax.inputs.groups import group_prompts, pack_questions
+        from llava_jax.inputs.groups import Prompt, group_prompts, pack_questions
 
-        llava, total = self.llava, 0.0
+        llava, engine, total = self.llava, self.llava.engine, 0.0
+        options = GenerationOptions(new, Greedy())
         for image, questions in asked:
-            tiles, sizes = llava.load_images(image)
-            rows = [np.asarray(llava.prompt_ids(question, sizes)) for question in questions]
-            (group,) = group_prompts(rows, range(len(rows)), 0)
-            batch = pack([group.prefix], [group.prefix * 0 - 100], tiles, sizes, llava.config)
-            length = int(batch.lengths[0])
-            cut = {name: getattr(batch, name)[:, :length] for name in ("index", "position_ids", "attention_mask")}
-            batch = batch._replace(labels=batch.labels[:, :length], **cut)
-            packed = pack_questions([group.questions], 1, len(rows))
+            images = llava.load_images(image)
+            sizes = [picture.size for picture in images]
+            prompts = [Prompt(text, np.asarray(llava.prompt_ids(text, sizes))) for text in questions]
+            (group,) = group_prompts(prompts, None, sizes, llava.config)
+            batch = pack([group.prefix], images, llava.config)
+            cut = ("gather_indices", "position_ids", "attention_mask")
+            batch = batch._replace(**{name: getattr(batch, name)[:, : group.prefix_length] for name in cut})
+            packed = pack_questions([group.suffixes], 1, len(prompts))
             longest = int(packed.lengths.max())
             packed = packed._replace(ids=packed.ids[..., :longest])
 
             def both(batch=batch, packed=packed):
-                prefix, last = llava._prefill(self.params, batch)
-                jax.block_until_ready(llava._answer(new, self.params, prefix, last, packed, Greedy(), np.int32(new)))
+                prefix, last_hidden = engine.prefill(self.params, batch)
+                engine.generate_from_prefix(self.params, prefix, last_hidden, packed, options)
 
             both()
             total += seconds(both)
@@ -75,9 +76,9 @@ class Ours:
         def timed(program: LoggedJit):
             def call(*args):
                 nonlocal inside, compiling
-                start, known = time.perf_counter(), len(program._met)
+                start, known = time.perf_counter(), len(program.compiled_for)
                 out = jax.block_until_ready(program(*args))
-                if len(program._met) > known:
+                if len(program.compiled_for) > known:
                     compiling += time.perf_counter() - start
                     start = time.perf_counter()
                     out = jax.block_until_ready(program(*args))
@@ -86,11 +87,11 @@ class Ours:
 
             return call
 
-        programs = {name: value for name, value in vars(self.llava).items() if isinstance(value, LoggedJit)}
-        vars(self.llava).update({name: timed(program) for name, program in programs.items()})
+        programs = {name: value for name, value in vars(self.llava.engine).items() if isinstance(value, LoggedJit)}
+        vars(self.llava.engine).update({name: timed(program) for name, program in programs.items()})
         asked = [(picture, ["What is in this picture?"]) for picture in pictures]
         whole = seconds(self.answer_all, asked, new)
-        vars(self.llava).update(programs)
+        vars(self.llava.engine).update(programs)
         return whole - compiling, inside
 
 

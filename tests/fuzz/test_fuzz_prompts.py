@@ -10,11 +10,12 @@ from test_prompt import CONFIG, TOKENIZER
 
 from llava_jax.config import GenerationDefaults
 from llava_jax.conversion.prompt_template import choose_template
-from llava_jax.inference.generation_options import plan_decode, stop_strings
+from llava_jax.inference.generation_options import generation_options
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import as_rows, pack, pack_text
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.prompt import as_prompts, prompt_ids
+from llava_jax.inputs.types import ProcessedImage
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -72,13 +73,14 @@ def test_prompts(numbers):
 def test_options(numbers):
     def some_options(rng):
         def decoding(**numbers):
-            slots, limit, sampling = plan_decode(GenerationDefaults(), **numbers)
-            assert slots >= limit > 0 and isinstance(sampling, Greedy | Sample)
+            options = generation_options(GenerationDefaults(), **numbers)
+            assert options.output_capacity >= options.max_new_tokens > 0
+            assert isinstance(options.sampling, Greedy | Sample)
 
         odd.refusal_of(decoding, **changed_options(rng, OPTIONS))
         sampling = Sample(**changed_options(rng, SAMPLE))
         odd.refusal_of(decoding, sampling=rng.choice((sampling, odd.value(rng))))
-        odd.refusal_of(stop_strings, rng.choice((odd.text(rng), odd.changed(rng, ["###", "</s>"]))))
+        odd.refusal_of(decoding, stop=rng.choice((odd.text(rng), odd.changed(rng, ["###", "</s>"]))))
 
     all_cases(some_options, numbers)
 
@@ -97,14 +99,15 @@ def test_ids(numbers):
 
         def packing():
             ids, labels = as_rows(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            tiles = [np.zeros((5, 336, 336, 3), np.uint8)] * rng.randrange(2)
-            packed.append(pack(ids, labels, tiles, [(600, 600)] * len(tiles), CONFIG))
+            images = [ProcessedImage(np.zeros((5, 336, 336, 3), np.uint8), (600, 600))] * rng.randrange(2)
+            packed.append(pack(ids, images, CONFIG, labels=labels))
 
         odd.refusal_of(packing)
         odd.refusal_of(lambda: packed.append(pack_text(*batch.values(), CONFIG)))
         for one in packed:
             assert one.text_ids.min() >= 0 and one.text_ids.max() < len(TOKENIZER)
-            assert np.all((one.labels == -100) | ((one.labels >= 0) & (one.labels < len(TOKENIZER))))
+            labels = np.zeros(0) if one.labels is None else one.labels
+            assert np.all((labels == -100) | ((labels >= 0) & (labels < len(TOKENIZER))))
 
     all_cases(rows, numbers)
 
