@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, installed or not
 
-from llava_jax.conversion.verify import main
+from llava_jax.cli import script
 
 if __name__ == "__main__":
-    main()
+    script("verify.py", "verify")

@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax.config import LlavaConfig
 from llava_jax.config_schema import FILES, read_checked, refuse
 from llava_jax.constants import DTYPES
-from llava_jax.failures import first_line
 from llava_jax.inputs.conversation import check_conv_mode
+from llava_jax.inputs.text import first_line
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
 from llava_jax.parallel.sharding import param_shardings

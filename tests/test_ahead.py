@@ -11,9 +11,10 @@ import pytest
 from jax.experimental import topologies
 
 from llava_jax.capacity import programs, roofline
-from llava_jax.capacity import report as ahead
 from llava_jax.capacity.programs import Capacity, Collectives, Engine, Program, Shapes, Wave, compile_for, slice_mesh
+from llava_jax.capacity.report import NO_TPU
 from llava_jax.capacity.roofline import BENCHMARKS, SLICES, V5E, Work
+from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
 
@@ -22,7 +23,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def no_tpu(monkeypatch):
-    for name, value in ahead.NO_TPU.items():
+    for name, value in NO_TPU.items():
         monkeypatch.setenv(name, value)
 
 
@@ -226,8 +227,9 @@ def test_more_chips_and_larger_waves_are_never_slower():
 
 def run(*flags):
     parser = argparse.ArgumentParser()
-    ahead.add_ahead_arguments(parser)
-    ahead.run(parser.parse_args(flags))
+    add_command(parser, "capacity")
+    args = parser.parse_args(flags)
+    args.run(args)
 
 
 @pytest.mark.long

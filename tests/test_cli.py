@@ -194,10 +194,10 @@ import sys
 from llava_jax.cli import COMMANDS, main
 for command in COMMANDS:
     try:
-        main([command.name, "--help"])
+        main([command, "--help"])
     except SystemExit:
         assert not {"jax", "matplotlib", "gradio"} & sys.modules.keys()
 """
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     examples = re.findall(r"^example: llava-jax (\w+) ", said, re.MULTILINE)
-    assert examples == [command.name for command in COMMANDS]
+    assert examples == list(COMMANDS)

@@ -268,7 +268,7 @@ def test_bin_files(tiny, tmp_path, sharded, dtype):
 
 def test_torch_is_not_imported_for_safetensors(tiny, tmp_path):
     code = (
-        "import sys; from llava_jax.conversion.from_hf import main; main(sys.argv[1:]); "
+        "import sys; from llava_jax.cli import main; assert main(['convert', *sys.argv[1:]]) == 0; "
         "assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(tiny.path), "--output", str(tmp_path / "out")]

@@ -181,9 +181,9 @@ def test_disk_that_becomes_full(large, tmp_path, way, part):
 
 FULL_AFTER_START = """
 import shutil, sys
-from llava_jax.conversion.from_hf import main
+from llava_jax.cli import script
 shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
-main(sys.argv[1:])
+script("from_hf.py", "convert", sys.argv[1:])
 """
 
 

@@ -12,7 +12,8 @@ from make_7b import ROOT
 from orbax.checkpoint import v1 as ocp
 from published import check_values
 
-import llava_jax.conversion.from_hf as from_hf
+from llava_jax import checkpoint
+from llava_jax.cli import script
 from llava_jax.conversion.from_hf import convert
 
 # ---- interrupted
@@ -23,7 +24,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 from orbax.checkpoint import v1 as ocp
 from llava_jax import checkpoint
-from llava_jax.conversion import from_hf
+from llava_jax.cli import script
 checkpoint.BATCH_BYTES = 2000
 save, written = ocp.partial.save, []
 def halfway(path, tree):
@@ -33,7 +34,7 @@ def halfway(path, tree):
         sys.stdin.read()
     return save(path, tree)
 ocp.partial.save = halfway
-from_hf.main(sys.argv[1:])
+script("from_hf.py", "convert", sys.argv[1:])
 """
 
 
@@ -87,7 +88,7 @@ def test_streams_in_batches(tiny, tmp_path, monkeypatch):
     """No more tensors are held than a batch has room for, however many there are."""
     written = []
     save = ocp.partial.save
-    monkeypatch.setattr(from_hf.checkpoint, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 4000)
     monkeypatch.setattr(ocp.partial, "save", lambda path, tree: (written.append(tree), save(path, tree)))
     output = convert(tiny.path, tmp_path / "out", progress=False)
     sizes = [[leaf.nbytes for leaf in flatten_dict(tree).values()] for tree in written]
@@ -133,6 +134,6 @@ def test_default_output_is_the_name(tiny, tmp_path, monkeypatch):
 
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
-        from_hf.main(["--help"])
+        script("from_hf.py", "convert", ["--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--output", "--revision", "--dtype", "--vision-tower", "--model-base"))

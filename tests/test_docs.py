@@ -12,7 +12,7 @@ from pydoc import locate
 
 import pytest
 
-from llava_jax.cli import COMMANDS
+from llava_jax.cli import COMMANDS, add_command
 from llava_jax.inference.llava import Llava
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,12 +51,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(command):
-    parser = Parser(prog=command.name)
-    command.add_arguments(parser)
+    parser = Parser(prog=command)
+    add_command(parser, command)
     return parser
 
 
-PARSERS = {command.name: parser_of(command) for command in COMMANDS}
+PARSERS = {command: parser_of(command) for command in COMMANDS}
 FLAGS = {name: flags_in(parser.format_help()) for name, parser in PARSERS.items()}
 ANY_FLAG = set().union(*FLAGS.values(), {"--durations"})  # which is pytest's
 

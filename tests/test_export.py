@@ -26,7 +26,8 @@ from published import (
 )
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.conversion import orbax_reader, published_files, to_hf
+from llava_jax.cli import script
+from llava_jax.conversion import orbax_reader, published_files
 from llava_jax.conversion.atomic_directory import new_directory
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.to_hf import export
@@ -337,7 +338,7 @@ def test_script(tiny, tmp_path):
 
 def test_help_names_every_option_and_gives_an_example(capsys):
     with pytest.raises(SystemExit):
-        to_hf.main(["--help"])
+        script("to_hf.py", "export", ["--help"])
     text = capsys.readouterr().out
     assert all(
         option in text for option in ("--output", "--layout", "--dtype", "--vision-tower", "--adapter", "example: ")

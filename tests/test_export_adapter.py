@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from test_export import read_tensors
 
 from llava_jax import checkpoint
-from llava_jax.conversion import to_hf
+from llava_jax.cli import script
 from llava_jax.conversion.adapter import export_adapter
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.to_hf import export
@@ -77,7 +77,7 @@ def test_adapters_that_cannot_be_written(tiny, tmp_path, monkeypatch, capsys):
         export_adapter(converted, tmp_path / "back", progress=False)
     for flags in (["--layout", "llava-hf"], ["--vision-tower", "x"]):
         with pytest.raises(SystemExit, match="1"):
-            to_hf.main([str(converted), "--output", str(tmp_path / "back"), "--adapter", *flags])
+            script("to_hf.py", "export", [str(converted), "--output", str(tmp_path / "back"), "--adapter", *flags])
         assert capsys.readouterr().err.startswith("error: --adapter goes with neither")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValueError, match=r"--adapter: .* needs PyTorch; run `pip install torch`"):

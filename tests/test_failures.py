@@ -8,7 +8,7 @@ import pytest
 from make_7b import ROOT
 
 from llava_jax import cli
-from llava_jax.failures import exit_status
+from llava_jax.cli.failures import exit_status
 
 ENV = {key: value for key, value in os.environ.items() if key != "LLAVA_JAX_TRACEBACK"}
 
@@ -63,13 +63,11 @@ def test_statuses(capsys):
 
 @pytest.mark.parametrize("error", [OverflowError("Python int too large"), MemoryError(), RuntimeError("died")])
 def test_both_ways_in_use_it(monkeypatch, capsys, error):
-    monkeypatch.setattr("llava_jax.conversion.from_hf.run", lambda args: raising(error)())
+    monkeypatch.setattr("llava_jax.conversion.from_hf.convert", lambda *args: raising(error)())
     assert cli.main(["convert", "x"]) == 1
     assert capsys.readouterr().err.startswith("llava-jax: error: ")
-    from llava_jax.conversion import from_hf
-
     with pytest.raises(SystemExit, match="1"):
-        from_hf.main(["x"])
+        cli.script("from_hf.py", "convert", ["x"])
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -78,7 +76,7 @@ def python(code, **options):
 
 
 def test_a_reader_that_is_gone_is_no_error():
-    code = "import sys\nfrom llava_jax.failures import exit_status\n"
+    code = "import sys\nfrom llava_jax.cli.failures import exit_status\n"
     code += "sys.exit(exit_status('p', lambda: [print('x' * 1000) for _ in range(10000)] and None))"
     process = python(code, stdout=subprocess.PIPE, env=ENV)
     process.stdout.read(10)
@@ -89,7 +87,7 @@ def test_a_reader_that_is_gone_is_no_error():
 def test_a_terminal_that_cannot_show_an_answer():
     code = r"""
 import sys
-from llava_jax.failures import exit_status
+from llava_jax.cli.failures import exit_status
 def run():
     print("caf\u00e9 \udcff")
     raise ValueError("na\u00efve \udcfe")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from test_scores import gqa_question, mmbench_rounds, mme_answers, people, seed_lines
 
+from llava_jax.cli import add_command
+from llava_jax.cli.score import run
 from llava_jax.evaluation import score
 from llava_jax.evaluation.scores import mme
 from llava_jax.evaluation.scores.checked import SCORERS
@@ -41,7 +43,7 @@ class Workplace:
 
     def args(self, task, answers, annotations=None, questions=None):
         parser = argparse.ArgumentParser()
-        score.add_score_arguments(parser)
+        add_command(parser, "score")
         flags = [
             "--task",
             task,
@@ -53,7 +55,7 @@ class Workplace:
 
     def score(self, task, answers, annotations=None, questions=None, *, capsys, as_json=True):
         parser, flags = self.args(task, answers, annotations, questions)
-        score.run(parser.parse_args([*flags, *(["--json"] if as_json else [])]))
+        run(parser.parse_args([*flags, *(["--json"] if as_json else [])]))
         out = capsys.readouterr().out
         if as_json:
             assert out.count("\n") == 1

@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llava_jax.evaluation.submission import SUBMISSIONS, add_submit_arguments, run, workbook
+from llava_jax.cli import add_command
+from llava_jax.cli.submit import run
+from llava_jax.evaluation.submission import SUBMISSIONS, workbook
 
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 
@@ -35,7 +37,7 @@ def files(recorded, tmp_path, monkeypatch):
 
 def submit(task, answers, *flags):
     parser = argparse.ArgumentParser()
-    add_submit_arguments(parser)
+    add_command(parser, "submit")
     run(parser.parse_args(["--task", task, "--answers-file", answers, "--output", "new/out", *flags]))
 
 

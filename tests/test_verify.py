@@ -14,6 +14,7 @@ from make_7b import ROOT
 from published import write_json
 
 from llava_jax import checkpoint as stored
+from llava_jax.cli import script
 from llava_jax.conversion import verify
 from llava_jax.conversion.from_hf import read_published
 from llava_jax.inference.llava import load
@@ -158,7 +159,7 @@ def test_near_ties_may_fall_either_way():
 def run(capsys, *arguments):
     """(exit status, stdout, stderr)"""
     with pytest.raises(SystemExit) as raised:
-        verify.main(list(map(str, arguments)))
+        script("verify.py", "verify", list(map(str, arguments)))
     out, err = capsys.readouterr()
     return raised.value.code, out, err.removesuffix("\n")
 

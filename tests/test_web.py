@@ -15,8 +15,11 @@ import time
 import pytest
 from PIL import Image
 
+from llava_jax.cli import add_command
+from llava_jax.cli.web import run
 from llava_jax.config import LlavaConfig
-from llava_jax.web import app as web
+from llava_jax.web.app import example_scenes
+from llava_jax.web.conversations import KEPT, Conversations
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # its use of pandas
@@ -29,7 +32,7 @@ PATIENCE = 120_000  # ms; answers wait for the compiler
 
 def parsed(*flags):
     parser = argparse.ArgumentParser()
-    web.add_web_arguments(parser)
+    add_command(parser, "web")
     return parser.parse_args(["--model-path", "there-is-no-model", *flags])
 
 
@@ -50,14 +53,14 @@ def test_importing_it_imports_neither_gradio_nor_jax():
 def test_missing_gradio_is_named_with_its_remedy(port, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r'pip install "llava-jax\[web\]"'):
-        web.run(parsed("--port", str(port)))
+        run(parsed("--port", str(port)))
 
 
 def test_a_taken_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {taken} is already in use"):
-            web.run(parsed("--port", str(taken)))
+            run(parsed("--port", str(taken)))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_a_taken_port_is_named():
 )
 def test_bad_addresses_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
-        web.run(parsed(*flags))
+        run(parsed(*flags))
 
 
 # ---- conversations
@@ -108,7 +111,7 @@ class Parrot:
 
 @pytest.fixture
 def conversations():
-    return web.Conversations(Parrot(), {})
+    return Conversations(Parrot(), {})
 
 
 def said(conversations, tab, question):
@@ -197,14 +200,14 @@ def test_what_is_no_picture_leaves_the_conversation_as_it_was(conversations, pic
 
 
 def test_only_the_last_conversations_keep_their_caches(conversations):
-    tabs = [f"tab {i}" for i in range(web.KEPT + 1)]
+    tabs = [f"tab {i}" for i in range(KEPT + 1)]
     for tab in tabs:
         said(conversations, tab, "x")
-    assert [conversations.of(tab).chat is None for tab in tabs] == [True] + [False] * web.KEPT
+    assert [conversations.of(tab).chat is None for tab in tabs] == [True] + [False] * KEPT
     assert said(conversations, tabs[0], "y")[-1] == ["x", "x", "y", "y"]  # made anew, from what was said
     assert conversations.of(tabs[0]).chat and conversations.of(tabs[1]).chat is None
     conversations.forget(tabs[0])
-    assert conversations.of(tabs[0]).turns == [] and len(conversations._of_tab) == web.KEPT
+    assert conversations.of(tabs[0]).turns == [] and len(conversations._of_tab) == KEPT
 
 
 def test_only_uploads_are_read(tmp_path):
@@ -236,7 +239,7 @@ def test_closing_waits_for_the_answers(conversations):
 
 SERVE = """
 import argparse, signal, sys
-from llava_jax.web import app as web
+from llava_jax.cli import add_command
 
 def watch(event, args):
     host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
@@ -246,8 +249,9 @@ def watch(event, args):
 sys.addaudithook(watch)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 parser = argparse.ArgumentParser()
-web.add_web_arguments(parser)
-web.run(parser.parse_args())
+add_command(parser, "web")
+args = parser.parse_args()
+args.run(args)
 """
 
 
@@ -338,10 +342,10 @@ def served(bundled, tmp_path_factory):
     from llava_jax.web.page import build_page, launch
 
     folder = str(tmp_path_factory.mktemp("uploads"))
-    conversations = web.Conversations(*bundled)
+    conversations = Conversations(*bundled)
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as free:
         patch.setenv("GRADIO_TEMP_DIR", folder)
-        page = build_page(conversations, web.example_scenes(bundled[0].config.name, folder))
+        page = build_page(conversations, example_scenes(bundled[0].config.name, folder))
         port = free.getsockname()[1]
         free.close()
         launch(page, "127.0.0.1", port)

@@ -1,21 +1,16 @@
-"""`llava-jax ahead`: batch evaluation on TPU slices that are not there. What fits, what is copied, how fast at best.
+"""Batch evaluation on TPU slices that are not there. What fits, what is copied, how fast at best.
 
 Everything it says is compiled or computed, and nothing is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.util
-import json
 import math
-import os
 
 from llava_jax.capacity import roofline
 from llava_jax.capacity.roofline import BENCHMARKS, GIB, SLICES, Precision, Slice
-from llava_jax.config import PRESETS, LlavaConfig
-from llava_jax.flags import add_int8_arguments, check_axes, mesh_axes
+from llava_jax.config import LlavaConfig
 from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
 
@@ -26,47 +21,6 @@ ASSUMED = "assumed: " + "; ".join(
     f"each, answers of up to {b.answer}"
     for name, b in BENCHMARKS.items()
 )
-
-
-def add_ahead_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `llava-jax ahead`."""
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", choices=PRESETS, default="1.6-vicuna-7b", help="published shapes (%(default)s)")
-    model.add_argument("--model-path", help="a converted checkpoint, of which the config alone is read")
-    parser.add_argument("--topology", nargs="+", choices=SLICES, default=list(SLICES), help="TPU slices (all of these)")
-    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="(as llava-jax evaluate)")
-    parser.add_argument("--prefix", type=int, default=3072, help="positions of a prefix, padded (%(default)s)")
-    parser.add_argument("--rows", type=int, default=16, help="questions on each prefix (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="(%(default)s)")
-    add_int8_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each slice")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Compile for each slice and print.
-
-    Raises:
-        ValueError: a number is not positive, the mesh is none of a slice's, or libtpu is missing.
-        FileNotFoundError: there is no checkpoint at --model-path.
-    """
-    for name in ("prefix", "rows", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
-    check_axes(args.mesh, "data", "tensor")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the compiler for TPUs is not there: pip install libtpu")
-    os.environ.update(NO_TPU)  # before JAX is imported and libtpu is loaded
-    config = LlavaConfig.preset(args.model)
-    if args.model_path:
-        from llava_jax.checkpoint import load_config
-
-        config = load_config(args.model_path)
-    held = Precision(args.quantize, args.int8_prefix)
-    for name in args.topology:
-        report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, held)
-        print(json.dumps(report) if args.json else describe(report), flush=True)
-    if not args.json:
-        print(ASSUMED)
 
 
 def measure(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
@@ -21,11 +19,9 @@ from tqdm import tqdm
 from llava_jax import checkpoint, config_layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
 from llava_jax.conversion import checksums, key_table, published_files
-from llava_jax.conversion.arguments import add_arguments, run_command
 from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
 from llava_jax.conversion.new_projector import llava_config, new_tensors
-from llava_jax.conversion.orbax_reader import quiet_orbax
 from llava_jax.conversion.prompt_template import choose_template
 from llava_jax.conversion.published_files import Location, Tensor, write_json
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
@@ -363,25 +359,3 @@ def _write_small_files(directory: Path, published: Published, plan: Plan, conv_m
         (checkpoint.MANIFEST, manifest),
     ):
         write_json(directory / name, content)
-
-
-# ---- the command
-
-
-def run(args: argparse.Namespace) -> None:
-    """Convert as the flags say."""
-    jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
-    given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
-    quiet_orbax()
-    convert(args.source, args.output, *given, args.quantize, args.quantize_also, args.conv_mode)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python convert/from_hf.py`."""
-    parser = argparse.ArgumentParser(
-        prog="from_hf.py",
-        description="Convert a published LLaVA checkpoint for llava_jax (Orbax).",
-        epilog="example: from_hf.py liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16",
-    )
-    add_arguments(parser)
-    run_command(parser, run, argv)

@@ -17,8 +17,8 @@ import numpy as np
 
 from llava_jax.config_schema import HEADER, read_checked, refuse
 from llava_jax.conversion.key_table import TensorInfo
-from llava_jax.failures import first_line
 from llava_jax.files import write_atomically
+from llava_jax.inputs.text import first_line
 from llava_jax.records import parse_json
 
 # In the order of preference, as in transformers: the file itself, or an index that lists the shards.

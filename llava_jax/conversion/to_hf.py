@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from llava_jax.config_schema import read_checked
 from llava_jax.conversion import key_table, other_layout, published_files
-from llava_jax.conversion.adapter import export_adapter
-from llava_jax.conversion.arguments import add_export_arguments, run_command
 from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.from_hf import BUFFERS
-from llava_jax.conversion.orbax_reader import Converted, Written, as_tensor, open_converted, quiet_orbax, read_tensors
+from llava_jax.conversion.orbax_reader import Converted, Written, as_tensor, open_converted, read_tensors
 from llava_jax.conversion.published_files import Tensor, write_json
 from llava_jax.conversion.safetensors_files import write_checkpoint
 from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES
@@ -176,29 +172,3 @@ def _write_small_files(directory: Path, converted: Converted, layout: str, confi
     if layout == "llava-hf" and not same:
         other_layout.add_image_token(directory, config["image_token_index"])
         other_layout.write_processor(directory, converted.config)
-
-
-# ---- the command
-
-
-def run(args: argparse.Namespace) -> None:
-    """Export as the flags say."""
-    jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
-    if args.adapter and (args.layout == "llava-hf" or args.vision_tower is not None):
-        raise ValueError("--adapter goes with neither --layout llava-hf nor --vision-tower")
-    quiet_orbax()
-    if args.adapter:
-        export_adapter(args.directory, args.output, args.dtype)
-    else:
-        export(args.directory, args.output, args.layout, args.dtype, args.vision_tower)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python convert/to_hf.py`."""
-    parser = argparse.ArgumentParser(
-        prog="to_hf.py",
-        description="Write a converted or trained checkpoint in a published layout (safetensors).",
-        epilog="example: to_hf.py llava-v1.6-vicuna-7b --output exported --layout llava-hf --dtype bfloat16",
-    )
-    add_export_arguments(parser)
-    run_command(parser, run, argv)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
-from llava_jax.evaluation.questions import LANGUAGES
 from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
-from llava_jax.flags import add_distributed_argument, add_model_arguments, check_axes, mesh_axes
+from llava_jax.parallel.mesh_axes import check_axes
 
 
 @dataclass(frozen=True)
@@ -69,25 +67,3 @@ class EvaluateOptions:
     @property
     def asks_for_the_letter(self) -> bool:
         return self.single_pred_prompt or (self.task is not None and TASKS[self.task].single_pred_prompt)
-
-
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags; those that the reference's programs have keep its names."""
-    add_model_arguments(parser)
-    parser.add_argument("--question-file", required=True, help="jsonl; ScienceQA's json; MMBench's tsv")
-    parser.add_argument("--image-folder", default="", help="where the images named in it stand, if not by URL")
-    parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
-    parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
-    parser.add_argument("--annotations", metavar="PATH", help="score the answers too; see llava-jax score --help")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
-    parser.add_argument("--top_p", type=float, help="(the checkpoint's, or 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, help="(128; 1024 for science, mmbench, llava-bench and mm-vet)")
-    parser.add_argument("--num-chunks", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--chunk-idx", type=int, default=0, help="answer this chunk only, to a file of its own")
-    parser.add_argument("--single-pred-prompt", action="store_true", help="science, mmbench: ask for the letter alone")
-    parser.add_argument("--all-rounds", action="store_true", help="mmbench: once for each rotation of the options")
-    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="mmbench (%(default)s)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
-    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
-    add_distributed_argument(parser)

@@ -6,13 +6,12 @@ LLaVA's eval.zip. MMBench's sheet has the same cells, but none of pandas' format
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -44,43 +43,36 @@ class Submission:
     what: str = ""
 
 
-def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `llava-jax submit`."""
-    parser.add_argument("--task", required=True, choices=list(SUBMISSIONS))
-    parser.add_argument("--answers-file", required=True, help="what llava-jax evaluate wrote")
-    parser.add_argument("--output", required=True, help="the file to write; mme: the folder")
-    for needed in ("question_file", "annotations"):
-        uses = "; ".join(f"{task}: {s.what}" for task, s in SUBMISSIONS.items() if s.needs == needed)
-        parser.add_argument("--" + needed.replace("_", "-"), help=uses)
+def write_submission(
+    task: str, answers_file: str, output: str, question_file: str | None = None, annotations: str | None = None
+) -> Iterator[epath.Path]:
+    """Write a task's answers for its server or evaluator; a file that is there is written over.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Writes a task's answers for its server or evaluator; a file that is there is written over.
+    Yields:
+        each file once it is written: `output`; of mme, those in it.
 
     Raises:
         FileNotFoundError: a file cannot be read.
-        ValueError: a flag is missing, a file is malformed, or an answer that the evaluator insists on is missing.
+        ValueError: a file is missing or malformed, or an answer that the evaluator insists on is missing.
         OSError: the file cannot be written.
     """
-    submission = SUBMISSIONS[args.task]
-    needed = [args.answers_file]
+    submission = SUBMISSIONS[task]
+    given = [answers_file]
     if submission.needs:
-        needed.append(getattr(args, submission.needs))
-        if needed[-1] is None:
-            flag = submission.needs.replace("_", "-")
-            raise ValueError(f"--task {args.task} needs --{flag}: {submission.what}")
-    written = submission.convert(*needed)
-    output = epath.Path(args.output)
-    files = (
-        {output / name: content for name, content in written.items()}
-        if isinstance(written, dict)
-        else {output: written}
-    )
+        other = {"question_file": question_file, "annotations": annotations}[submission.needs]
+        if other is None:
+            raise ValueError(f"--task {task} needs --{submission.needs.replace('_', '-')}: {submission.what}")
+        given.append(other)
+    written, path = submission.convert(*given), epath.Path(output)
+    if isinstance(written, bytes):
+        files = {path: written}
+    else:
+        files = {path / name: content for name, content in written.items()}
     for path, content in files.items():
         with writing(path, "make room, or name another --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
-        print(f"wrote {path}")
+        yield path
 
 
 # ---- reading

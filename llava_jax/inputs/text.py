@@ -47,3 +47,8 @@ def reason_of(error: object) -> str:
     if isinstance(error, OSError | ValueError | str) or said.startswith(kind):
         return said or kind
     return f"{kind}: {said}" if said else kind
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llava_jax.config_schema import SPECIAL_NAMES, read_checked
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_jax.failures import first_line
+from llava_jax.inputs.text import first_line
 from llava_jax.records import LFS_POINTER, read_file
 
 SPIECE_UNDERLINE = "▁"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_jax.flags import check_axes
 from llava_jax.inputs.conversation import conv_templates
+from llava_jax.parallel.mesh_axes import check_axes
 
 # What each stage trains, by parameter path. `lora` trains its own parameters beside these (see lora.py).
 STAGES = {
@@ -44,31 +44,11 @@ class Range:
 
 POSITIVE, NOT_NEGATIVE, SHARE = Range(0, LARGEST, "(]"), Range(0, LARGEST), Range(0, 1, "[)")
 COUNT = Range(1, MOST)
-RANGES = {  # of every field that is a number
-    "learning_rate": POSITIVE,
-    "mm_projector_lr": NOT_NEGATIVE,
-    "mm_vision_tower_lr": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "warmup_ratio": SHARE,
-    "adam_beta1": SHARE,
-    "adam_beta2": SHARE,
-    "adam_epsilon": NOT_NEGATIVE,
-    "max_grad_norm": POSITIVE,
-    "gradient_accumulation_steps": COUNT,
-    "lora_r": COUNT,
-    "lora_alpha": COUNT,
-    "lora_dropout": SHARE,
-    "num_train_epochs": POSITIVE,
-    "max_steps": Range(-1, MOST),
-    "per_device_train_batch_size": COUNT,
-    "model_max_length": COUNT,
-    "max_unlabelled_ratio": Range(0, 1),
-    "save_steps": COUNT,
-    "save_total_limit": COUNT,
-    "logging_steps": COUNT,
-    "dataloader_num_workers": Range(0, MOST),
-    "seed": Range(0, 2**32 - 1),  # as transformers' set_seed
-}
+
+
+def option(default: Any, help: str = "", range: Range | None = None) -> Any:
+    """A field of `TrainOptions`: `help` is its flag's, and a number must be in `range`."""
+    return field(default=default, metadata={"help": help, "range": range})
 
 
 @dataclass(frozen=True)
@@ -82,47 +62,50 @@ class TrainOptions:
         ValueError: a value is of another kind than the field, not finite, or out of its range.
     """
 
-    learning_rate: float = 2e-5
-    mm_projector_lr: float | None = None
-    mm_vision_tower_lr: float | None = None
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.03
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
-    stage: str = "finetune"  # pretrain, finetune or lora
-    model_path: str = ""  # a converted checkpoint
-    data_path: str = ""  # LLaVA's JSON
-    image_folder: str = "."
-    output_dir: str = ""
-    version: str | None = None  # the conversation template; None is the checkpoint's, and "plain" for pretrain
-    pretrain_mm_mlp_adapter: str | None = None  # a projector to start from: mm_projector.bin, or a converted checkpoint
-    unfreeze_mm_vision_tower: bool = False
-    lora_r: int = 64
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    num_train_epochs: float = 1.0
-    max_steps: int = -1  # updates; above 0 it stands instead of the epochs
-    per_device_train_batch_size: int = 8  # rows for each device that rows are divided over
-    model_max_length: int = 2048
-    group_by_modality_length: bool = False
-    max_unlabelled_ratio: float = 0.01  # the share of samples without any label that is let pass
-    bf16: bool = False  # compute in bfloat16; what is trained stays float32
-    gradient_checkpointing: bool = True
-    save_steps: int = 500
-    save_total_limit: int = 1
-    logging_steps: int = 1
-    dataloader_num_workers: int = 4
-    seed: int = 42
-    mesh: tuple[tuple[str, int], ...] = ()  # like (("data", 2), ("fsdp", 4)); empty is one device
+    learning_rate: float = option(2e-5, range=POSITIVE)
+    mm_projector_lr: float | None = option(None, "learning rate of the projector (that of everything)", NOT_NEGATIVE)
+    mm_vision_tower_lr: float | None = option(None, "learning rate of the tower (that of everything)", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, range=NOT_NEGATIVE)
+    warmup_ratio: float = option(0.03, range=SHARE)
+    adam_beta1: float = option(0.9, range=SHARE)
+    adam_beta2: float = option(0.999, range=SHARE)
+    adam_epsilon: float = option(1e-8, range=NOT_NEGATIVE)
+    max_grad_norm: float = option(1.0, range=POSITIVE)
+    gradient_accumulation_steps: int = option(1, range=COUNT)
+    stage: str = option("finetune", f"{', '.join(STAGES)}: which parameters are trained")
+    model_path: str = option("", "a directory that convert/from_hf.py wrote")
+    data_path: str = option("", "LLaVA's JSON: id, image, conversations")
+    image_folder: str = option(".", "where the images named in it stand")
+    output_dir: str = option("", "a new directory, or that of a killed run to go on with")
+    version: str | None = option(None, "the conversation template (plain for pretrain, else the checkpoint's)")
+    pretrain_mm_mlp_adapter: str | None = option(
+        None, "a projector to start from: mm_projector.bin, or a pretrain run's output"
+    )
+    unfreeze_mm_vision_tower: bool = option(False, "train the tower too")
+    lora_r: int = option(64, range=COUNT)
+    lora_alpha: int = option(16, range=COUNT)
+    lora_dropout: float = option(0.05, range=SHARE)
+    num_train_epochs: float = option(1.0, range=POSITIVE)
+    max_steps: int = option(-1, "updates, instead of whole epochs", Range(-1, MOST))
+    per_device_train_batch_size: int = option(8, "rows for each device of the data and fsdp axes", COUNT)
+    model_max_length: int = option(2048, "positions, images included; what is longer is cut off on the right", COUNT)
+    group_by_modality_length: bool = option(False)
+    max_unlabelled_ratio: float = option(
+        0.01, "the share of samples without any label (cut off, or never answered) that is let pass", Range(0, 1)
+    )
+    bf16: bool = option(False, "compute in bfloat16; what is trained stays float32")
+    gradient_checkpointing: bool = option(True, "compute each layer again in the backward pass, to save memory")
+    save_steps: int = option(500, "updates between saved states", COUNT)
+    save_total_limit: int = option(1, "how many saved states are kept", COUNT)
+    logging_steps: int = option(1, range=COUNT)
+    dataloader_num_workers: int = option(4, range=Range(0, MOST))
+    seed: int = option(42, range=Range(0, 2**32 - 1))  # as transformers' set_seed
+    mesh: tuple[tuple[str, int], ...] = option((), "devices, like data=2,fsdp=4 (one device)")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            declared = _axes(value) if field.name == "mesh" else _as_declared(field.name, str(field.type), value)
-            object.__setattr__(self, field.name, declared)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            object.__setattr__(self, one.name, _axes(value) if one.name == "mesh" else _as_declared(one, value))
         if self.stage not in STAGES:
             raise ValueError(f"--stage {self.stage} is none of {', '.join(STAGES)}")
         if self.version is not None and self.version not in conv_templates:
@@ -145,9 +128,9 @@ class TrainOptions:
         return Path(self.output_dir) / "checkpoints"
 
 
-def _as_declared(name: str, kind: str, value: Any):
-    """A field's value as the Python type that it is declared with: NumPy's numbers and paths are taken too."""
-    kind, _, optional = kind.partition(" | ")
+def _as_declared(field: Field, value: Any):
+    """An option's value as the Python type that it is declared with: NumPy's numbers and paths are taken too."""
+    kind, _, optional = str(field.type).partition(" | ")
     if optional and value is None:
         return None
     if kind == "bool" and isinstance(value, bool | np.bool_):
@@ -156,10 +139,10 @@ def _as_declared(name: str, kind: str, value: Any):
         return os.fspath(value)
     numbers: Any = {"int": Integral, "float": Real}.get(kind, ())
     if isinstance(value, numbers) and not isinstance(value, bool):
-        if value not in RANGES[name]:
-            raise ValueError(f"--{name} {str(value)[:30]} must be {RANGES[name]}")
+        if value not in field.metadata["range"]:
+            raise ValueError(f"--{field.name} {str(value)[:30]} must be {field.metadata['range']}")
         return int(value) if kind == "int" else float(value)
-    raise ValueError(f"--{name} {value!r:.80} must be of type {kind}")
+    raise ValueError(f"--{field.name} {value!r:.80} must be of type {kind}")
 
 
 def _axes(mesh) -> tuple[tuple[str, int], ...]:

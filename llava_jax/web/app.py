@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import importlib.util
@@ -10,51 +9,32 @@ import os
 import signal
 import socket
 import tempfile
-import threading
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_jax.flags import add_model_arguments
-from llava_jax.inputs.image import process_image
-from llava_jax.inputs.types import ProcessedImage
-from llava_jax.terminal import load_model
+from llava_jax.web.conversations import Conversations
 
 if TYPE_CHECKING:
-    from llava_jax.inference.chat import Chat
     from llava_jax.inference.llava import Llava
 
-KEPT = 4  # conversations whose caches are kept, and answers that are made at the same time
 EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which kind of question is asked
 
 
-def add_web_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `llava-jax web`."""
-    add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="(%(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
+def serve(llava: Llava, params: dict, host: str, port: int, conv_mode: str | None = None) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
-    Raises:
-        ValueError: the address cannot be had, or gradio is missing: seen before the model is loaded.
-        FileNotFoundError, ValueError: the model cannot be read.
+    Args:
+        conv_mode: the prompt template; None is the checkpoint's.
     """
-    check_address(args.host, args.port)
-    check_gradio()
-    llava, params = load_model(args)
     with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="llava-jax-web-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded goes when the server ends
         from llava_jax.web.page import build_page, launch
 
-        conversations = Conversations(llava, params, args.conv_mode)
+        conversations = Conversations(llava, params, conv_mode)
         page = build_page(conversations, example_scenes(llava.config.name, folder))
-        launch(page, args.host, args.port)
-        print(f"http://{args.host}:{args.port} (Ctrl-C ends)", flush=True)
+        launch(page, host, port)
+        print(f"http://{host}:{port} (Ctrl-C ends)", flush=True)
         page.block_thread()
         conversations.close()
 
@@ -103,120 +83,3 @@ def example_scenes(name: str, folder: str) -> list[list[str]]:
         draw(scene).save(path)
         examples += [[str(path), asked.text] for asked in questions_about(scene, 0, number) if asked.kind == kind]
     return examples
-
-
-# ---- conversations
-
-
-@dataclass(eq=False)
-class Conversation:
-    """What a tab of a browser shows. `chat` holds its cache; None: to be made anew, from the picture and the turns."""
-
-    file: str | None = None
-    picture: ProcessedImage | None = None
-    turns: list[str] = field(default_factory=list)  # question, answer, question, answer, …
-    chat: Chat | None = None
-    stopped: bool = False
-    answering: threading.Lock = field(default_factory=threading.Lock)
-
-
-class Conversations:
-    """Those of all tabs. The KEPT that were asked last keep their caches, the others what was said."""
-
-    def __init__(self, llava: Llava, params: dict, conv_mode: str | None = None):
-        self.llava, self.params, self.conv_mode = llava, params, conv_mode
-        self._of_tab: dict[str, Conversation] = {}  # those asked last are last
-        self._answering: set[Conversation] = set()
-
-    def of(self, tab: str) -> Conversation:
-        """The tab's; an empty one if nothing has happened there yet."""
-        return self._of_tab.get(tab) or Conversation()
-
-    def show(self, tab: str, file: str | None) -> None:
-        """A new one about a picture, or about none; an answer that is being made for the old one stops.
-
-        Raises:
-            FileNotFoundError, ValueError: no picture; the conversation is then as it was.
-        """
-        self._begin(tab, file, None if file is None else process_image(file, self.llava.config))
-
-    def begin(self, tab: str) -> None:
-        """A new one about the same picture."""
-        before = self.of(tab)
-        self._begin(tab, before.file, before.picture)
-
-    def _begin(self, tab: str, file: str | None, picture: ProcessedImage | None) -> None:
-        self.forget(tab)
-        self._of_tab[tab] = Conversation(file, picture)
-
-    def forget(self, tab: str) -> None:
-        """The tab was closed: its cache is freed."""
-        self.stop(tab)
-        self._of_tab.pop(tab, None)
-
-    def stop(self, tab: str) -> None:
-        """End the answer at its next token; what was said of it is kept."""
-        self.of(tab).stopped = True
-
-    def close(self) -> None:
-        """Stop all answers and wait for them: a process that ends while JAX works in a thread ends in a crash."""
-        for conversation in list(self._answering):
-            conversation.stopped = True
-            conversation.answering.acquire(timeout=60)
-
-    def answer(self, tab: str, question: str | None, **options) -> Iterator[list[str]]:
-        """The turns, the last of them the answer as it comes.
-
-        Args:
-            question: None is the last one again, in place of its answer.
-            options: as `Llava.generate` has them.
-
-        Raises:
-            ValueError: the question cannot be asked, or the answer failed; the conversation is then as it was.
-        """
-        conversation = self._of_tab.setdefault(tab, Conversation())
-        if not conversation.answering.acquire(blocking=False):
-            raise ValueError("the last question is still being answered")
-        self._answering.add(conversation)
-        before = list(conversation.turns)
-        try:
-            if question is None:
-                question = before[-2] if before else ""
-                del conversation.turns[-2:]
-            if not question.strip():
-                raise ValueError("the question is empty")
-            yield from self._answer(tab, conversation, question.strip(), options)
-        except Exception as error:
-            conversation.turns[:] = before
-            if isinstance(error, ValueError):
-                raise
-            conversation.chat = None  # there is no telling what its cache holds
-            traceback.print_exc()
-            raise ValueError(
-                f"the answer failed: {type(error).__name__}, of which the server's log says more"
-            ) from None
-        finally:
-            self._answering.discard(conversation)
-            conversation.answering.release()
-
-    def _answer(self, tab: str, conversation: Conversation, question: str, options: dict) -> Iterator[list[str]]:
-        conversation.stopped, turns, answer = False, [*conversation.turns, question], ""
-        yield [*turns, answer]
-        with contextlib.closing(self._chat(tab, conversation).stream(question, **options)) as pieces:
-            for piece in pieces:
-                answer += piece
-                yield [*turns, answer]
-                if conversation.stopped:
-                    break
-
-    def _chat(self, tab: str, conversation: Conversation) -> Chat:
-        """The conversation's, which is now the one that was asked last."""
-        if conversation.chat is None:
-            conversation.chat = self.llava.chat(self.params, conversation.picture, self.conv_mode)
-            conversation.chat.turns = conversation.turns  # one list: what the chat adds is said here
-        chat = conversation.chat
-        if self._of_tab.get(tab) is conversation:
-            self._of_tab[tab] = self._of_tab.pop(tab)
-        for other in list(self._of_tab.values())[:-KEPT]:
-            other.chat = None
-        return chat

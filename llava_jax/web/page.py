@@ -1,4 +1,4 @@
-"""The page of `llava-jax web`: what is on it, and what its buttons do. Imports gradio, so `web` imports it late."""
+"""The page of `llava-jax web`: what is on it, and what its buttons do. Imports gradio, so `serve` imports it late."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.helpers import Examples
 
-from llava_jax.web.app import KEPT, Conversations
+from llava_jax.web.conversations import KEPT, Conversations
 
 SUGGESTED = (
     "Describe the image in detail.",

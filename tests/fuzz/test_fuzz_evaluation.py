@@ -12,7 +12,10 @@ from etils import epath
 from fuzz import odd
 from test_scores import gqa_question, mme_answers, people
 
-from llava_jax.evaluation import score, submission
+from llava_jax.cli import add_command
+from llava_jax.cli.score import print_scores
+from llava_jax.cli.submit import run as run_submit
+from llava_jax.evaluation import submission
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_line
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 
@@ -268,7 +271,7 @@ def test_scores(tmp_path, numbers, task):
     def run():
         asked = None if questions is None else str(tmp_path / questions)
         with printed():
-            score.print_scores(task, str(tmp_path / "answers.jsonl"), str(tmp_path / annotations), asked)
+            print_scores(task, str(tmp_path / "answers.jsonl"), str(tmp_path / annotations), asked)
 
     write(tmp_path, files)
     assert odd.refusal_of(run) is None
@@ -280,14 +283,14 @@ def test_scores(tmp_path, numbers, task):
 def test_submissions(tmp_path, numbers, task):
     files, annotations, questions = SUBMITTED[task]
     parser = argparse.ArgumentParser()
-    submission.add_submit_arguments(parser)
+    add_command(parser, "submit")
     flags = ["--task", task, "--answers-file", str(tmp_path / "answers.jsonl"), "--output", str(tmp_path / "out")]
     flags += ["--annotations", str(tmp_path / annotations)] if annotations else []
     flags += ["--question-file", str(tmp_path / questions)] if questions else []
 
     def run():
         with printed():
-            submission.run(parser.parse_args(flags))
+            run_submit(parser.parse_args(flags))
 
     write(tmp_path, files)
     assert odd.refusal_of(run) is None

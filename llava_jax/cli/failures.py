@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from llava_jax.inputs.text import first_line
+
 TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
 AGAIN = 0.05  # seconds until an interruption that was lost comes again
@@ -97,11 +99,6 @@ def _take_any_text() -> None:
     ):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # what stands in for it may be anything
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _say(line: str) -> None:

@@ -1,21 +1,17 @@
-"""The flags of the way in and out, apart from the code, so that `--help` need not import JAX."""
+"""`llava-jax convert` and `convert/from_hf.py`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 from llava_jax.constants import DTYPES
-from llava_jax.failures import exit_status
 from llava_jax.inputs.conversation import conv_templates
 
-LAYOUTS = ("liuhaotian", "llava-hf")
+DESCRIPTION = "Turn a published LLaVA checkpoint, local or on the hub, into an Orbax directory."
+EXAMPLE = "liuhaotian/llava-v1.6-vicuna-7b --dtype bfloat16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `convert/from_hf.py` and of `llava-jax convert`."""
     parser.add_argument("source", help="a local directory or a hub id, e.g. liuhaotian/llava-v1.6-vicuna-7b")
     parser.add_argument("--output", help="the directory to write (default: ./<last part of the source>)")
     parser.add_argument("--revision", help="a branch, tag or commit of the hub id")
@@ -43,16 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anyres", action="store_true", help="with --new-projector: see pictures as 1.6, not as 1.5")
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `convert/to_hf.py` and of `llava-jax export`."""
-    parser.add_argument("directory", help="what convert/from_hf.py or a training run wrote")
-    parser.add_argument("--output", required=True, help="the directory to write")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: the one that the checkpoint came in")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    parser.add_argument("--vision-tower", help="what config.json is to name as mm_vision_tower (liuhaotian)")
-    parser.add_argument("--adapter", action="store_true", help="what a LoRA run trained, unmerged (a PEFT directory)")
+def run(args: argparse.Namespace) -> None:
+    import jax
 
+    from llava_jax.conversion.from_hf import convert
+    from llava_jax.conversion.orbax_reader import quiet_orbax
 
-def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> NoReturn:
-    """Parse and run one of the scripts in convert/, and end with its status."""
-    sys.exit(exit_status("", lambda: run(parser.parse_args(argv)), own_process=argv is None))
+    jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
+    quiet_orbax()
+    convert(
+        args.source,
+        args.output,
+        args.revision,
+        args.dtype,
+        args.vision_tower,
+        args.model_base,
+        args.new_projector,
+        args.anyres,
+        args.quantize,
+        args.quantize_also,
+        args.conv_mode,
+    )

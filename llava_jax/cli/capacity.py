@@ -1,0 +1,60 @@
+"""`llava-jax capacity`, or `llava-jax ahead`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+
+from llava_jax.capacity.report import ASSUMED, NO_TPU, describe, measure
+from llava_jax.capacity.roofline import SLICES, Precision
+from llava_jax.cli.flags import add_int8_arguments, mesh_axes
+from llava_jax.config import PRESETS, LlavaConfig
+from llava_jax.parallel.mesh_axes import check_axes
+
+DESCRIPTION = (
+    "Compile batch evaluation's programs for TPU slices that are not there, with libtpu alone, and say what fits, "
+    "what is copied, and how fast it is at best. Minutes for each slice."
+)
+EXAMPLE = "--topology v5e-1 --quantize int8 --int8-prefix"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=PRESETS, default="1.6-vicuna-7b", help="published shapes (%(default)s)")
+    model.add_argument("--model-path", help="a converted checkpoint, of which the config alone is read")
+    parser.add_argument("--topology", nargs="+", choices=SLICES, default=list(SLICES), help="TPU slices (all of these)")
+    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="(as llava-jax evaluate)")
+    parser.add_argument("--prefix", type=int, default=3072, help="positions of a prefix, padded (%(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="questions on each prefix (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="(%(default)s)")
+    add_int8_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each slice")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile for each slice and print.
+
+    Raises:
+        ValueError: a number is not positive, the mesh is none of a slice's, or libtpu is missing.
+        FileNotFoundError: there is no checkpoint at --model-path.
+    """
+    for name in ("prefix", "rows", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
+    check_axes(args.mesh, "data", "tensor")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the compiler for TPUs is not there: pip install libtpu")
+    os.environ.update(NO_TPU)  # before JAX is imported and libtpu is loaded
+    config = LlavaConfig.preset(args.model)
+    if args.model_path:
+        from llava_jax.checkpoint import load_config
+
+        config = load_config(args.model_path)
+    held = Precision(args.quantize, args.int8_prefix)
+    for name in args.topology:
+        report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, held)
+        print(json.dumps(report) if args.json else describe(report), flush=True)
+    if not args.json:
+        print(ASSUMED)

@@ -1,0 +1,109 @@
+"""The flags that several commands have, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+
+from llava_jax.constants import DTYPES
+from llava_jax.inputs.conversation import conv_templates
+
+
+def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
+    """A mesh as `--mesh` takes it, like data=2,fsdp=4."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return tuple((name, int(size)) for name, size in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None
+
+
+def options_from(kind: type, args: argparse.Namespace):
+    """The dataclass of a command's options, of the flags that are named like its fields.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def check_paths(flags: Mapping[str, object]) -> None:
+    """ValueError if one of them is a gs:// path, or has one, and there is nothing here to read it with."""
+    values = [part for value in flags.values() for part in (value if isinstance(value, list) else [value])]
+    if any(isinstance(value, str) and value.startswith("gs://") for value in values):
+        import fsspec  # slow to import
+
+        try:
+            fsspec.get_filesystem_class("gcs")
+        except ImportError:
+            raise ValueError('gs:// paths need gcsfs: pip install "llava-jax[gcs]"') from None
+
+
+# ---- several processes
+
+
+def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of a pod's processes: call jax.distributed.initialize() first"
+    )
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Join the pod, if `--distributed` is given."""
+    if args.distributed:
+        import jax
+
+        jax.distributed.initialize()
+
+
+# ---- a model
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model is asked, and how it is held."""
+    parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (by the checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    add_int8_arguments(parser)
+
+
+def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint is held."""
+    parser.add_argument("--quantize", choices=("int8",), help="hold the kernels so, whatever is stored (as stored)")
+    parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
+
+
+def load_model(args: argparse.Namespace) -> tuple:
+    """(Llava, params), as `add_model_arguments` has it."""
+    import llava_jax  # JAX is imported once the command line is known to be good
+
+    return llava_jax.load(args.model_path, args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
+
+
+# ---- its answers at a terminal
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How it answers."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
+    parser.add_argument("--top_p", type=float, help="(as the checkpoint's generation_config.json, or 1)")
+    parser.add_argument("--top_k", type=int, help="0 is off (as the checkpoint's generation_config.json, or 50)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+
+
+def answer_options(args: argparse.Namespace) -> dict:
+    """What `add_sampling_arguments` gave, and the template, as `Llava.stream` takes them."""
+    names = ("conv_mode", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError or FileNotFoundError if the model cannot be asked so, or is not there: before it is loaded."""
+    from llava_jax.checkpoint import load_config
+    from llava_jax.inference.generation_options import generation_options
+
+    options = answer_options(args)
+    del options["conv_mode"]
+    generation_options(load_config(args.model_path).generation, **options)

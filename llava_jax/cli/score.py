@@ -1,0 +1,53 @@
+"""`llava-jax score`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from llava_jax.evaluation.score import JUDGED, check_scorable, published_beside, table
+from llava_jax.evaluation.scores.annotations import Files
+from llava_jax.evaluation.scores.checked import NOTE, SCORERS, read_answers
+
+DESCRIPTION = "Score an answer file as the benchmark's own program does."
+EXAMPLE = "--task pope --answers-file answers.jsonl --annotations pope/coco"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags, and below them what --annotations is for each task."""
+    parser.add_argument("--task", required=True, choices=[*SCORERS, *JUDGED])
+    parser.add_argument("--answers-file", required=True, help="what llava-jax evaluate, or LLaVA's own program, wrote")
+    parser.add_argument("--annotations", metavar="PATH", help="the true answers: a file or folder, by task (see below)")
+    parser.add_argument(
+        "--question-file", help="pope: the questions (llava_pope_test.jsonl beside coco); vizwiz: if ids are no images"
+    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON, with all figures")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = [f"  {task:<12}{scorer.annotations}" for task, scorer in SCORERS.items()]
+    parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines, "", parser.epilog or ""])
+
+
+def run(args: argparse.Namespace) -> None:
+    print_scores(args.task, args.answers_file, args.annotations, args.question_file, args.json)
+
+
+def print_scores(
+    task: str, answers_file: str, annotations: str | None, question_file: str | None = None, as_json: bool = False
+) -> None:
+    """The scores of an answer file: a table, or one line of JSON.
+
+    Raises:
+        FileNotFoundError: a file cannot be read.
+        ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
+    """
+    scorer, path = check_scorable(task, answers_file, annotations)
+    answers, files = read_answers(answers_file, scorer.keys), Files(answers_file, path, question_file)
+    figures = scorer.score(answers, scorer.read(files), files)
+    published = published_beside(task, path)
+    if as_json:
+        scores = {name: entry.score for name, entry in published.items()}
+        print(json.dumps({"task": task, "answers": len(answers), "published": scores, **figures}))
+    else:
+        notes = figures.pop(NOTE, [])
+        lines = "\n".join([table(f"{task}, {len(answers)} answers", figures, published, scorer.table), *notes])
+        print(lines.encode(errors="backslashreplace").decode())  # an annotation's half characters

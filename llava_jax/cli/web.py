@@ -1,0 +1,30 @@
+"""`llava-jax web`."""
+
+from __future__ import annotations
+
+import argparse
+
+from llava_jax.cli.flags import add_model_arguments, load_model
+from llava_jax.web.app import check_address, check_gradio, serve
+
+DESCRIPTION = "Serve a page on which pictures are shown and talked about, to one browser or several."
+EXAMPLE = "--model-path llava-v1.6-vicuna-7b --port 7860"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        ValueError: the address cannot be had, or gradio is missing: seen before the model is loaded.
+        FileNotFoundError, ValueError: the model cannot be read.
+    """
+    check_address(args.host, args.port)
+    check_gradio()
+    llava, params = load_model(args)
+    serve(llava, params, args.host, args.port, args.conv_mode)
