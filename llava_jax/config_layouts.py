@@ -7,7 +7,7 @@ import dataclasses
 import os
 from typing import Any
 
-from llava_jax import config as c
+from llava_jax import config_parts as parts
 from llava_jax import config_schema as schema
 from llava_jax.records import read_json_object
 
@@ -46,20 +46,20 @@ def tower_of(vision_config: Any) -> Any:
 
 
 # What transformers' CLIPVisionConfig means by a key that a file leaves out (it is ViT-B/32's shape).
-_CLIP_DEFAULTS = c.VisionConfig(768, 3072, 12, 12, 224, 32)
+_CLIP_DEFAULTS = parts.VisionConfig(768, 3072, 12, 12, 224, 32)
 
 
-def read_vision(vision_config: dict | None, tower: str | None) -> c.VisionConfig:
+def read_vision(vision_config: dict | None, tower: str | None) -> parts.VisionConfig:
     if vision_config is None:
-        if tower in c.KNOWN_TOWERS:
-            return c.KNOWN_TOWERS[tower]
+        if tower in parts.KNOWN_TOWERS:
+            return parts.KNOWN_TOWERS[tower]
         path = os.path.join(os.path.expanduser(tower or ""), "config.json")
         if not tower or not os.path.isfile(path):
-            return c.VisionConfig()  # mm_hidden_size is checked against it
+            return parts.VisionConfig()  # mm_hidden_size is checked against it
         vision_config = read_json_object(path)
     inner = tower_of(vision_config)
     schema.refuse(schema.CLIP.problems("vision_config", inner), tower or "config")
-    known = {f.name for f in dataclasses.fields(c.VisionConfig)}
+    known = {f.name for f in dataclasses.fields(parts.VisionConfig)}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
     return dataclasses.replace(_CLIP_DEFAULTS, **values)
 
@@ -68,8 +68,8 @@ def read_vision(vision_config: dict | None, tower: str | None) -> c.VisionConfig
 _MISTRAL_DEFAULTS = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32)
 
 
-def _read_text(config: dict, mistral: bool) -> c.TextConfig:
-    values = {f.name: config[f.name] for f in dataclasses.fields(c.TextConfig) if config.get(f.name) is not None}
+def _read_text(config: dict, mistral: bool) -> parts.TextConfig:
+    values = {f.name: config[f.name] for f in dataclasses.fields(parts.TextConfig) if config.get(f.name) is not None}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in config:
             values[key] = tuple(config[key]) if isinstance(config[key], list) else config[key]
@@ -79,26 +79,26 @@ def _read_text(config: dict, mistral: bool) -> c.TextConfig:
         values = {**_MISTRAL_DEFAULTS, **values}
         if config.get("sliding_window") is not None:
             raise ValueError(f"config: sliding_window={config['sliding_window']!r} is not supported; supported: null")
-    heads = values.get("num_attention_heads", c.TextConfig.num_attention_heads)
+    heads = values.get("num_attention_heads", parts.TextConfig.num_attention_heads)
     values.setdefault("num_key_value_heads", heads)
     if "head_dim" not in values:
-        hidden_size = values.get("hidden_size", c.TextConfig.hidden_size)
-        c.divides("hidden_size", hidden_size, "num_attention_heads", heads)
+        hidden_size = values.get("hidden_size", parts.TextConfig.hidden_size)
+        parts.divides("hidden_size", hidden_size, "num_attention_heads", heads)
         values["head_dim"] = hidden_size // heads
     rope = config.get("rope_parameters") or {}
-    values["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", c.TextConfig.rope_theta)))
+    values["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta", parts.TextConfig.rope_theta)))
     values["rope_scaling"] = _read_rope(config.get("rope_scaling") or rope)
-    return c.TextConfig(**values)
+    return parts.TextConfig(**values)
 
 
-def _read_rope(rope: dict) -> c.RopeScaling | None:
+def _read_rope(rope: dict) -> parts.RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    known = {f.name for f in dataclasses.fields(c.RopeScaling)} - {"rope_type"}
+    known = {f.name for f in dataclasses.fields(parts.RopeScaling)} - {"rope_type"}
     if not schema.ROPE_TYPE.problems("", kind) and "factor" not in rope:
         raise ValueError(f"config: rope_scaling={schema.shown(rope)} has no 'factor'")
-    return c.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
+    return parts.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
 
 
 def _given(config: dict, key: str, default):
@@ -136,7 +136,7 @@ def read_llava_hf(config: dict) -> dict:
     text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     vision_config = config.get("vision_config") or {}
     read_text = _read_text(text, text.get("model_type") == "mistral")
-    pinpoints = config.get("image_grid_pinpoints") or (c.PINPOINTS_336 if anyres else ())
+    pinpoints = config.get("image_grid_pinpoints") or (parts.PINPOINTS_336 if anyres else ())
     return dict(
         text=read_text,
         vision=read_vision(vision_config, None),
@@ -155,7 +155,7 @@ def read_llava_hf(config: dict) -> dict:
     )
 
 
-def read_generation(generation: dict | None, text: c.TextConfig) -> c.GenerationDefaults:
+def read_generation(generation: dict | None, text: parts.TextConfig) -> parts.GenerationDefaults:
     """transformers takes `generation_config.json` whole, and the config's own token ids only where there is none."""
     if generation is None:
         generation = {"eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}
@@ -165,7 +165,7 @@ def read_generation(generation: dict | None, text: c.TextConfig) -> c.Generation
     if pad in (None, -1):
         pad = eos[0] if eos else 0  # as transformers' generate does
     top_p, top_k = generation.get("top_p"), generation.get("top_k")
-    return c.GenerationDefaults(eos, pad, 1.0 if top_p is None else top_p, 50 if top_k is None else top_k)
+    return parts.GenerationDefaults(eos, pad, 1.0 if top_p is None else top_p, 50 if top_k is None else top_k)
 
 
 # ---- and written
@@ -175,9 +175,9 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _write_text(text: c.TextConfig, like: dict) -> dict:
+def _write_text(text: parts.TextConfig, like: dict) -> dict:
     """The decoder's keys, its rotary settings under the names that `like` uses."""
-    out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(c.TextConfig)}
+    out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(parts.TextConfig)}
     scaling = dataclasses.asdict(text.rope_scaling) if text.rope_scaling else None
     if scaling and scaling["rope_type"] != "llama3":
         scaling = {"type": scaling["rope_type"], "factor": scaling["factor"]}
@@ -214,7 +214,7 @@ def write_new(fields: dict) -> dict:
 
 def write_llava_hf(fields: dict, like: dict) -> dict:
     """`LlavaConfig`'s fields as llava-hf's keys."""
-    vision = {f.name: _plain(getattr(fields["vision"], f.name)) for f in dataclasses.fields(c.VisionConfig)}
+    vision = {f.name: _plain(getattr(fields["vision"], f.name)) for f in dataclasses.fields(parts.VisionConfig)}
     del vision["image_mean"], vision["image_std"]  # they stand in preprocessor_config.json
     return {
         "text_config": _write_text(fields["text"], like["text_config"]),
