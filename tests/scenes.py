@@ -2,8 +2,8 @@
 
 import json
 
+from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene, questions_about
 
 
 def write(folder, count, model):

@@ -14,8 +14,8 @@ from PIL import Image
 
 import llava_jax
 from llava_jax.cli import COMMANDS, main
+from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inference.chat import Chat
 from llava_jax.inputs.text import shortened
 
@@ -188,16 +188,25 @@ def test_the_score_is_one_line_of_json(capsys, scenes):
     assert score["colour"] > 0.95 and score["yes_no"] > 0.9 and score["position"] > 0.9
 
 
-def test_help_of_every_command_has_an_example_and_imports_no_jax():
+def test_help_of_every_command_has_an_example_and_imports_no_jax_and_no_other_command():
     code = """
 import sys
 from llava_jax.cli import COMMANDS, main
+asked = {"score"}  # which evaluate runs, too
 for command in COMMANDS:
+    asked.add(command)
     try:
         main([command, "--help"])
     except SystemExit:
-        assert not {"jax", "matplotlib", "gradio"} & sys.modules.keys()
+        assert not {"jax", "transformers", "matplotlib", "gradio"} & sys.modules.keys()
+        assert not [name for name in COMMANDS if f"llava_jax.cli.{name}" in sys.modules and name not in asked]
 """
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     examples = re.findall(r"^example: llava-jax (\w+) ", said, re.MULTILINE)
     assert examples == list(COMMANDS)
+
+
+def test_an_alias_is_the_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["ahead", "--help"])
+    assert "example: llava-jax capacity --topology" in capsys.readouterr().out

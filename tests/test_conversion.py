@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -33,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 
 import llava_jax.conversion.from_hf as from_hf
 from llava_jax.config import LlavaConfig
-from llava_jax.conversion import key_table, published_files
+from llava_jax.conversion import key_table
 from llava_jax.conversion.checksums import fingerprint
 from llava_jax.conversion.from_hf import checkpoint_name, convert
 
@@ -221,7 +222,7 @@ def test_known_tower_need_not_be_there(tmp_path, monkeypatch):
     known = "openai/clip-vit-large-patch14-336"
     parsed = LlavaConfig.from_hf(config_dict("unused"), VISION).vision
     monkeypatch.setitem(from_hf.KNOWN_TOWERS, known, parsed)
-    monkeypatch.setattr(published_files, "_snapshot", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     tiny = Checkpoint(tmp_path, mm_vision_tower=known)
     output = convert(tiny.path, tmp_path / "out", progress=False)
     assert check_values(output, tiny.tensors) == set(tiny.tensors)
@@ -235,8 +236,8 @@ def test_known_tower_need_not_be_there(tmp_path, monkeypatch):
         convert(tiny.path, tmp_path / "out2", progress=False)
 
 
-def offline(repo, revision, patterns):
-    raise FileNotFoundError(f"{repo}: offline")
+def offline(*_, **__):
+    raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
 
 
 def test_sharded_with_index(tiny, tmp_path):

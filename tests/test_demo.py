@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.demo import dataset, pretrain, train, truths
+from llava_jax.demo import dataset, pretrain, recipe, truths
+from llava_jax.demo.held_out import is_right, questions_about, score, table
 from llava_jax.demo.model import first_params, scenes_config, write_tokenizer
-from llava_jax.demo.questions import KINDS, NUMBERS, PLURALS, ask, conversation, describe, described, is_detail
+from llava_jax.demo.scene_questions import KINDS, NUMBERS, PLURALS, ask, conversation, describe, described, is_detail
 from llava_jax.demo.scenes import COLORS, SIGN, draw, make_scene, outline_of
-from llava_jax.demo.score import is_right, questions_about, score, table
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import process_images
@@ -258,11 +258,11 @@ def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, mon
 
     monkeypatch.setattr(pretrain, "SCENES", 2)
     monkeypatch.setattr(pretrain, "TILES", 6)
-    assert {(phase.stage, phase.style) for phase in train.PHASES} == {
+    assert {(phase.stage, phase.style) for phase in recipe.PHASES} == {
         ("finetune", "captions"), ("pretrain", "captions"), ("finetune", "questions")
     }  # fmt: skip
-    phases = [replace(phase, scenes=2, steps=1, rows=2, length=128) for phase in (train.PHASES[1], train.PHASES[-1])]
-    published = train.train_demo(tmp_path, phases=tuple(phases), tower_steps=1)
+    phases = [replace(phase, scenes=2, steps=1, rows=2, length=128) for phase in (recipe.PHASES[1], recipe.PHASES[-1])]
+    published = recipe.train_demo(tmp_path, phases=tuple(phases), tower_steps=1)
     assert (published / "model.safetensors").stat().st_size < 12 << 20
     assert [check(tmp_path / directory) for directory in ("start", *(phase.name for phase in phases))] == [[], [], []]
     convert(published, output=tmp_path / "model", vision_tower=str(published / "tower"), progress=False)

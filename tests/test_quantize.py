@@ -16,9 +16,9 @@ import llava_jax
 from llava_jax import checkpoint
 from llava_jax.conversion.from_hf import convert
 from llava_jax.conversion.to_hf import export
+from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene, questions_about
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import CacheLayout, MemoryEstimate
 from llava_jax.models.attention import two_part_attention
@@ -168,7 +168,7 @@ SHARDED = """
 import json, sys
 import llava_jax
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene
+from llava_jax.demo.held_out import held_out_scene
 mesh = llava_jax.make_mesh(data=2, tensor=4)
 llava, params = llava_jax.load(sys.argv[1], mesh=mesh, quantize="int8", int8_prefix=True)
 kernel = params["language_model"]["layers_0"]["mlp"]["up_proj"]

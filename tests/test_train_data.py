@@ -378,7 +378,7 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
         def is_alive(self):
             return True
 
-    monkeypatch.setattr(workers, "_Worker", Worker)
+    monkeypatch.setattr(workers, "WorkerProcess", Worker)
     with Loader(examples, folder, CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=5) as batches:
         order = sample_order(21, seed=1, epoch=0) + sample_order(21, seed=1, epoch=1)
         got = []
@@ -410,7 +410,7 @@ def test_a_worker_that_is_killed(folder, examples):
         steps = iter(batches)
         next(steps)
         for number in (signal.SIGINT, signal.SIGTERM):  # what a preemption sends to everybody
-            os.kill(batches._workers.pids[0], number)
+            os.kill(batches.workers.pids[0], number)
         next(steps)
     with Loader(examples, Deadly(), CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=1) as batches:
         with pytest.raises(RuntimeError, match="a data worker died: killed, perhaps for memory"):

@@ -9,9 +9,9 @@ from PIL import Image
 
 import llava_jax
 from llava_jax.config import LlavaConfig
+from llava_jax.demo.held_out import held_out_scene
 from llava_jax.demo.model import scenes_config
 from llava_jax.demo.scenes import SIGN, draw
-from llava_jax.demo.score import held_out_scene
 from llava_jax.inputs.anyres import num_image_tokens, unpad_window
 from llava_jax.inputs.image import process_images
 from llava_jax.plots import visualize

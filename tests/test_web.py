@@ -207,7 +207,7 @@ def test_only_the_last_conversations_keep_their_caches(conversations):
     assert said(conversations, tabs[0], "y")[-1] == ["x", "x", "y", "y"]  # made anew, from what was said
     assert conversations.of(tabs[0]).chat and conversations.of(tabs[1]).chat is None
     conversations.forget(tabs[0])
-    assert conversations.of(tabs[0]).turns == [] and len(conversations._of_tab) == KEPT
+    assert conversations.of(tabs[0]).turns == [] and len(conversations.by_tab) == KEPT
 
 
 def test_only_uploads_are_read(tmp_path):
@@ -230,7 +230,7 @@ def test_closing_waits_for_the_answers(conversations):
     reader = threading.Thread(target=lambda: [time.sleep(0.05) for _ in answer])
     reader.start()
     conversations.close()
-    assert not conversations._answering
+    assert not conversations.answering
     reader.join()
 
 
@@ -326,8 +326,8 @@ def bundled(scenes_model, gate):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """Files of pictures that the bundled model has not seen: one with a sign that says 44, one with YK."""
+    from llava_jax.demo.held_out import held_out_scene
     from llava_jax.demo.scenes import draw
-    from llava_jax.demo.score import held_out_scene
 
     folder = tmp_path_factory.mktemp("scenes")
     for number in (3, 6):
@@ -393,7 +393,7 @@ class Tab:
         """Until the server has it; a question before that would be about no picture."""
         assert soon(
             lambda: any(
-                c.file and c.file.endswith(name) and not c.turns for c in list(self.conversations._of_tab.values())
+                c.file and c.file.endswith(name) and not c.turns for c in list(self.conversations.by_tab.values())
             )
         )
 
@@ -522,7 +522,7 @@ def test_two_people_at_once_get_their_own_answers(open_tab, served, gate, bundle
         assert tab.wait()[2:] == ["What does the sign say?", sign]
 
     tabs["44"].context.close()
-    assert soon(lambda: len(served[1]._of_tab) == 1)  # the cache of who has left is free
+    assert soon(lambda: len(served[1].by_tab) == 1)  # the cache of who has left is free
     tabs["YK"].ask("What does the sign say?")
     assert tabs["YK"].wait()[4:] == ["What does the sign say?", "YK"]
 
@@ -533,7 +533,7 @@ def test_stop_keeps_what_was_said_and_a_new_picture_begins_anew(open_tab, served
     tab.page.locator("#left tbody td").first.click()  # the example that says 44
     tab.wait_for_picture("scene-3.png")
     assert soon(lambda: tab.page.input_value("#question textarea") == "What does the sign say?")
-    (conversation,) = served[1]._of_tab.values()
+    (conversation,) = served[1].by_tab.values()
     gate.clear()
     tab.ask("Describe the image.")
     part = tab.wait_for_part()

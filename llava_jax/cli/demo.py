@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> None:
     if args.train:
         if args.output is None:
             raise ValueError("--train needs --output: a new directory, or that of a killed run to go on with")
-        from llava_jax.demo.train import train_demo
+        from llava_jax.demo.recipe import train_demo
 
         print(f"wrote {train_demo(args.output)}")
     elif args.score:
-        from llava_jax.demo import score
+        from llava_jax.demo import held_out
 
-        score.run(args.model, args.output, args.scenes or 500, args.seed, not args.no_anyres, args.json)
+        held_out.run(args.model, args.output, args.scenes or 500, args.seed, not args.no_anyres, args.json)
     else:
         from llava_jax.demo import show
 

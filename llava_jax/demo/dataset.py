@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.demo.questions import Question, caption_sample, conversation, describe, sample, statements
+from llava_jax.demo.scene_questions import Question, caption_sample, conversation, describe, sample, statements
 from llava_jax.demo.scenes import FORMS, SQUARE, Scene, draw, make_scene
 from llava_jax.files import write_atomically
 from llava_jax.inputs.anyres import num_image_tokens

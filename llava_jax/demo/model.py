@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.conversion.published_files import write_json
-from llava_jax.demo.questions import vocabulary
+from llava_jax.demo.scene_questions import vocabulary
 from llava_jax.inputs.conversation import conv_templates
 
 NAME = "llava-v1.6-scenes"

@@ -7,10 +7,10 @@ import time
 import numpy as np
 from PIL import Image
 
+from llava_jax.demo.held_out import held_out_scene, is_right, questions_about
 from llava_jax.demo.model import converted
-from llava_jax.demo.questions import Question
+from llava_jax.demo.scene_questions import Question
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene, is_right, questions_about
 from llava_jax.plots.visualize import draw_answers
 
 SHEET = "llava-jax-demo.png"

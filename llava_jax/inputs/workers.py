@@ -32,9 +32,9 @@ class Workers:
 
     def __init__(self, work: Callable, count: int):
         self._work = work
-        self._processes = [_Worker(work) for _ in range(count)]
+        self._processes = [WorkerProcess(work) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count)
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._processes:
             self._idle.put(worker)
         self._closing = threading.Event()
@@ -72,15 +72,17 @@ class Workers:
         finally:
             self._idle.put(worker)
 
-    def _replaced(self, dead: _Worker) -> _Worker:
+    def _replaced(self, dead: WorkerProcess) -> WorkerProcess:
         if self._closing.is_set():
             return dead
         dead.stop()
-        new = self._processes[self._processes.index(dead)] = _Worker(self._work)
+        new = self._processes[self._processes.index(dead)] = WorkerProcess(self._work)
         return new
 
 
-class _Worker:
+class WorkerProcess:
+    """One process, that works on a task after another."""
+
     def __init__(self, work: Callable):
         spawn = multiprocessing.get_context("spawn")
         self.pipe, its_end = spawn.Pipe()
@@ -136,7 +138,7 @@ def _serve(pipe) -> None:
         return  # the parent has gone
 
 
-def _stop(processes: list[_Worker], threads: ThreadPoolExecutor, closing: threading.Event) -> None:
+def _stop(processes: list[WorkerProcess], threads: ThreadPoolExecutor, closing: threading.Event) -> None:
     closing.set()
     threads.shutdown(wait=False, cancel_futures=True)
     for worker in list(processes):

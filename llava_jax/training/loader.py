@@ -80,7 +80,7 @@ class Loader:
         fit = f"template {template!r} and legacy={tokenizer.legacy}"
         self._unlabelled = _Unlabelled(config, fit, max_unlabelled_ratio)
         self._ahead = max(2, -(-2 * num_workers // batch_size))  # steps
-        self._workers = Workers(self._load, num_workers) if num_workers else None
+        self.workers = Workers(self._load, num_workers) if num_workers else None
 
     def __enter__(self) -> Loader:
         return self
@@ -90,14 +90,14 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
+        if self.workers is not None:
+            self.workers.close()
 
     def __iter__(self) -> Iterator[list[Loaded]]:
         steps = self._numbers()
         loaded = (
-            self._by_workers(self._workers, steps)
-            if self._workers is not None
+            self._by_workers(self.workers, steps)
+            if self.workers is not None
             else ((step, [*map(self._load_here, step)]) for step in steps)
         )
         for step, samples in loaded:

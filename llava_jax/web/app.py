@@ -70,9 +70,9 @@ def check_gradio() -> None:
 
 def example_scenes(name: str, folder: str) -> list[list[str]]:
     """[picture's file, question] of scenes new to the bundled model, written to a folder; for other models none."""
+    from llava_jax.demo.held_out import held_out_scene, questions_about
     from llava_jax.demo.model import NAME
     from llava_jax.demo.scenes import draw
-    from llava_jax.demo.score import held_out_scene, questions_about
 
     if name != NAME:
         return []

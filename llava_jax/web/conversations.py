@@ -36,12 +36,12 @@ class Conversations:
 
     def __init__(self, llava: Llava, params: dict, conv_mode: str | None = None):
         self.llava, self.params, self.conv_mode = llava, params, conv_mode
-        self._of_tab: dict[str, Conversation] = {}  # those asked last are last
-        self._answering: set[Conversation] = set()
+        self.by_tab: dict[str, Conversation] = {}  # those asked last are last
+        self.answering: set[Conversation] = set()
 
     def of(self, tab: str) -> Conversation:
         """The tab's; an empty one if nothing has happened there yet."""
-        return self._of_tab.get(tab) or Conversation()
+        return self.by_tab.get(tab) or Conversation()
 
     def show(self, tab: str, file: str | None) -> None:
         """A new one about a picture, or about none; an answer that is being made for the old one stops.
@@ -58,12 +58,12 @@ class Conversations:
 
     def _begin(self, tab: str, file: str | None, picture: ProcessedImage | None) -> None:
         self.forget(tab)
-        self._of_tab[tab] = Conversation(file, picture)
+        self.by_tab[tab] = Conversation(file, picture)
 
     def forget(self, tab: str) -> None:
         """The tab was closed: its cache is freed."""
         self.stop(tab)
-        self._of_tab.pop(tab, None)
+        self.by_tab.pop(tab, None)
 
     def stop(self, tab: str) -> None:
         """End the answer at its next token; what was said of it is kept."""
@@ -71,7 +71,7 @@ class Conversations:
 
     def close(self) -> None:
         """Stop all answers and wait for them: a process that ends while JAX works in a thread ends in a crash."""
-        for conversation in list(self._answering):
+        for conversation in list(self.answering):
             conversation.stopped = True
             conversation.answering.acquire(timeout=60)
 
@@ -85,10 +85,10 @@ class Conversations:
         Raises:
             ValueError: the question cannot be asked, or the answer failed; the conversation is then as it was.
         """
-        conversation = self._of_tab.setdefault(tab, Conversation())
+        conversation = self.by_tab.setdefault(tab, Conversation())
         if not conversation.answering.acquire(blocking=False):
             raise ValueError("the last question is still being answered")
-        self._answering.add(conversation)
+        self.answering.add(conversation)
         before = list(conversation.turns)
         try:
             if question is None:
@@ -107,7 +107,7 @@ class Conversations:
                 f"the answer failed: {type(error).__name__}, of which the server's log says more"
             ) from None
         finally:
-            self._answering.discard(conversation)
+            self.answering.discard(conversation)
             conversation.answering.release()
 
     def _answer(self, tab: str, conversation: Conversation, question: str, options: dict) -> Iterator[list[str]]:
@@ -126,8 +126,8 @@ class Conversations:
             conversation.chat = self.llava.chat(self.params, conversation.picture, self.conv_mode)
             conversation.chat.turns = conversation.turns  # one list: what the chat adds is said here
         chat = conversation.chat
-        if self._of_tab.get(tab) is conversation:
-            self._of_tab[tab] = self._of_tab.pop(tab)
-        for other in list(self._of_tab.values())[:-KEPT]:
+        if self.by_tab.get(tab) is conversation:
+            self.by_tab[tab] = self.by_tab.pop(tab)
+        for other in list(self.by_tab.values())[:-KEPT]:
             other.chat = None
         return chat

@@ -27,9 +27,9 @@ import numpy as np
 import llava_jax
 from llava_jax.checkpoint import PARAMS
 from llava_jax.conversion.from_hf import convert
+from llava_jax.demo.held_out import held_out_scene, score
 from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
-from llava_jax.demo.score import held_out_scene, score
 from llava_jax.inference.generate import prefill_questions
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import pack_questions

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llava_jax.demo.model import converted
-from llava_jax.demo.questions import KINDS, Question, ask, described, is_detail
+from llava_jax.demo.scene_questions import KINDS, Question, ask, described, is_detail
 from llava_jax.demo.scenes import Scene, draw, make_scene
 
 HELD_OUT = 7_000_003  # no training seed begins with it
