@@ -24,10 +24,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
-from llava_jax.config_schema import FILES, read_checked, refuse
+from llava_jax.config_schema import FILES, read_checked
 from llava_jax.constants import DTYPES
+from llava_jax.errors import reason_of
+from llava_jax.fields import check_of, refuse
 from llava_jax.inputs.conversation import check_conv_mode
-from llava_jax.inputs.text import first_line
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
 from llava_jax.parallel.sharding import param_shardings
@@ -136,7 +137,7 @@ def read_manifest(directory: Path) -> dict:
             f"{directory}: version {manifest.get('version')!r}, and this llava_jax reads version {VERSION}; "
             f"update llava_jax, or convert the checkpoint again with `{convert}`"
         )
-    refuse(FILES[MANIFEST].problems("", manifest), str(directory / MANIFEST), AGAIN)
+    refuse(check_of(FILES[MANIFEST]).problems("", manifest), directory / MANIFEST, AGAIN)
     if not (directory / PARAMS).is_dir():
         raise ValueError(
             f"{directory}: half-written (it has no {PARAMS}); delete it and convert again with `{convert}`"
@@ -326,7 +327,7 @@ def _readable(path: Path, remedy: str):
     except (MemoryError, jax.errors.JaxRuntimeError):  # the directory is not to blame
         raise
     except Exception as error:
-        raise ValueError(f"{path}: half-written or damaged ({first_line(error)}); {remedy}") from error
+        raise ValueError(f"{path}: half-written or damaged ({reason_of(error)}); {remedy}") from error
 
 
 def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_jax import config_parts as parts
 from llava_jax import config_schema as schema
+from llava_jax.fields import shown
 from llava_jax.records import read_json_object
 
 
@@ -97,7 +98,7 @@ def _read_rope(rope: dict) -> parts.RopeScaling | None:
         return None
     known = {f.name for f in dataclasses.fields(parts.RopeScaling)} - {"rope_type"}
     if not schema.ROPE_TYPE.problems("", kind) and "factor" not in rope:
-        raise ValueError(f"config: rope_scaling={schema.shown(rope)} has no 'factor'")
+        raise ValueError(f"config: rope_scaling={shown(rope)} has no 'factor'")
     return parts.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
 
 

@@ -8,128 +8,32 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from llava_jax.fields import (
+    Check,
+    Kind,
+    a_list,
+    a_map,
+    an_object,
+    check_of,
+    either,
+    number,
+    one_of,
+    optional,
+    or_null,
+    problem_of,
+    refuse,
+    simple,
+    whole,
+)
 from llava_jax.records import read_json_object
 
 PROJECTOR_MLP = re.compile(r"mlp([1-9]\d?)x_gelu")
 ENCODABLE = re.compile("[^\ud800-\udfff]*")
 READINGS = ("original", "llava-hf")
-SHOWN = 5  # problems that an error tells
-
-
-# ---- kinds of values
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a value may be: `problems(name, value)` are lines such as "vocab_size='365' must be …"."""
-
-    problems: Callable[[str, Any], list[str]]
-    expected: str
-    required: bool = False
-
-
-def simple(accepts: Callable[[Any], bool], expected: str) -> Kind:
-    """A value that `accepts` is true of."""
-    return Kind(lambda name, value: [] if accepts(value) else [f"{name}={shown(value)} {expected}"], expected)
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it."""
-    try:
-        return f"{value!r:.100}"
-    except (RecursionError, ValueError):  # nested too deep, or of too many digits
-        return type(value).__name__
-
-
-def whole(lowest: int, highest: int) -> Kind:
-    """An integer; neither true nor 2.0 is one."""
-    return simple(
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest,
-        f"must be a whole number from {lowest} to {highest}",
-    )
-
-
-def number(lowest: float, highest: float) -> Kind:
-    """An integer or a float, which NaN is not."""
-    return simple(
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest,
-        f"must be a number from {lowest:g} to {highest:g}",
-    )
-
-
-def one_of(*supported: Any) -> Kind:
-    """One of these, of the same type."""
-    return simple(
-        lambda value: any(type(value) is type(one) and value == one for one in supported),
-        f"is not supported; supported: {', '.join(map(str, supported))}",
-    )
-
-
-def a_list(kind: Kind, length: int | None = None) -> Kind:
-    """A list, or a dataclass's tuple, of values of one kind."""
-    expected = "must be a list" if length is None else f"must be a list of {length}"
-
-    def problems(name: str, value: Any) -> list[str]:
-        if not isinstance(value, list | tuple) or len(value) != (len(value) if length is None else length):
-            return [f"{name}={shown(value)} {expected}"]
-        return [line for i, item in enumerate(value) for line in kind.problems(f"{name}[{i}]", item)]
-
-    return Kind(problems, expected)
-
-
-def an_object(table: Mapping[str, Kind]) -> Kind:
-    """An object whose keys are checked by a table."""
-    expected = "must be an object"
-
-    def problems(name: str, value: Any) -> list[str]:
-        if not isinstance(value, Mapping):
-            return [f"{name}={shown(value)} {expected}"]
-        dot = name and f"{name}."
-        missing = [f"has no {dot}{key}" for key, kind in table.items() if kind.required and key not in value]
-        lines = (kind.problems(dot + key, value[key]) for key, kind in table.items() if key in value)
-        return missing + [line for some in lines for line in some]
-
-    return Kind(problems, expected)
-
-
-def a_map(kind: Kind, key: Kind | None = None) -> Kind:
-    """An object of any keys (or keys of one kind) to values of one kind."""
-    expected = "must be an object"
-
-    def problems(name: str, value: Any) -> list[str]:
-        if not isinstance(value, Mapping):
-            return [f"{name}={shown(value)} {expected}"]
-        keys = [line for k in value for line in key.problems(f"{name} key", k)] if key else []
-        return keys + [line for k, v in value.items() for line in kind.problems(f"{name}[{shown(k)}]", v)]
-
-    return Kind(problems, expected)
-
-
-def either(first: Kind, second: Kind) -> Kind:
-    """A value of the one kind or of the other."""
-    expected = f"{first.expected} or {second.expected.removeprefix('must be ')}"
-
-    def problems(name: str, value: Any) -> list[str]:
-        if not (first.problems(name, value) and second.problems(name, value)):
-            return []
-        return [f"{name}={shown(value)} {expected}"]
-
-    return Kind(problems, expected)
-
-
-def or_null(kind: Kind) -> Kind:
-    """A value of this kind, or null, which means what leaving the key out means."""
-    return replace(kind, problems=lambda name, value: [] if value is None else kind.problems(name, value))
-
-
-def required(kind: Kind) -> Kind:
-    """A key that must be there."""
-    return replace(kind, required=True)
 
 
 # ---- values that are written in more than one way
@@ -146,12 +50,12 @@ def read_scales(value: Any) -> tuple[int, ...]:
     return tuple(sorted(int(s) for s in value.split(",")) if isinstance(value, str) else sorted(value))
 
 
-def _reads_as(read: Callable[[Any], Any], kind: Kind, expected: str) -> Kind:
+def _reads_as(read: Callable[[Any], Any], kind: Kind, expected: str) -> Check:
     """A value that `read` makes into one of this kind."""
 
     def accepts(value: Any) -> bool:
         try:
-            return not kind.problems("", read(value))
+            return problem_of(read(value), kind) is None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return False
 
@@ -240,53 +144,50 @@ LLAVA = {
 SAMPLING = {"top_p": number(0, 1), "top_k": whole(0, INT32)}
 
 
-def _all_or_null(table: Mapping[str, Kind]) -> dict[str, Kind]:
-    return {key: or_null(kind) for key, kind in table.items()}
+def _all(of: Callable[[Kind], Check], table: Mapping[str, Kind]) -> dict[str, Check]:
+    return {key: of(kind) for key, kind in table.items()}
 
 
 # As the files have them. What transformers and the original write as null may be null.
 _NULL_IN_DECODER = ("num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "tie_word_embeddings")
 DECODER_FILE = {
-    **DECODER,
+    **_all(optional, DECODER),
     **{key: or_null(DECODER[key]) for key in _NULL_IN_DECODER},
     "pad_token_id": or_null(PAD),
-    "mlp_bias": one_of(False),
-    "rope_scaling": or_null(an_object(ROPE)),
-    "rope_parameters": or_null(an_object({**ROPE, "rope_theta": DECODER["rope_theta"]})),  # transformers 5
+    "mlp_bias": optional(one_of(False)),
+    "rope_scaling": or_null(_all(optional, ROPE)),
+    "rope_parameters": or_null(_all(optional, {**ROPE, "rope_theta": DECODER["rope_theta"]})),  # transformers 5
 }
-TOWER_FILE = {**TOWER, **PIXELS}
+TOWER_FILE = _all(optional, {**TOWER, **PIXELS})
 LIUHAOTIAN = an_object(
     {
         **DECODER_FILE,
-        **_all_or_null(LLAVA),
-        "model_type": required(one_of("llava", "llava_llama", "llava_mistral", "llava_next")),
-        "architectures": or_null(a_list(TEXT)),
+        **_all(or_null, LLAVA),
+        "model_type": one_of("llava", "llava_llama", "llava_mistral", "llava_next"),
+        "architectures": or_null([TEXT]),
         "vision_tower": or_null(TEXT),
     }
 )
 LLAVA_HF = an_object(
     {
-        "model_type": required(one_of("llava", "llava_next")),
-        "text_config": required(an_object({**DECODER_FILE, "model_type": one_of("llama", "mistral")})),
-        "vision_config": or_null(an_object({**TOWER_FILE, "model_type": one_of("clip_vision_model")})),
+        "model_type": one_of("llava", "llava_next"),
+        "text_config": {**DECODER_FILE, "model_type": optional(one_of("llama", "mistral"))},
+        "vision_config": or_null({**TOWER_FILE, "model_type": optional(one_of("clip_vision_model"))}),
         "image_grid_pinpoints": or_null(PINPOINTS),
-        "vision_feature_select_strategy": one_of("default", "full"),
-        "projector_hidden_act": one_of("gelu"),
-        "multimodal_projector_bias": one_of(True),
+        "vision_feature_select_strategy": optional(one_of("default", "full")),
+        "projector_hidden_act": optional(one_of("gelu")),
+        "multimodal_projector_bias": optional(one_of(True)),
         "tie_word_embeddings": or_null(FLAG),
     }
 )
 CLIP = an_object(TOWER_FILE)
-PREPROCESSOR = an_object(PIXELS)
-GENERATION = an_object({**_all_or_null(SAMPLING), "eos_token_id": or_null(IDS), "pad_token_id": or_null(PAD)})
+PREPROCESSOR = an_object(_all(optional, PIXELS))
+GENERATION = an_object({**_all(or_null, SAMPLING), "eos_token_id": or_null(IDS), "pad_token_id": or_null(PAD)})
 
-ADDED_TOKEN = {"content": required(TEXT), **dict.fromkeys(("lstrip", "rstrip", "special"), or_null(FLAG))}
-TOKEN = either(TEXT, an_object(ADDED_TOKEN))
+ADDED_TOKEN = {"content": TEXT, **dict.fromkeys(("lstrip", "rstrip", "special"), or_null(FLAG))}
+TOKEN = either(TEXT, ADDED_TOKEN)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SPECIAL_TOKENS = {
-    **dict.fromkeys(SPECIAL_NAMES, or_null(TOKEN)),
-    "additional_special_tokens": or_null(a_list(TOKEN)),
-}
+SPECIAL_TOKENS = {**dict.fromkeys(SPECIAL_NAMES, or_null(TOKEN)), "additional_special_tokens": or_null([TOKEN])}
 ID_AS_TEXT = simple(
     lambda value: bool(re.fullmatch("[0-9]{1,8}", value)) and int(value) <= TABLE, f"must be an id from 0 to {TABLE}"
 )
@@ -301,66 +202,50 @@ SHARD = simple(
     ),
     "must be a file in the checkpoint's own directory",
 )
-INDEX = an_object({"weight_map": required(a_map(SHARD))})
+INDEX = {"weight_map": a_map(SHARD)}
 
 # A safetensors file's header.
-HEADER = a_map(
-    an_object(
-        {
-            "dtype": required(TEXT),
-            "shape": required(a_list(whole(0, 1 << 40))),
-            "data_offsets": required(a_list(whole(0, 1 << 50), 2)),
-        }
-    )
-)
+HEADER = a_map({"dtype": TEXT, "shape": [whole(0, 1 << 40)], "data_offsets": a_list(whole(0, 1 << 50), 2)})
 
 # transformers has it in three files: a text, or several with names.
-CHAT_TEMPLATE = {"chat_template": or_null(either(TEXT, a_list(an_object({"name": TEXT, "template": TEXT}))))}
+NAMED_TEMPLATE = _all(optional, {"name": TEXT, "template": TEXT})
+CHAT_TEMPLATE = {"chat_template": or_null(either(TEXT, [NAMED_TEMPLATE]))}
 
 # The files that are read as they are, by their names.
-FILES = {
-    "tokenizer_config.json": an_object(
-        {
-            **SPECIAL_TOKENS,
-            **CHAT_TEMPLATE,
-            **dict.fromkeys(("legacy", "add_bos_token", "add_eos_token"), or_null(FLAG)),
-            "added_tokens_decoder": or_null(a_map(an_object(ADDED_TOKEN), ID_AS_TEXT)),
-        }
-    ),
-    "special_tokens_map.json": an_object(SPECIAL_TOKENS),
+FILES: dict[str, Kind] = {
+    "tokenizer_config.json": {
+        **SPECIAL_TOKENS,
+        **CHAT_TEMPLATE,
+        **dict.fromkeys(("legacy", "add_bos_token", "add_eos_token"), or_null(FLAG)),
+        "added_tokens_decoder": or_null(a_map(ADDED_TOKEN, ID_AS_TEXT)),
+    },
+    "special_tokens_map.json": SPECIAL_TOKENS,
     "added_tokens.json": a_map(ID),
-    "tokenizer.json": an_object({"added_tokens": or_null(a_list(an_object({"id": required(ID), **ADDED_TOKEN})))}),
-    "processor_config.json": an_object({**CHAT_TEMPLATE, "image_processor": or_null(an_object({}))}),
-    "chat_template.json": an_object(CHAT_TEMPLATE),
+    "tokenizer.json": {"added_tokens": or_null([{"id": ID, **ADDED_TOKEN}])},
+    "processor_config.json": {**CHAT_TEMPLATE, "image_processor": or_null({})},
+    "chat_template.json": CHAT_TEMPLATE,
     "model.safetensors.index.json": INDEX,
     "pytorch_model.bin.index.json": INDEX,
-    "llava_jax.json": an_object(
-        {
-            "layout": required(one_of("liuhaotian", "llava-hf")),
-            "name": TEXT,
-            "reading": one_of(*READINGS),
-            **dict.fromkeys(("source", "dtype", "fingerprint"), TEXT),
-            "conv_mode": or_null(TEXT),
-            "published": an_object(
-                {"vision_tower": one_of("inside", "beside"), "names": a_list(TEXT), "dtype": TEXT, "tied_head": TEXT}
-            ),
-        }
-    ),
-    "checksums.json": an_object(
-        {
-            "files": required(a_map(TEXT)),
-            "parameters": required(a_map(an_object({"dtype": required(TEXT), "crc32": required(TEXT)}))),
-        }
-    ),
-    "train_options.json": an_object(
-        {
-            "model_path": required(TEXT),
-            "lora_r": required(whole(1, 1 << 16)),
-            "lora_alpha": required(number(1e-6, 1e9)),
-            "lora_dropout": required(number(0, 1)),
-            "unfreeze_mm_vision_tower": required(FLAG),
-        }
-    ),
+    "llava_jax.json": {
+        "layout": one_of("liuhaotian", "llava-hf"),
+        "reading": optional(one_of(*READINGS)),
+        **dict.fromkeys(("name", "source", "dtype", "fingerprint"), optional(TEXT)),
+        "conv_mode": or_null(TEXT),
+        "published": optional(
+            _all(
+                optional,
+                {"vision_tower": one_of("inside", "beside"), "names": [TEXT], "dtype": TEXT, "tied_head": TEXT},
+            )
+        ),
+    },
+    "checksums.json": {"files": a_map(TEXT), "parameters": a_map({"dtype": TEXT, "crc32": TEXT})},
+    "train_options.json": {
+        "model_path": TEXT,
+        "lora_r": whole(1, 1 << 16),
+        "lora_alpha": number(1e-6, 1e9),
+        "lora_dropout": number(0, 1),
+        "unfreeze_mm_vision_tower": FLAG,
+    },
 }
 
 
@@ -369,14 +254,7 @@ FILES = {
 
 def check_fields(value: Any, table: Mapping[str, Kind], prefix: str = "") -> None:
     """ValueError unless a dataclass's fields are what a table says."""
-    refuse(an_object(table).problems(prefix, vars(value)), "config")
-
-
-def refuse(problems: Iterable[str], where: str, remedy: str = "") -> None:
-    """ValueError if there are any, the first of them in one line."""
-    if lines := list(problems):
-        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        raise ValueError(f"{where}: {'; '.join(lines[:SHOWN])}{more}{remedy and '; ' + remedy}")
+    refuse(check_of(table).problems(prefix, vars(value)), "config")
 
 
 def read_checked(path, remedy: str = "") -> dict:
@@ -392,5 +270,5 @@ def read_checked(path, remedy: str = "") -> dict:
     """
     value = read_json_object(path, remedy)
     if kind := FILES.get(path.name):
-        refuse(kind.problems("", value), str(path), remedy)
+        refuse(check_of(kind).problems("", value), path, remedy)
     return value

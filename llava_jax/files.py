@@ -9,6 +9,8 @@ from pathlib import Path
 
 from etils import epath
 
+from llava_jax.errors import reason_of
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """All of it, safe on the disk, or what was there before, whenever the process is killed."""
@@ -39,11 +41,6 @@ def writing(path: epath.Path, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise OSError(f"{path}: cannot be written ({reason_of(error)}); {remedy}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, without the number and path of one from the operating system."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def is_local(path: epath.Path) -> bool:

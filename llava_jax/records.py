@@ -8,17 +8,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import reprlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from etils import epath
 
-from llava_jax.files import reason_of
+from llava_jax.errors import reason_of
+from llava_jax.fields import Kind, check_of, refuse, shown
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32's little-endian mark begins with the first, too
-# Of a value: its types; an object's keys and their kinds; or, in a list, the kind of each of a list's entries.
-Kind: TypeAlias = "tuple[type, ...] | Mapping[str, Kind] | list[Kind]"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how what git clones in place of a large file begins
 
 
@@ -120,40 +118,9 @@ def check_objects(
     Raises:
         ValueError: they are not.
     """
-    ending = remedy and "; " + remedy
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of entries, got {reprlib.repr(entries)}{ending}")
+        raise ValueError(f"{path}: expected a list of entries, got {shown(entries)}{remedy and '; ' + remedy}")
+    check = check_of(kinds)
     for number, entry in enumerate(entries, 1):
-        if problem := problem_of(entry, kinds):
-            raise ValueError(f"{path}, {called} {number}: {problem}{ending}")
+        refuse(check.problems("", entry), f"{path}, {called} {number}", remedy)
     return entries
-
-
-def problem_of(entry: object, kinds: Mapping[str, Kind]) -> str | None:
-    """What an entry lacks of being an object with these keys, of these kinds; None where it lacks nothing.
-
-    True and False are of type bool alone here, though Python counts them among the integers.
-    """
-    if not isinstance(entry, dict):
-        return f"expected an object with {', '.join(kinds)}, got {type(entry).__name__}"
-    if missing := [key for key in kinds if key not in entry]:
-        return f"has no {', '.join(map(repr, missing))}"
-    for key, kind in kinds.items():
-        if problem := _value_problem(entry[key], kind, repr(key)):
-            return problem
-    return None
-
-
-def _value_problem(value: object, kind: Kind, name: str) -> str | None:
-    if isinstance(kind, Mapping):
-        problem = problem_of(value, kind)
-        return problem and f"{name}: {problem}"
-    types = (list,) if isinstance(kind, list) else kind
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        return f"{name} must be a {types[0].__name__}, got {reprlib.repr(value)}"
-    if isinstance(kind, list):
-        assert isinstance(value, list)
-        for number, item in enumerate(value, 1):
-            if problem := _value_problem(item, kind[0], f"{name}, entry {number}"):
-                return problem
-    return None

@@ -16,8 +16,8 @@ import llava_jax
 from llava_jax.cli import COMMANDS, main
 from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
+from llava_jax.errors import shortened
 from llava_jax.inference.chat import Chat
-from llava_jax.inputs.text import shortened
 
 pytestmark = pytest.mark.usefixtures("load_once")
 

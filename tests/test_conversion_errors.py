@@ -213,7 +213,7 @@ def test_index_and_shards_that_disagree(tiny, tmp_path):
     wrong = {**honest["weight_map"], "model.norm.weight": honest["weight_map"]["model.image_newline"]}
     assert wrong != honest["weight_map"]
     fails(ValueError, r"lists tensors that their files do not hold: model.norm.weight \(model-", {"weight_map": wrong})
-    fails(ValueError, "has no weight_map", {"metadata": {}})
+    fails(ValueError, "has no 'weight_map'", {"metadata": {}})
     first = sorted(tiny.path.glob("*.safetensors"))[0]
     first.unlink()
     fails(FileNotFoundError, rf"index.json lists {first.name}, absent; download it again", honest)

@@ -170,9 +170,9 @@ def test_malformed_lines_stay_in_their_place(write):
         lines({"question_id": "4", "text": "x"}): ("4", "has no 'image'"),
         lines({"question_id": 5}): (5, "has no 'image', 'text'"),
         lines({"image": "a", "text": "x"}): (None, "has no 'question_id'"),
-        lines(GOOD | {"text": 7}): (1, "'text' must be a str, got 7"),
-        lines(GOOD | {"image": None}): (1, "'image' must be a str, got None"),
-        lines(GOOD | {"question_id": [1]}): (None, "'question_id' must be a str, got [1]"),
+        lines(GOOD | {"text": 7}): (1, "text=7 must be a text"),
+        lines(GOOD | {"image": None}): (1, "image=None must be a text"),
+        lines(GOOD | {"question_id": [1]}): (None, "question_id=[1] must be a text"),
         lines(GOOD | {"text": "<image>\nWhat?"}): (1, "the question has <image>"),
         lines(GOOD | {"text": "\ud800"}): (1, "half of a surrogate pair"),
     }
@@ -193,8 +193,8 @@ def test_malformed_science(write):
         ({"id": "3", "conversations": []}, "3", "'conversations' is empty"),
         ({"id": "4", "conversations": [{}]}, "4", "has no 'value'"),
         ({"id": "5", "conversations": [7]}, "5", "expected an object with value, got int"),
-        ({"id": "6", "conversations": [{"value": None}]}, "6", "'value' must be a str, got None"),
-        (good | {"id": "7", "image": None}, "7", "'image' must be a str, got None"),
+        ({"id": "6", "conversations": [{"value": None}]}, "6", "value=None must be a text"),
+        (good | {"id": "7", "image": None}, "7", "image=None must be a text"),
         (good | {"id": "8", "conversations": [{"value": "<im<image>age>"}]}, "8", "the question has <image>"),
     ]
     path = write("q.json", json.dumps([good, *(entry for entry, *_ in bad)]))

@@ -5,16 +5,9 @@ import os
 
 import pytest
 
+from llava_jax.fields import problem_of
 from llava_jax.files import write_atomically
-from llava_jax.records import (
-    check_objects,
-    parse_json,
-    problem_of,
-    read_file,
-    read_json_object,
-    read_lines,
-    read_objects,
-)
+from llava_jax.records import check_objects, parse_json, read_file, read_json_object, read_lines, read_objects
 
 
 def error_of(function, *arguments, kind=ValueError):
@@ -59,16 +52,16 @@ def test_an_object_is_expected(tmp_path):
         ({"id": "1", "people": [{"name": "x"}], "kind": {"of": None}, "more": 1}, None),
         ([], "expected an object with id, people, kind, got list"),
         ({"id": 1}, "has no 'people', 'kind'"),
-        ({"id": True, "people": [], "kind": {}}, "'id' must be a str, got True"),
-        ({"id": None, "people": [], "kind": {}}, "'id' must be a str, got None"),
-        ({"id": 1, "people": {}, "kind": {}}, "'people' must be a list, got {}"),
+        ({"id": True, "people": [], "kind": {"of": None}}, "id=True must be a text"),
+        ({"id": None, "people": [], "kind": {"of": None}}, "id=None must be a text"),
+        ({"id": 1, "people": {}, "kind": {"of": None}}, "people={} must be a list"),
         (
-            {"id": 1, "people": [{"name": "x"}, 7], "kind": {}},
-            "'people', entry 2: expected an object with name, got int",
+            {"id": 1, "people": [{"name": "x"}, 7], "kind": {"of": None}},
+            "people[1]=7 must be an object",
         ),
-        ({"id": 1, "people": [{"name": 7}], "kind": {}}, "'people', entry 1: 'name' must be a str, got 7"),
-        ({"id": 1, "people": [], "kind": "x"}, "'kind': expected an object with of, got str"),
-        ({"id": 1, "people": [], "kind": {"of": 1.5}}, "'kind': 'of' must be a NoneType, got 1.5"),
+        ({"id": 1, "people": [{"name": 7}], "kind": {"of": None}}, "people[0].name=7 must be a text"),
+        ({"id": 1, "people": [], "kind": "x"}, "kind='x' must be an object"),
+        ({"id": 1, "people": [], "kind": {"of": 1.5}}, "kind.of=1.5 must be null"),
     ],
 )
 def test_kinds(entry, problem):
@@ -82,14 +75,14 @@ def test_a_deep_or_long_value_is_shown_short():
         deep = [deep]
     for value in (deep, "x" * 10_000, 10**4000, [1] * 10_000):
         problem = problem_of({"id": value}, {"id": (bytes,)})
-        assert problem.startswith("'id' must be a bytes, got ") and len(problem) < 200
+        assert problem.endswith(" must be bytes") and len(problem) < 200
 
 
 def test_objects_name_their_place(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": 1}\n{"id": "2"}\n')
     assert read_objects(path, {"id": (int, str)}) == [{"id": 1}, {"id": "2"}]
-    assert error_of(read_objects, path, {"id": (int,)}) == f"{path}, line 2: 'id' must be a int, got '2'"
+    assert error_of(read_objects, path, {"id": (int,)}) == f"{path}, line 2: id='2' must be a whole number"
     path.write_text('{"id": 1}\n\n')
     assert read_objects(path, {"id": (int,)}) == [{"id": 1}]
     path.write_text('{"id": 1}\n{"id"')

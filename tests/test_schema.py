@@ -214,7 +214,7 @@ def test_a_converted_directory_is_checked_as_a_published_one(converted):
 
 def test_training_options_are_checked_when_they_are_read(tmp_path):
     write_json(tmp_path / "train_options.json", {"model_path": "m", "lora_r": "64", "lora_alpha": 16})
-    with pytest.raises(ValueError, match=r"has no lora_dropout; has no unfreeze_mm_vision_tower; lora_r='64' must be"):
+    with pytest.raises(ValueError, match=r"has no 'lora_dropout', 'unfreeze_mm_vision_tower'; lora_r='64' must be"):
         read_checked(tmp_path / "train_options.json")
 
 

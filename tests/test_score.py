@@ -229,7 +229,7 @@ def test_mmbench_is_checked(place, capsys):
         place.score("mmbench", [answers[0], *answers[2:]], path, capsys=capsys)
     with pytest.raises(ValueError, match="line 1: has no 'round_id', 'options', 'option_char'"):
         place.score("mmbench", [{"question_id": 3, "text": "A"}], path, capsys=capsys)
-    with pytest.raises(ValueError, match="line 1: 'options' must be a list, got 'dog'"):
+    with pytest.raises(ValueError, match="line 1: options='dog' must be a list"):
         place.score("mmbench", [{**answers[0], "options": "dog"}], path, capsys=capsys)
     unnumbered = mmbench_table(place, "unnumbered.tsv", [{**row, "index": "x"} for row in rows])
     with pytest.raises(ValueError, match="the column index must have a whole number in each row"):
@@ -365,10 +365,10 @@ def test_answers_are_checked_whatever_the_task(place, capsys, task):
         place.score(task, str(answers), place.folder, capsys=capsys)
     extra = dict.fromkeys(SCORERS[task].keys, "")
     answers.write_text(json.dumps({"question_id": 1, "text": 5, **extra}))
-    with pytest.raises(ValueError, match="line 1: 'text' must be a str, got 5"):
+    with pytest.raises(ValueError, match="line 1: text=5 must be a text"):
         place.score(task, str(answers), place.folder, capsys=capsys)
     answers.write_text(json.dumps({"question_id": [1], "text": ""}))
-    with pytest.raises(ValueError, match=r"line 1: (has no |'question_id' must be a str, got .1.)"):
+    with pytest.raises(ValueError, match=r"line 1: (has no |question_id=.1. must be a text)"):
         place.score(task, str(answers), place.folder, capsys=capsys)
 
 

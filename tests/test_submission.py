@@ -115,7 +115,7 @@ def test_workbook():
         ("seed", "answers.jsonl", [], "--task seed needs --annotations: SEED-Bench.json"),
         ("gqa", "broken.jsonl", [], "broken.jsonl, line 4: not JSON"),
         ("gqa", "science.json", [], "science.json, line 1: not JSON"),
-        ("gqa", "number.jsonl", [], "number.jsonl, line 1: 'text' must be a str, got 7"),
+        ("gqa", "number.jsonl", [], "number.jsonl, line 1: text=7 must be a text"),
         ("mme", "answered.jsonl", ["--annotations", "MME"], "answered.jsonl, line 1: has no 'prompt'"),
         ("mme", "answers.jsonl", ["--annotations", "MME"], "has no question '?' in 10/10.txt"),
         ("vizwiz", "answers.jsonl", ["--question-file", "asked.jsonl"], "has no answer to 1 questions (99)"),
@@ -138,13 +138,13 @@ def test_one_error(files, task, answers, flags, problem):
 @pytest.mark.parametrize(
     ("task", "answers", "flags", "line", "problem"),
     [
-        ("gqa", "odd.jsonl", [], '{"question_id": 1, "text": [1]}', "odd.jsonl, line 1: 'text' must be a str"),
+        ("gqa", "odd.jsonl", [], '{"question_id": 1, "text": [1]}', "odd.jsonl, line 1: text=[1] must be a text"),
         (
             "mm-vet",
             "odd.jsonl",
             [],
             '{"question_id": {}, "text": ""}',
-            "odd.jsonl, line 1: 'question_id' must be a str",
+            "odd.jsonl, line 1: question_id={} must be a text",
         ),
         ("gqa", "odd.jsonl", [], "[" * 100_000, "odd.jsonl, line 1: not JSON (nested too deep)"),
         (
@@ -152,7 +152,7 @@ def test_one_error(files, task, answers, flags, problem):
             "answers.jsonl",
             ["--question-file", "odd.jsonl"],
             '{"question_id": []}',
-            "odd.jsonl, line 1: 'question",
+            "odd.jsonl, line 1: question_id=[] must",
         ),
         (
             "seed",

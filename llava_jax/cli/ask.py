@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 
 from llava_jax.cli.flags import add_model_arguments, add_sampling_arguments, answer_options, check_options, load_model
+from llava_jax.errors import shortened
 from llava_jax.inputs.image import image_size, load_image
 from llava_jax.inputs.sources import scheme_of
-from llava_jax.inputs.text import check_text, shortened
+from llava_jax.inputs.text import check_text
 
 DESCRIPTION = "Answer a question about one or more pictures, or none."
 EXAMPLE = '--model-path llava-v1.6-vicuna-7b --image-file me.jpg --query "What is this?"'

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from llava_jax.inputs.text import first_line
+from llava_jax.errors import reason_of
 
 TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
@@ -84,10 +84,10 @@ def describe(error: BaseException) -> str:
     """An error as its line tells it: the messages of ValueError and OSError are written for users, others are not."""
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
-    first = first_line(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "out of memory" in first.lower():
-        return f"not enough memory ({first}); ask for less at once, or hold the model in fewer bytes (--quantize int8)"
-    return f"{type(error).__name__}: {first} ({TRACEBACK}=1 shows where)"
+    reason = reason_of(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason or "out of memory" in reason.lower():
+        return f"not enough memory ({reason}); ask for less at once, or hold the model in fewer bytes (--quantize int8)"
+    return f"{reason} ({TRACEBACK}=1 shows where)"
 
 
 def _take_any_text() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
-from llava_jax.config_schema import HEADER, read_checked, refuse
+from llava_jax.config_schema import HEADER, read_checked
 from llava_jax.conversion.key_table import TensorInfo
+from llava_jax.errors import reason_of
+from llava_jax.fields import refuse
 from llava_jax.files import write_atomically
-from llava_jax.inputs.text import first_line
 from llava_jax.records import parse_json
 
 # In the order of preference, as in transformers: the file itself, or an index that lists the shards.
@@ -238,7 +239,7 @@ def _open_torch(path: Path) -> dict[str, Tensor]:
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
     except Exception as error:  # of every kind, as bytes of it happen to be read
-        reason = first_line(error)
+        reason = reason_of(error)
         raise ValueError(f"{path}: truncated, or not a file of tensors ({reason}); download it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a dictionary of tensors, so no published weights")

@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from llava_jax.config import LlavaConfig
+from llava_jax.errors import reason_of
 from llava_jax.inputs.groups import PrefixBatch
 from llava_jax.inputs.image import image_size, image_source, load_image, process_images
 from llava_jax.inputs.sources import source_name
-from llava_jax.inputs.text import reason_of
 from llava_jax.inputs.types import ProcessedImage
 from llava_jax.inputs.workers import WorkerDied, Workers
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_jax.evaluation.mmbench_table import OPTIONS, MMBenchRow, is_none, picture_reader, read_mmbench
+from llava_jax.fields import problem_of
 from llava_jax.inputs.text import text_problem
-from llava_jax.records import parse_json, problem_of, read_json, read_lines
+from llava_jax.records import parse_json, read_json, read_lines
 
 LAYOUTS = ("loader", "vqa", "science", "mmbench")  # named for the reference's programs
 LANGUAGES = ("en", "cn")

@@ -21,9 +21,10 @@ from llava_jax.evaluation.questions import ID
 from llava_jax.evaluation.scores.mme import read_truth, truth_key
 from llava_jax.evaluation.scores.vqa import evalai_answer
 from llava_jax.evaluation.tables import read_table, typed
+from llava_jax.fields import Kind, problem_of
 from llava_jax.files import write_whole, writing
 from llava_jax.inputs.text import check_text
-from llava_jax.records import Kind, parse_json, problem_of, read_json, read_lines, read_objects
+from llava_jax.records import parse_json, read_json, read_lines, read_objects
 
 NAMED = 3  # ids that an error names
 

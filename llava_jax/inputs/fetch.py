@@ -13,7 +13,8 @@ import urllib.request
 import zlib
 from functools import partial
 
-from llava_jax.inputs.text import check_text, reason_of
+from llava_jax.errors import reason_of
+from llava_jax.inputs.text import check_text
 
 MAX_BYTES = 128 << 20  # that one fetch may receive, headers and redirections included, and its content unpacked
 MAX_SECONDS = 60.0  # for all of one fetch

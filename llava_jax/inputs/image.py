@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from llava_jax.config import LlavaConfig
+from llava_jax.errors import reason_of
 from llava_jax.inputs.anyres import fit_on_canvas, pinpoints, select_best_resolution
 from llava_jax.inputs.resample import Axis, resample
 from llava_jax.inputs.sources import open_source, source_name, stands_alone
-from llava_jax.inputs.text import reason_of
 from llava_jax.inputs.types import ProcessedImage
 
 MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit

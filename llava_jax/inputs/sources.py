@@ -10,8 +10,8 @@ import urllib.request
 from io import BytesIO
 from typing import IO
 
+from llava_jax.errors import reason_of, shortened
 from llava_jax.inputs.fetch import fetch
-from llava_jax.inputs.text import reason_of, shortened
 
 
 def scheme_of(name: str) -> str:
@@ -64,7 +64,7 @@ def open_source(source) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise FileNotFoundError(f"{name}: cannot be read ({error.strerror})") from error
+        raise FileNotFoundError(f"{name}: cannot be read ({reason_of(error)})") from error
 
 
 def _content(uri: str) -> bytes:

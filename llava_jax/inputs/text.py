@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-READABLE = 200  # characters of somebody else's text in an error
-
 
 def text_problem(text: object) -> str | None:
     """Why this is no text that can be encoded; None where it is one."""
@@ -32,23 +30,3 @@ def check_text(text: object, what: str) -> str:
         raise ValueError(f"{what}: {problem}")
     assert isinstance(text, str)
     return text
-
-
-def shortened(text: str, most: int = READABLE) -> str:
-    """`text`, without its middle where it has more than `most` characters."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) + 1 :]}"
-
-
-def reason_of(error: object) -> str:
-    """What an exception says: printable, on one line, and with its type where it is an unusual one."""
-    said = shortened(str(error).strip(), 2 * READABLE)
-    said = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-    kind = type(error).__name__
-    if isinstance(error, OSError | ValueError | str) or said.startswith(kind):
-        return said or kind
-    return f"{kind}: {said}" if said else kind
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

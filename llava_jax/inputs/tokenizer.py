@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llava_jax.config_schema import SPECIAL_NAMES, read_checked
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.text import first_line
+from llava_jax.errors import reason_of
 from llava_jax.records import LFS_POINTER, read_file
 
 SPIECE_UNDERLINE = "▁"
@@ -332,7 +332,7 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
             try:
                 return PreTrainedTokenizerFast.from_pretrained(local)
             except Exception as error:  # the Rust library's own, and whatever comes of keys that are not there
-                raise ValueError(f"{files / 'tokenizer.json'}: no tokenizer ({first_line(error)}); {AGAIN}") from error
+                raise ValueError(f"{files / 'tokenizer.json'}: no tokenizer ({reason_of(error)}); {AGAIN}") from error
     raise FileNotFoundError(
         f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
     )

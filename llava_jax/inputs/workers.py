@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
-from llava_jax.inputs.text import reason_of
+from llava_jax.errors import reason_of
 
 
 class WorkerDied(RuntimeError):

@@ -17,11 +17,12 @@ from llava_jax import checkpoint
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion import checksums, key_table
 from llava_jax.conversion.published_files import open_file, write_json
+from llava_jax.fields import problem_of
 from llava_jax.files import write_atomically
 from llava_jax.inputs.conversation import SeparatorStyle, conv_templates
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.parallel import multihost
-from llava_jax.records import parse_json, problem_of, read_json_object
+from llava_jax.records import parse_json, read_json_object
 from llava_jax.training.lora import merge_lora
 from llava_jax.training.optimizer import join_params
 from llava_jax.training.states import survey

@@ -10,7 +10,8 @@ from etils import epath
 
 from llava_jax.evaluation.mmbench_table import MMBenchRow, read_mmbench
 from llava_jax.evaluation.questions import ID
-from llava_jax.records import Kind, check_objects, read_json, read_json_object, read_objects
+from llava_jax.fields import Kind
+from llava_jax.records import check_objects, read_json, read_json_object, read_objects
 
 SERVER = "a test split has none, its server scores it (llava-jax submit makes the file)"
 PEOPLE: Kind = [{"answer": (str,)}]

@@ -28,7 +28,8 @@ from llava_jax.evaluation.scores.vqa import (
     textvqa_annotations,
     textvqa_question,
 )
-from llava_jax.records import Kind, naming, read_objects
+from llava_jax.fields import Kind
+from llava_jax.records import naming, read_objects
 
 NAMED = 3  # ids that an error names
 NOTES = 20  # rows that a score names
