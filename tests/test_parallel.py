@@ -8,8 +8,14 @@ import sys
 SCRIPT = """
 import json, sys
 import llava_jax
+import numpy as np
+from llava_jax.parallel.multihost import local_shards, place_rows
 folder, picture = sys.argv[1:]
 mesh = llava_jax.make_mesh(data=4, tensor=2)
+rows = np.arange(24).reshape(8, 3)
+placed = place_rows([rows], mesh)[0]
+assert local_shards(mesh) == [0, 1, 2, 3] and placed.shape == rows.shape
+assert all(len(x.data) == 2 and np.array_equal(x.data, rows[x.index]) for x in placed.addressable_shards)
 llava, params = llava_jax.load(folder, mesh=mesh)
 kernel = params["language_model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
 assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 2

@@ -147,6 +147,16 @@ def test_what_else_can_differ(changes, bad, note):
     json.dumps(verify.as_json(stages), allow_nan=False)
 
 
+@pytest.mark.parametrize("padded", ["ours", "theirs"])
+def test_logits_of_a_padded_vocabulary(padded):
+    wide = np.pad(record()["logits"], ((0, 0), (0, 7)), constant_values=50.0)
+    sides = {"ours": record(), "theirs": record()} | {padded: record(logits=wide)}
+    stages = verify.compare([sides["ours"]], [sides["theirs"]], 3, 3)
+    assert first_bad(stages) is None and stages[NAMES.index("logits")].note == "the first 9 of 16 rows"
+    sides["ours"]["logits"][3, 8] += 1.0
+    assert first_bad(verify.compare([sides["ours"]], [sides["theirs"]], 3, 3)) == "logits"
+
+
 def test_near_ties_may_fall_either_way():
     theirs = record(gaps=np.array([0.5, 0.5, 1e-6, 0.5]))
     stages = verify.compare([record(tokens=np.array([0, 1, 9, 9]))], [theirs], 3, 3)

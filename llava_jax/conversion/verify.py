@@ -13,7 +13,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def compare(ours: list[Record], theirs: list[Record], tower_layers: int, decoder
             _array_stage("tower features", "tower", mine, other, tower),
             _array_stage("projector", "projector", mine, other, tower),
             _array_stage("merged embeddings", "embeds", mine, other, tower),
-            _array_stage("logits", "logits", mine, other, last),
+            _logits_stage(mine["logits"], other["logits"], last),
             _tokens_stage(mine["tokens"], other["tokens"], other["gaps"], 2 * last * _rms(other["logits"])),
         ]
         pictures.append([stage for stage in stages if stage is not None])
@@ -153,9 +153,17 @@ def _rms(array: np.ndarray) -> float:
 
 
 def _array_stage(name: str, key: str, ours: Record, theirs: Record, bound: float) -> Stage | None:
-    if key not in theirs:  # text alone
-        return None
-    a, b = ours[key], theirs[key]
+    return _difference(name, ours[key], theirs[key], bound) if key in theirs else None  # absent: text alone
+
+
+def _logits_stage(ours: np.ndarray, theirs: np.ndarray, bound: float) -> Stage:
+    """The vocabulary that both sides have: an export's table may be padded with rows that no token has."""
+    size, most = sorted((ours.shape[-1], theirs.shape[-1]))
+    stage = _difference("logits", ours[..., :size], theirs[..., :size], bound)
+    return stage if size == most or stage.note else replace(stage, note=f"the first {size} of {most} rows")
+
+
+def _difference(name: str, a: np.ndarray, b: np.ndarray, bound: float) -> Stage:
     if a.shape != b.shape:
         return Stage(name, math.inf, math.inf, bound, False, f"shape {list(a.shape)} instead of {list(b.shape)}")
     absolute = float(np.max([np.max(np.abs(x - y)) for x, y in zip(a, b, strict=True)]))  # NaN, if there is one

@@ -22,7 +22,8 @@ MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit
 LONGEST_SIDE = 2**17  # pixels; resizing makes up to a tile's side times as many
 LARGE = 2**24  # pixels, 64 MiB
 
-# What Pillow remarks about a file is an error below or no matter; whoever asks for its remarks still gets them.
+# What Pillow remarks about a file is an error below or no matter. For the whole process: pictures are opened in several
+# threads, and `warnings.catch_warnings` would change the filters of all of them. A caller's own filter comes first.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 

@@ -23,7 +23,7 @@ class Workers:
     """Processes that each do `work` on one task at a time; a context manager.
 
     They are spawned, so a script that makes them needs `if __name__ == "__main__":`. They do not outlive a killed
-    parent. One that dies is replaced.
+    parent. One that dies costs its task alone and is replaced; a ProcessPoolExecutor breaks, and loses every task.
 
     Args:
         work: a picklable function.

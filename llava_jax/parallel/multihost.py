@@ -1,4 +1,4 @@
-"""The processes of a pod, one on each host, which run the same program in step. Alone, all of this is nothing."""
+"""The processes of a pod, one on each host, which run the same program in step. With one process this does nothing."""
 
 from __future__ import annotations
 
@@ -19,63 +19,52 @@ from orbax.checkpoint import multihost as orbax_multihost
 
 from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 
-BEAT = 3  # seconds between two signs of life
-HEARTBEAT_TIMEOUT = 30  # seconds without any, after which a process is taken to be dead
-ALIVE, ENDED = "llava_jax/alive/", "llava_jax/ended/"  # where processes say so, by their number
-BARRIER = 10 * 24 * 3600 * 1000  # milliseconds: however much slower the slowest process is
+BEAT = 3  # seconds between two heartbeats
+HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat until a process counts as dead
+ALIVE, ENDED = "llava_jax/alive/", "llava_jax/ended/"  # keys of the store that all processes share; + process index
+BARRIER_TIMEOUT = 10 * 24 * 3600 * 1000  # milliseconds: however much slower the slowest process is
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes what only one can."""
+    """Whether this is process 0, which writes what only one process may write."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Until every process has come to the place of that name."""
+    """Wait until every process has reached the barrier of this name."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(name, BARRIER)
+        _client().wait_at_barrier(name, BARRIER_TIMEOUT)
 
 
 def allgather_max(values: Sequence[int]) -> list[int]:
-    """Of each value, the largest that any process has."""
+    """The largest of each value over all processes."""
     if jax.process_count() == 1:
         return list(values)
     return multihost_utils.process_allgather(np.array(values, np.int32)).max(0).tolist()
 
 
 def any_of(value: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether the value is true in any process."""
     return bool(allgather_max([value])[0])
 
 
 def local_shards(mesh: Mesh) -> list[int]:
-    """Which shards of a batch's rows this process has devices for, in order."""
+    """Which shards of a batch's rows this process's devices hold, in order."""
     placed = batch_sharding(mesh).addressable_devices_indices_map((num_batch_shards(mesh),))
     return sorted({index[0].start or 0 for index in placed.values() if index is not None})
 
 
 def place_rows(batch, mesh: Mesh):
-    """A tree of arrays that hold this process's shards, as the whole of them, over the mesh."""
-    sharding, here = batch_sharding(mesh), local_shards(mesh)
-
-    def place(local: np.ndarray) -> jax.Array:
-        rows = len(local) // len(here)
-
-        def part(index):
-            at = here.index((index[0].start or 0) // rows) * rows
-            return local[at : at + rows]
-
-        return jax.make_array_from_callback((num_batch_shards(mesh) * rows, *local.shape[1:]), sharding, part)
-
-    return jax.tree.map(place, batch)
+    """A tree of global arrays over the mesh, from NumPy arrays that hold this process's shards."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
 @contextlib.contextmanager
 def abort_on_peer_failure(remedy: str) -> Iterator[None]:
-    """A process that dies or fails within this ends all the others too, within a minute and with a line on stderr.
+    """A process that dies or fails in this block ends all the others too, within a minute and with a line on stderr.
 
-    Alone, a process would wait for it for ever, or be ended by JAX with a stack trace. No exception comes out of this
-    where there are several processes: it is printed, and the process ends with status 1.
+    JAX's own heartbeat aborts them with a C++ stack trace, and says nothing of a process that failed with an exception.
+    Where there are several processes, no exception leaves the block: it is printed, and the process exits with 1.
 
     Args:
         remedy: the end of that line.
@@ -109,8 +98,9 @@ def _client():
 
 
 def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> None:
-    """Give signs of life, and look for those of the others."""
+    """Send heartbeats, and look for those of the other processes."""
     me, beats = jax.process_index(), 0
+    patience = HEARTBEAT_TIMEOUT + 2 * BEAT * is_primary()  # the primary ends last: the others hear through it
     seen = {process: ("", time.monotonic()) for process in range(jax.process_count()) if process != me}
     while not over.wait(BEAT):
         beats += 1
@@ -123,9 +113,7 @@ def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> No
         for process, (sign, since) in seen.items():
             if signs.get(process, sign) != sign:
                 seen[process] = signs[process], now
-            elif (
-                now - since > HEARTBEAT_TIMEOUT + 2 * BEAT * is_primary()
-            ):  # all are cut off once the first process ends
+            elif now - since > patience:
                 ended[process] = f"nothing was heard of it for {HEARTBEAT_TIMEOUT} seconds"
         if ended and not over.is_set():
             process, why = min(ended.items())
@@ -138,7 +126,7 @@ def _entries(prefix: str) -> dict[int, str]:
 
 @contextlib.contextmanager
 def _last_words(words: str) -> Iterator[Callable[[], None]]:
-    """A child prints `words` if this process is killed, or aborted by JAX; what is yielded tells it to say nothing."""
+    """A child process prints `words` if this one is killed, or aborted by JAX; the yielded function cancels that."""
     script = 'read -r line || echo "$0" >&2'
     with subprocess.Popen(["sh", "-c", script, words], stdin=subprocess.PIPE, start_new_session=True) as child:
 

@@ -8,8 +8,8 @@ import re
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-# Parameter path (regex, of the path's end) → one logical axis for each dimension. The first match wins; a parameter
-# that no line names is held whole on every device.
+# The end of a parameter's path (regex) → one logical axis for each dimension. The first match wins; a parameter that
+# no line names is replicated.
 LOGICAL_AXES = (
     (r"language_model/embed_tokens/embedding", ("vocab", "embed")),
     (r"language_model/lm_head/kernel", ("embed", "vocab")),
@@ -31,16 +31,16 @@ LOGICAL_AXES = (
     (r".*_proj/b", (None, "embed")),
 )
 
-# Logical axis → mesh axis. `embed`, what layers add into, and `rank` are divided in storage only, if there is `fsdp`.
+# Logical axis → mesh axis. `embed` (the residual stream) and `rank` are sharded in storage only, and only over `fsdp`.
 MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rank": "fsdp", None: None}
-BATCH_AXES = ("data", "fsdp")  # what divides the rows of a batch
+BATCH_AXES = ("data", "fsdp")  # over which a batch's rows are sharded
 
 
 def make_mesh(devices=None, **axes: int) -> Mesh:
-    """A mesh over the first devices, e.g. `make_mesh(data=2, tensor=4)`; the compiler places what is not placed.
+    """A mesh over the first devices, e.g. `make_mesh(data=2, tensor=4)`, of Auto axes: the compiler places the rest.
 
     Args:
-        devices: to take them from; None is `jax.devices()`.
+        devices: the devices to choose from; None is `jax.devices()`.
 
     Raises:
         ValueError: no axis is given, a size is not positive, or there are fewer devices than the mesh needs.
@@ -55,16 +55,16 @@ def make_mesh(devices=None, **axes: int) -> Mesh:
 
 
 def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
-    """Axes for so many devices, where nobody says it: `tensor` as far as it divides the heads, `data` the rest."""
+    """Axes for this many devices by default: `tensor` as far as it divides the kv heads, `data` for the rest."""
     tensor = math.gcd(devices, kv_heads)
     return {"data": devices // tensor, "tensor": tensor}
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How one parameter lies on the mesh.
+    """How one parameter is sharded over the mesh.
 
-    An axis that the mesh lacks, or that does not divide the dimension, leaves that dimension whole: the same
-    table then serves every mesh and every vocabulary (32,001 rows, say), at the price of memory, never of the result.
+    A dimension stays whole where the mesh lacks the axis, or the axis does not divide it: one table then serves every
+    mesh and every vocabulary (32,001 rows, say), at the price of memory, never of the result.
     """
     logical = next((axes for pattern, axes in LOGICAL_AXES if re.fullmatch(f"(.*/)?{pattern}", path)), ())
     names = [MESH_AXES[axis] for axis in logical]
@@ -75,7 +75,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 def param_shardings(shapes, mesh: Mesh | AbstractMesh):
     """The tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`s (see `partition_spec`).
 
-    The tree may be one that holds trees of parameters, as an optimizer's state does.
+    It may also be an optimizer's state, which holds trees of parameters.
     """
 
     def one(keys, leaf):
@@ -86,31 +86,31 @@ def param_shardings(shapes, mesh: Mesh | AbstractMesh):
 
 
 def num_batch_shards(mesh: Mesh | None) -> int:
-    """How many devices divide a batch's rows among themselves."""
+    """Into how many shards the mesh divides a batch's rows."""
     return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of whatever has a batch's rows, or its shards, in front."""
+    """The sharding of an array whose leading axis is a batch's rows, or its shards."""
     return NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
 
 
 def dividing_axes(mesh, names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """Those of the axes that the mesh has, or None where they do not divide `size`."""
+    """The axes that the mesh has of these, or None where they do not divide `size`."""
     names = tuple(name for name in names if name in mesh.shape)
     return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def row_shards(rows: int) -> int:
-    """Into how many parts the mesh that `jax.set_mesh` names divides that many rows."""
+    """Into how many shards the mesh of `jax.set_mesh` divides this many rows."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in dividing_axes(mesh, BATCH_AXES, rows) or ())
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """x with its leading axis over the batch axes of the mesh that `jax.set_mesh` names, and whole otherwise.
+    """x, its leading axis sharded over the batch axes of the mesh of `jax.set_mesh`, its other axes whole.
 
-    Without being told, the compiler may divide activations as the weights that they meet are divided in storage.
+    Without this constraint the compiler may give activations the storage sharding of the weights that they multiply.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -119,9 +119,9 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_params(params):
-    """The tree, each leaf divided on that mesh as the rules table has it, before anything is done with any of them.
+    """The tree, each leaf sharded over the mesh of `jax.set_mesh` by the table, before any of them is used.
 
-    Without the barrier, a gradient that all devices add up to stays whole on each of them until it is used.
+    Without the barrier, an all-reduced gradient stays whole on every device until it is used.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

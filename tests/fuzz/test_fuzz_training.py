@@ -58,6 +58,14 @@ def take(path, folder, template):
     modality_lengths(examples)
 
 
+def takes(path, folder, template, case):
+    """`take`, whose failure names the case."""
+    try:
+        take(path, folder, template)
+    except Exception as error:
+        raise AssertionError(case) from error
+
+
 @odd.cases(120, long=1500)
 def test_changed_samples(folder, tmp_path, numbers):
     """Some 2 seconds."""
@@ -71,10 +79,7 @@ def test_changed_samples(folder, tmp_path, numbers):
         lines = examples if isinstance(examples, list) and name.endswith("l") else [examples]
         content = "\n".join(map(odd.dump, lines)).encode()
         path = odd.write(tmp_path / name, content)
-        try:
-            take(path, folder, template)
-        except Exception as error:
-            raise AssertionError(f"case {number}, {template}: {examples!r:.500}") from error
+        takes(path, folder, template, f"case {number}, {template}: {examples!r:.500}")
 
 
 @odd.cases(60, long=600)
@@ -92,10 +97,7 @@ def test_odd_texts(folder, tmp_path, numbers):
                 example["conversations"].insert(0, {"from": "gpt", "value": odd.text(rng)})
         template = rng.choice(TEMPLATES)
         path = odd.write(tmp_path / "data.json", examples)
-        try:
-            take(path, folder, template)
-        except Exception as error:
-            raise AssertionError(f"case {number}, {template}: {examples!r:.500}") from error
+        takes(path, folder, template, f"case {number}, {template}: {examples!r:.500}")
 
 
 @odd.cases(40, long=400)
@@ -105,10 +107,7 @@ def test_damaged_files(folder, tmp_path, numbers):
         name = rng.choice(("data.json", "data.jsonl"))
         lines = VALID if name.endswith("l") else [VALID]
         data = odd.damaged(rng, "\n".join(map(odd.dump, lines)).encode())
-        try:
-            take(odd.write(tmp_path / name, data), folder, "v1")
-        except Exception as error:
-            raise AssertionError(f"case {number}: {data!r:.500}") from error
+        takes(odd.write(tmp_path / name, data), folder, "v1", f"case {number}: {data!r:.500}")
 
 
 @odd.cases(30, long=600)
