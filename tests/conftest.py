@@ -10,6 +10,12 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["LLAVA_JAX_CACHE_DIR"] = ""  # nothing comes from an earlier run, but where a test says so
+if os.environ["JAX_PLATFORMS"] == "cpu":  # a third of the time to compile; `XLA_FLAGS= pytest` compiles as users do
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    )
 
 import jax
 import numpy as np
@@ -148,6 +154,17 @@ def programs(monkeypatch):
 
     monkeypatch.setattr(LoggedJit, "__call__", noted)
     return seen
+
+
+@pytest.fixture
+def no_tpu(monkeypatch):
+    """For programs compiled for TPUs that are not there: libtpu looks for none, and sees no flags that it lacks."""
+    from llava_jax.capacity.report import NO_TPU
+
+    jax.devices()  # XLA has read its flags
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for name, value in NO_TPU.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

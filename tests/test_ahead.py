@@ -12,19 +12,13 @@ from jax.experimental import topologies
 
 from llava_jax.capacity import programs, roofline
 from llava_jax.capacity.programs import Capacity, Collectives, Engine, Program, Shapes, Wave, compile_for, slice_mesh
-from llava_jax.capacity.report import NO_TPU
 from llava_jax.capacity.roofline import BENCHMARKS, SLICES, V5E, Work
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
 
+pytestmark = pytest.mark.usefixtures("no_tpu")
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def no_tpu(monkeypatch):
-    for name, value in NO_TPU.items():
-        monkeypatch.setenv(name, value)
 
 
 def small(config: LlavaConfig) -> LlavaConfig:

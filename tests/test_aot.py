@@ -38,10 +38,8 @@ def compile_for_tpu(config, slots=128):
 
 @pytest.mark.long  # test_attention.py compiles splash for TPUs every day, test_ahead.py a loop over a cache
 @pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
-def test_generate_compiles_for_a_tpu_and_copies_nothing_large(monkeypatch, preset):
+def test_generate_compiles_for_a_tpu_and_copies_nothing_large(no_tpu, preset):
     """7B's widths, two decoder layers deep (each layer is the same program again)."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU VM to ask
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes could quarrel over
     config = LlavaConfig.preset(preset)
     text = dataclasses.replace(config.text, num_hidden_layers=2)
     config = config.replace(text=text, vision=dataclasses.replace(config.vision, num_hidden_layers=3))

@@ -256,7 +256,7 @@ for rows, kv_heads in ((2, 4), (1, 4), (2, 2)):  # both axes divide, one only
 
 
 def test_divided_over_a_mesh():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH], env={**os.environ, **flags}, capture_output=True, text=True
     )
@@ -265,10 +265,8 @@ def test_divided_over_a_mesh():
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.bfloat16, "default"), (jnp.float32, "highest")])
-def test_splash_compiles_for_a_mesh_of_tpus(monkeypatch, dtype, precision, backward):
+def test_splash_compiles_for_a_mesh_of_tpus(no_tpu, dtype, precision, backward):
     """Rows over `data`, heads over `tensor`, and nothing sent between the chips. Scores alone would be 1,152 MiB."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU VM to ask
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that two processes could quarrel over
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
     mesh = Mesh(devices.reshape(2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 

@@ -240,9 +240,8 @@ def test_on_eight_devices(converted, tmp_path):
     """Straight into the shardings of a 2 × 4 mesh, with the same values."""
     values = {k: np.asarray(v, np.float32) for k, v in read_params(converted).items()}
     np.savez(tmp_path / "expected.npz", **values)
-    flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(converted), str(tmp_path / "expected.npz")]
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "all as expected" in done.stdout, done.stderr
 

@@ -126,7 +126,7 @@ def start(folder, command, processes=1, devices=1, killed=None):
     """The command in so many processes, each with so many simulated devices; `killed` dies once it has answers."""
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     script, started = [sys.executable, str(folder / "process.py")], []
     for number in range(processes):
         told = map(json.dumps, (address, processes, number, number == killed, command))

@@ -28,7 +28,7 @@ def test_tensor_parallel_generation_gives_the_same_tokens(model, converted, pict
     llava, params = model("vicuna")
     picture = pictures["chelsea"]
     wanted = llava.generate_tokens(params, [[1, 100, -200, 5], [1, 7, 8]], picture, max_new_tokens=8)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, converted("vicuna"), picture]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == wanted.tolist()

@@ -183,7 +183,7 @@ def test_over_eight_devices(scenes_model, loaded):
     llava, params = loaded[1]
     requests = [(draw(held_out_scene(0, n)), ["Describe the image.", "What color is the heart?"]) for n in range(2)]
     wanted = llava.generate_batch(params, requests, max_new_tokens=24)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SHARDED, str(scenes_model)]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -103,12 +103,6 @@ def narrow(config: LlavaConfig) -> LlavaConfig:
     )
 
 
-@pytest.fixture
-def no_tpu(monkeypatch):
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
-
 @pytest.mark.parametrize("stage", SLICES)
 def test_all_that_is_held_of_7b_is_divided(stage, no_tpu):
     """But for norms, biases, image_newline and the tower's embeddings, which together are under 3 MiB."""

@@ -340,7 +340,7 @@ def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes):
     )
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": str(8 // processes), "JAX_PLATFORMS": "cpu"}
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
     told = [json.dumps(value) for value in (dataclasses.asdict(divided), address, processes)]
