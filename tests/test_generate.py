@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from random_params import random_params
 
 from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sample, validate
 from llava_jax.inputs.tokenizer import load_tokenizer
-from llava_jax.models.llava_llama import init_params
 
 QUESTION = "What is in this picture?"
 
@@ -27,14 +27,14 @@ def tiny(**changes):
     """A model small enough to compile in seconds, with real tiles and canvases."""
     tokenizer = load_tokenizer(Path(__file__).parent / "golden" / "tokenizers" / "small")
     config = LlavaConfig(
-        vision=VisionConfig(hidden_size=16, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2),
+        vision=VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1),
         text=TextConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=32,
             vocab_size=len(tokenizer),
             max_position_embeddings=4096,
             rms_norm_eps=1e-5,
@@ -48,7 +48,7 @@ def tiny(**changes):
         unfreeze_mm_vision_tower=True,
         name="llava-v1.6-random",
     ).replace(**changes)
-    return Llava(config, tokenizer), jax.jit(init_params, static_argnums=0)(config, jax.random.key(3))
+    return Llava(config, tokenizer), random_params(config)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.tokenizer import LlamaTokenizer
-from llava_jax.models.llava_llama import init_params, param_shapes
+from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.vocabulary import initialize_vision_tokenizer, resize_rows
 
 TOKENIZER = LlamaTokenizer((Path(__file__).parent / "golden/tokenizers/llama/tokenizer.model").read_bytes())
@@ -125,7 +126,7 @@ def test_resize_rows_by_hand():
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_grown_model_runs(tied):
     config = config_with(patch=True, start_end=True, tied=tied)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params = random_params(config)
     grown, grown_config, tokenizer = initialize_vision_tokenizer(params, config, TOKENIZER)
     assert jax.tree.map(np.shape, grown) == jax.tree.map(lambda leaf: leaf.shape, param_shapes(grown_config))
     ids = [tokenizer.encode("a <im_start> b")]
