@@ -98,7 +98,7 @@ def test_a_picture_from_anywhere_costs_no_more_than_its_question(
         str(good): None,
         f"file://{good}": None,
         f"{address}/missing.png": "could not be fetched: HTTP Error 404",
-        "http://127.0.0.1:1/0.png": "could not be fetched: [Errno 111] Connection refused",
+        "http://127.0.0.1:1/0.png": "could not be fetched: Connection refused",
         "foo://0.png": "the scheme 'foo' is not known",
         "data:image/png;base64,AAAA": "is not a picture that Pillow can read",
         f"{address}/changing.png": "at first, and is [(22, 20)] now",
