@@ -428,7 +428,7 @@ if __name__ == "__main__":
     examples = json.loads(sys.argv[3])
     loader = t.Loader(examples, sys.argv[2], t.CONFIG, t.TOKENIZER, "v1", batch_size=4, seed=1, num_workers=2)
     next(iter(loader))
-    print("loading", *loader._workers.pids, flush=True)
+    print("loading", *loader.workers.pids, flush=True)
     time.sleep(60 * (sys.argv[4] == "wait"))
 """
 

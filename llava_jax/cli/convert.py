@@ -47,16 +47,5 @@ def run(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator is not needed, and may be somebody else's now
     quiet_orbax()
-    convert(
-        args.source,
-        args.output,
-        args.revision,
-        args.dtype,
-        args.vision_tower,
-        args.model_base,
-        args.new_projector,
-        args.anyres,
-        args.quantize,
-        args.quantize_also,
-        args.conv_mode,
-    )
+    given = args.revision, args.dtype, args.vision_tower, args.model_base, args.new_projector, args.anyres
+    convert(args.source, args.output, *given, args.quantize, args.quantize_also, args.conv_mode)
