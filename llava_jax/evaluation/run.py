@@ -200,8 +200,8 @@ def _answer_share(job: Job, part: AnswerShard, left: set[int]) -> None:
 
 def _load(job: Job):
     options = job.options
-    held = dict(dtype=options.dtype, quantize=options.quantize, int8_prefix=options.int8_prefix)
-    return llava_jax.load(options.model_path, mesh=mesh_for(options, job.config), **held)
+    mesh, quantize, int8_prefix = mesh_for(options, job.config), options.quantize, options.int8_prefix
+    return llava_jax.load(options.model_path, options.dtype, mesh, quantize=quantize, int8_prefix=int8_prefix)
 
 
 def _answer_wave(job: Job, llava, params, wave, loaded) -> list[str]:
