@@ -144,7 +144,7 @@ def model(converted, loads):
 @pytest.fixture
 def programs(monkeypatch):
     """(name, arguments) of each jitted function of a model that is called while the test runs."""
-    from llava_jax.inference.compiling import LoggedJit
+    from llava_jax.compiling import LoggedJit
 
     seen, call = [], LoggedJit.__call__
 

@@ -11,13 +11,14 @@ import llava_jax
 from llava_jax.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = {"config", "inputs", "parallel", "models", "checkpoint", "inference"}
+ENGINE = {"config", "inputs", "parallel", "models", "checkpoint", "compiling", "inference"}
 LAW = {  # CONTRIBUTING.md has it in words
     "config": set(),  # and what else stands beside it and is not named here
     "inputs": {"config"},
     "parallel": set(),
     "models": {"config", "inputs", "parallel"},
     "checkpoint": {"config", "inputs", "parallel", "models"},
+    "compiling": {"config", "inputs"},
     "inference": ENGINE,
     "evaluation": ENGINE,
     "capacity": ENGINE,

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from llava_jax.compiling import LoggedJit
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import cache, generate
 from llava_jax.inference.cache import Prefix
-from llava_jax.inference.compiling import LoggedJit
 from llava_jax.inference.generate import DecodeState
 from llava_jax.inference.generation_options import GenerationOptions
 from llava_jax.inputs.groups import CacheLayout, no_questions

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.checkpoint import load_config, load_params
+from llava_jax.compiling import enable_compilation_cache
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import text_requests
 from llava_jax.inference.chat import Chat
-from llava_jax.inference.compiling import enable_compilation_cache
 from llava_jax.inference.engine import Engine, ForwardArrays
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.sampling import Greedy, Sample

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llava_jax.checkpoint import PARAMS, check_tree, load_config, load_params, stored_tree
+from llava_jax.compiling import LoggedJit, enable_compilation_cache
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.compiling import LoggedJit, enable_compilation_cache
 from llava_jax.inputs.batch import Room, next_tokens, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
 from llava_jax.inputs.tokenizer import load_tokenizer

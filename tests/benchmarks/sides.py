@@ -69,7 +69,7 @@ class Ours:
         compiles counts in neither: it is made once more."""
         import jax
 
-        from llava_jax.inference.compiling import LoggedJit
+        from llava_jax.compiling import LoggedJit
 
         inside = compiling = 0.0
 
