@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import topologies
 
 from llava_jax.capacity import programs, roofline
-from llava_jax.capacity.programs import Capacity, Collectives, Engine, Program, Shapes, Wave, compile_for, slice_mesh
-from llava_jax.capacity.roofline import BENCHMARKS, SLICES, V5E, Work
+from llava_jax.capacity.programs import Capacity, Collectives, Program, Programs, Shapes, Wave, compile_for, slice_mesh
+from llava_jax.capacity.roofline import SLICES, V5E, WORKLOADS, Work
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
@@ -46,7 +46,7 @@ def test_a_slice_has_its_chips(name):
 def test_programs_of_a_wave():
     """Over a v5e-8, 256 prefixes of 1024: a cache that is too large for a core's own memory."""
     config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 256
-    engine = Engine(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Precision())
+    engine = Programs(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Precision())
     once, prefixes = engine.once()
     wave = engine.halves(groups, prefixes)
     params, prefix = programs.chip_bytes(engine.params()), programs.chip_bytes(prefixes[0].keys_values)
@@ -208,9 +208,9 @@ def test_a_step_reads_weights_and_cache():
 
 def test_more_chips_and_larger_waves_are_never_slower():
     config = LlavaConfig.preset("1.6-vicuna-7b")
-    for benchmark in BENCHMARKS.values():
+    for workload in WORKLOADS.values():
         rates = [
-            roofline.questions_a_second(benchmark, config, V5E, data, tensor, groups, 16)
+            roofline.questions_a_second(workload, config, V5E, data, tensor, groups, 16)
             for data, tensor, groups in [(1, 4, 1), (1, 4, 8), (1, 8, 8), (2, 8, 8)]
         ]
         assert rates == sorted(rates)
@@ -238,12 +238,12 @@ def test_one_chip_needs_int8(capsys):
 @pytest.mark.long
 def test_an_int8_wave_on_one_chip():
     """Half the bytes of kernels and prefix, and no copy of either in another dtype."""
-    held, shapes, groups = roofline.Precision("int8", True), Shapes(1024, 2, 32, 64), 64
+    precision, shapes, groups = roofline.Precision("int8", True), Shapes(1024, 2, 32, 64), 64
     config, mesh = small(LlavaConfig.preset("1.6-vicuna-7b")), slice_mesh(SLICES["v5e-1"], tensor=1)
-    engine = Engine(config, mesh, shapes, held)
+    engine = Programs(config, mesh, shapes, precision)
     _, prefixes = engine.once()
     prefix = programs.chip_bytes(prefixes[0].keys_values)
-    assert prefix == 1024 * held.prefix(config.text) < 0.52 * 1024 * roofline.position_bytes(config.text)
+    assert prefix == 1024 * precision.prefix(config.text) < 0.52 * 1024 * roofline.position_bytes(config.text)
     answer = engine.answer(groups, prefixes)
     assert answer.temporaries < groups * prefix
     assert answer.whole_writes["prefix"] == 0
@@ -279,5 +279,5 @@ def test_the_report(monkeypatch, capsys):
     run("--topology", "v5p-8", "--mesh", "data=2,tensor=2", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["groups"] == 8 and report["waves"]["8"]["answer"]["whole_writes"]["suffix"] == 5
-    assert set(report["questions_a_second"]) == set(BENCHMARKS)
+    assert set(report["questions_a_second"]) == set(WORKLOADS)
     assert math.isclose(report["seconds"]["step"], 0.0061, rel_tol=0.5)

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
-from llava_jax.evaluation.tables import read_table, typed
-from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
+from llava_jax.evaluation.benchmarks import BENCHMARKS, layout_for
+from llava_jax.evaluation.benchmarks.mmbench import MMBENCH
+from llava_jax.evaluation.benchmarks.scienceqa import SCIENCE
+from llava_jax.evaluation.questions import LOADER, VQA, Question, get_chunk, read_questions, user_turn
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.tokenizer import LlamaTokenizer, tokenizer_image_token
+from llava_jax.records import read_table, typed
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "llama" / "tokenizer.model"
 PICTURES = {"a.png": [3, 2], "b c.png": [4, 2], "folder/d.png": [5, 2]}  # as record_questions.py has them
+LAYOUTS = {layout.name: layout for layout in (LOADER, VQA, SCIENCE, MMBENCH)}
 COLUMNS = "index\tquestion\thint\tA\tB\tC\tD\timage\n"
 
 
@@ -45,7 +48,7 @@ def questions_of(run, path):
     value = {flag: flags[flags.index(flag) + 1] for flag in ("--lang", "--num-chunks", "--chunk-idx") if flag in flags}
     questions = read_questions(
         path,
-        run["program"],
+        LAYOUTS[run["program"]],
         single_pred_prompt="--single-pred-prompt" in flags,
         all_rounds="--all-rounds" in flags,
         lang=value.get("--lang", "en"),
@@ -177,7 +180,7 @@ def test_malformed_lines_stay_in_their_place(write):
         lines(GOOD | {"text": "\ud800"}): (1, "half of a surrogate pair"),
     }
     path = write("q.jsonl", lines(GOOD, *bad, GOOD, b"", b"  ", b""))
-    questions = read_questions(path, "loader")
+    questions = read_questions(path, LOADER)
     assert len(questions) == len(bad) + 2 and questions[0] == questions[-1] == Question(1, "What?", "What?", "a.png")
     for n, (question, (question_id, problem)) in enumerate(zip(questions[1:], bad.values(), strict=False), 2):
         assert question.question_id == question_id
@@ -198,7 +201,7 @@ def test_malformed_science(write):
         (good | {"id": "8", "conversations": [{"value": "<im<image>age>"}]}, "8", "the question has <image>"),
     ]
     path = write("q.json", json.dumps([good, *(entry for entry, *_ in bad)]))
-    first, *questions = read_questions(path, "science")
+    first, *questions = read_questions(path, SCIENCE)
     assert first == Question("1", "What?", "What?", None)
     for n, (question, (_, question_id, problem)) in enumerate(zip(questions, bad, strict=True), 2):
         assert (question.question_id, question.error.split(": ")[0]) == (question_id, f"{path}, entry {n}")
@@ -220,7 +223,7 @@ def test_malformed_rows(write):
     path = write("q.tsv", COLUMNS + "\n".join(row for row, *_ in rows))
     lines = [2, 3, 4, 5, 7, 8, 9, 10]
     for all_rounds in (False, True):
-        questions = iter(read_questions(path, "mmbench", all_rounds=all_rounds))
+        questions = iter(read_questions(path, MMBENCH, all_rounds=all_rounds))
         for (_, question_id, problem), line in zip(rows, lines, strict=True):
             question = next(questions)
             assert (question.question_id, question.fields["round_id"]) == (question_id, 0)
@@ -233,7 +236,7 @@ def test_malformed_rows(write):
                 assert second.fields["option_char"] == ["B", "A"] and second.error == question.error
         assert next(questions, None) is None
     (nameless, _) = read_questions(
-        write("n.tsv", COLUMNS + f"\tx\t\tx\t\t\t\t{image}\n2\tx\t\tx\t\t\t\t{image}"), "mmbench"
+        write("n.tsv", COLUMNS + f"\tx\t\tx\t\t\t\t{image}\n2\tx\t\tx\t\t\t\t{image}"), MMBENCH
     )
     assert nameless.question_id is None and "its index is empty" in nameless.error
 
@@ -253,7 +256,7 @@ def test_an_option_that_reads_as_empty_is_named(write):
     }
     lines = [f"{n}\tWhat?\t\t{chr(9).join(options)}\t{image}\n" for n, options in enumerate(rows)]
     path = write("q.tsv", COLUMNS + "".join(lines))
-    questions = read_questions(path, "mmbench")
+    questions = read_questions(path, MMBENCH)
     for n, (question, options, note) in enumerate(zip(questions, rows, rows.values(), strict=True), 2):
         assert question.note == (note and f"{path}, line {n}, {note}")
         asked = question.fields["options"]
@@ -266,7 +269,7 @@ def test_an_image_cell_may_be_another_rows_index(write):
     cells = [base64.b64encode(picture).decode(), "1", " 2 ", "5", "4", "99", "6", "abc", "eHl6"]
     rows = "".join(f"{n}\tx\t\tx\t\t\t\t{cell}\n" for n, cell in enumerate(cells, 1))
     path = write("q.tsv", COLUMNS + rows)
-    first, again, through, *others, tiny = read_questions(path, "mmbench")
+    first, again, through, *others, tiny = read_questions(path, MMBENCH)
     assert first.image == again.image == through.image == picture and again.image is first.image
     assert tiny.image == b"xyz" and not any(q.error for q in (first, again, through, tiny))
     problems = [
@@ -279,13 +282,13 @@ def test_an_image_cell_may_be_another_rows_index(write):
     for n, (question, problem) in enumerate(zip(others, problems, strict=True), 5):
         assert question.image is None and question.error.startswith(f"{path}, line {n}: {problem}")
     path = write("words.tsv", COLUMNS + f"a\tx\t\tx\t\t\t\t{cells[0]}\nb\tx\t\tx\t\t\t\ta\n")
-    assert [question.image for question in read_questions(path, "mmbench")] == [picture, picture]
+    assert [question.image for question in read_questions(path, MMBENCH)] == [picture, picture]
 
 
 def test_ids_are_repeated_as_they_are(write):
     """As the reference does: two that are the same, true, NaN, any number; but no lists, which nobody can score."""
     ids = [7, 7, True, math.nan, 10**30, 1e308, -0.0, "\ud83d", "", None]
-    questions = read_questions(write("q.jsonl", lines(*(GOOD | {"question_id": number} for number in ids))), "vqa")
+    questions = read_questions(write("q.jsonl", lines(*(GOOD | {"question_id": number} for number in ids))), VQA)
     assert [repr(question.question_id) for question in questions] == [repr(number) for number in ids]
     assert not any(question.error for question in questions)
 
@@ -294,17 +297,15 @@ def test_large_pictures_in_a_table(write):
     picture = bytes(range(256)) * 1000
     path = write("q.tsv", COLUMNS + f"1\tx\t\tx\t\t\t\t{base64.b64encode(picture).decode()}\n")
     limit = csv.field_size_limit()
-    assert read_questions(path, "mmbench")[0].image == picture
+    assert read_questions(path, MMBENCH)[0].image == picture
     assert csv.field_size_limit() == limit
 
 
 def test_byte_order_mark_and_carriage_returns(write):
-    assert (
-        len(read_questions(write("q.jsonl", b"\xef\xbb\xbf" + lines(GOOD, GOOD).replace(b"\n", b"\r\n")), "vqa")) == 2
-    )
+    assert len(read_questions(write("q.jsonl", b"\xef\xbb\xbf" + lines(GOOD, GOOD).replace(b"\n", b"\r\n")), VQA)) == 2
     image = base64.b64encode(b"x").decode()
     path = write("q.tsv", ("\ufeff" + COLUMNS + f"1\tx\t\tx\t\t\t\t{image}\n").replace("\n", "\r"))
-    assert read_questions(path, "mmbench")[0] == Question(
+    assert read_questions(path, MMBENCH)[0] == Question(
         1, "x\nA. x", "x\nA. x", b"x", {"round_id": 0, "options": ["x"], "option_char": ["A"]}
     )
 
@@ -333,20 +334,19 @@ def test_byte_order_mark_and_carriage_returns(write):
 def test_one_error_for_a_file(write, layout, content, problem):
     path = write("q", content)
     with pytest.raises(ValueError) as error:
-        read_questions(path, layout)
+        read_questions(path, LAYOUTS[layout])
     assert str(path) in str(error.value) and problem in str(error.value)
 
 
 def test_missing_file(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
-            read_questions(path, "loader")
+            read_questions(path, LOADER)
 
 
 @pytest.mark.parametrize(
     ("layout", "arguments", "problem"),
     [
-        ("pope", {}, "layout='pope' is not known"),
         ("loader", {"single_pred_prompt": True}, "single_pred_prompt: the loader layout has none"),
         ("science", {"all_rounds": True}, "all_rounds: the science layout has none"),
         ("mmbench", {"lang": "de"}, "lang='de' is not known; use one of en, cn"),
@@ -354,7 +354,7 @@ def test_missing_file(tmp_path):
 )
 def test_arguments(write, layout, arguments, problem):
     with pytest.raises(ValueError, match=problem):
-        read_questions(write("q", "{}"), layout, **arguments)
+        read_questions(write("q", "{}"), LAYOUTS[layout], **arguments)
 
 
 def test_user_turn():
@@ -368,20 +368,19 @@ def test_user_turn():
 
 
 def test_tasks():
-    assert list(TASKS) == [
+    assert list(BENCHMARKS) == [
         *("pope", "textvqa", "vqav2", "gqa", "vizwiz", "scienceqa", "mmbench", "mme", "seed", "llava-bench", "mm-vet")
     ]
-    for name, task in TASKS.items():
-        assert (task.name, task.max_new_tokens) == (name, MAX_NEW_TOKENS[task.layout])
-        assert task.single_pred_prompt == (task.layout in ("science", "mmbench"))
-        assert (task.conv_mode, task.temperature) == ("vicuna_v1", 0)
-    assert MAX_NEW_TOKENS == {"loader": 128, "vqa": 1024, "science": 1024, "mmbench": 1024}
-    assert [name for name, task in TASKS.items() if "cn" in task.langs] == ["mmbench"]
+    for benchmark in BENCHMARKS.values():
+        assert benchmark.single_pred_prompt == (benchmark.layout in (SCIENCE, MMBENCH))
+    tokens = {name: layout.max_new_tokens for name, layout in LAYOUTS.items()}
+    assert tokens == {"loader": 128, "vqa": 1024, "science": 1024, "mmbench": 1024}
+    assert [name for name, benchmark in BENCHMARKS.items() if "cn" in benchmark.langs] == ["mmbench"]
 
 
 def test_layouts():
-    assert layout_for("llava-bench", "questions.jsonl") == "vqa" and layout_for("pope", "x.json") == "loader"
-    for path, layout in (("gs://b/q.jsonl", "loader"), ("x/q.json", "science"), (Path("q.tsv"), "mmbench")):
+    assert layout_for("llava-bench", "questions.jsonl") == VQA and layout_for("pope", "x.json") == LOADER
+    for path, layout in (("gs://b/q.jsonl", LOADER), ("x/q.json", SCIENCE), (Path("q.tsv"), MMBENCH)):
         assert layout_for(None, path) == layout
     with pytest.raises(ValueError, match=r"q.txt: its ending is none of .jsonl, .json, .tsv"):
         layout_for(None, "q.txt")

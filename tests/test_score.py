@@ -12,9 +12,10 @@ from test_scores import gqa_question, mmbench_rounds, mme_answers, people, seed_
 
 from llava_jax.cli import add_command
 from llava_jax.cli.score import run
-from llava_jax.evaluation import score
-from llava_jax.evaluation.scores import mme
-from llava_jax.evaluation.scores.checked import SCORERS
+from llava_jax.evaluation import scoring
+from llava_jax.evaluation.benchmarks import BENCHMARKS, mme
+
+SCORED = [task for task, benchmark in BENCHMARKS.items() if benchmark.scorer]
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +298,7 @@ def test_annotations_are_checked_before_anything_is_asked(place, task):
     given = {"pope": "coco", "scienceqa": ".", "mme": "MME"}.get(task, task)
     with pytest.raises(ValueError) as error:
         asked = str(place.folder / "q.jsonl") if task == "pope" else None
-        score.check_annotations(task, "a.jsonl", str(place.folder / given), asked)
+        scoring.check_annotations(task, "a.jsonl", str(place.folder / given), asked)
     assert str(error.value).startswith(str(place.folder)) and "\n" not in str(error.value)
 
 
@@ -350,7 +351,7 @@ def test_seed_is_checked(place, golden, capsys):
         place.score("seed", images, place.json("q.json", []), capsys=capsys)
 
 
-@pytest.mark.parametrize("task", [*SCORERS])
+@pytest.mark.parametrize("task", SCORED)
 def test_answers_are_checked_whatever_the_task(place, capsys, task):
     answers = place.folder / "answers.jsonl"
     with pytest.raises(ValueError, match=f"--task {task} needs --annotations: "):
@@ -363,7 +364,7 @@ def test_answers_are_checked_whatever_the_task(place, capsys, task):
     answers.write_text('{"question_id": 1, "text')
     with pytest.raises(ValueError, match=r"answers.jsonl, line 1: not JSON .*; let llava-jax evaluate finish it"):
         place.score(task, str(answers), place.folder, capsys=capsys)
-    extra = dict.fromkeys(SCORERS[task].keys, "")
+    extra = dict.fromkeys(BENCHMARKS[task].scorer.keys, "")
     answers.write_text(json.dumps({"question_id": 1, "text": 5, **extra}))
     with pytest.raises(ValueError, match="line 1: text=5 must be a text"):
         place.score(task, str(answers), place.folder, capsys=capsys)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.evaluation.scores import gqa, mmbench, mme, pope, scienceqa, seed, vqa
+from llava_jax.evaluation.benchmarks import gqa, mmbench, mme, pope, scienceqa, seed, textvqa, vizwiz, vqa, vqav2
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,25 @@ def test_textvqa(golden):
     answers, annotations = recorded["answers"], recorded["annotations"]
     assert len(set(recorded["scores"])) > 3
     for answer, wanted in zip(answers, recorded["scores"], strict=True):
-        assert vqa.score_textvqa([answer], annotations)["accuracy"] == pytest.approx(100 * wanted, abs=1e-9)
-    accuracy = vqa.score_textvqa(answers, annotations)["accuracy"]
+        assert textvqa.score_textvqa([answer], annotations)["accuracy"] == pytest.approx(100 * wanted, abs=1e-9)
+    accuracy = textvqa.score_textvqa(answers, annotations)["accuracy"]
     assert f"Accuracy: {accuracy:.2f}%" == recorded["printed"][2]
 
 
 def test_textvqa_prompts(golden):
     for prompt, wanted in golden["textvqa"]["prompts"]:
         if isinstance(wanted, str):
-            assert vqa.textvqa_question(prompt) == wanted
+            assert textvqa.textvqa_question(prompt) == wanted
         else:
             with pytest.raises(ValueError, match="is of no TextVQA form"):
-                vqa.textvqa_question(prompt)
+                textvqa.textvqa_question(prompt)
 
 
 def test_textvqa_wants_ten_people(golden):
     recorded = golden["textvqa"]
     short = [{**entry, "answers": entry["answers"][:9]} for entry in recorded["annotations"]]
     with pytest.raises(ValueError, match="9 annotated answers"):
-        vqa.score_textvqa(recorded["answers"], short)
+        textvqa.score_textvqa(recorded["answers"], short)
 
 
 def test_pope(golden):
@@ -166,18 +166,18 @@ def people(*answers, ids=True, **more):
 def test_soft_accuracy_of_vqav2(agreeing, wanted):
     """k of ten agree: with one of them left out, (k (k - 1) + (10 - k) k) / 30 = 9 k / 30."""
     annotation = people(*["The dog."] * agreeing, *[f"other {i}" for i in range(10 - agreeing)])
-    assert vqa.vqa_accuracy("dog", annotation) == pytest.approx(wanted)
+    assert vqav2.vqa_accuracy("dog", annotation) == pytest.approx(wanted)
 
 
 def test_vqav2_quirks():
-    assert vqa.vqa_accuracy("dog", people(*["The dog."] * 10)) == 0  # all agree: nobody is normalised
-    assert vqa.vqa_accuracy("The dog.", people(*["The dog.\n"] * 10)) == 1  # but the lines are
+    assert vqav2.vqa_accuracy("dog", people(*["The dog."] * 10)) == 0  # all agree: nobody is normalised
+    assert vqav2.vqa_accuracy("The dog.", people(*["The dog.\n"] * 10)) == 1  # but the lines are
     # Without ids equal records are one: nine "dog" and one "cat" leave nine others or, of a "dog", none.
-    assert vqa.vqa_accuracy("dog", people(*["dog"] * 9, "cat", ids=False)) == pytest.approx(0.1)
+    assert vqav2.vqa_accuracy("dog", people(*["dog"] * 9, "cat", ids=False)) == pytest.approx(0.1)
     # What is submitted has been through EvalAI's normaliser: "dog,cat" is "dogcat" by then.
     annotations = [people(*["dog cat"] * 9, "x", question_id=1)]
-    assert vqa.score_vqav2([{"question_id": 1, "text": "dog,cat"}], annotations)["accuracy"] == 0
-    assert vqa.score_vqav2([{"question_id": 1, "text": "Dog\ncat."}], annotations)["accuracy"] == 100
+    assert vqav2.score_vqav2([{"question_id": 1, "text": "dog,cat"}], annotations)["accuracy"] == 0
+    assert vqav2.score_vqav2([{"question_id": 1, "text": "Dog\ncat."}], annotations)["accuracy"] == 100
 
 
 def test_vqav2_by_type():
@@ -187,7 +187,7 @@ def test_vqav2_by_type():
         people(*["2"] * 1, *"3456789", "10", "11", question_id=3) | {"answer_type": "number"},
     ]
     answers = [{"question_id": i, "text": text} for i, text in ((3, "Two"), (1, "Yes."), (2, "two"))]
-    figures = vqa.score_vqav2(answers, annotations)
+    figures = vqav2.score_vqav2(answers, annotations)
     assert figures["answer_type"] == {"yes/no": 100.0, "number": 45.0}
     assert figures["question_type"] == {"is": 100.0, "what": 45.0}
     assert figures["accuracy"] == 63.33
@@ -195,13 +195,13 @@ def test_vqav2_by_type():
 
 def test_vizwiz():
     def score_of(text, *answers):
-        return vqa.score_vizwiz({"a.jpg": text}, [people(*answers, ids=False, image="a.jpg")])["accuracy"]
+        return vizwiz.score_vizwiz({"a.jpg": text}, [people(*answers, ids=False, image="a.jpg")])["accuracy"]
 
     assert score_of("Dog.", *["dog"] * 3, *"1234567") == 90
     assert score_of("Dog.", *["dog"] * 10) == 100  # equal records count, each but the one left out
     assert score_of("Dog.", *["Dog."] * 10) == 0  # people's answers are not normalised
     assert score_of("unanswerable", *["unanswerable"] * 2, *"12345678") == 60
-    figures = vqa.score_vizwiz(
+    figures = vizwiz.score_vizwiz(
         {"a.jpg": "x", "b.jpg": "y"}, [people(*"x" * 10, image="a.jpg"), people(*"x" * 10, image="b.jpg")]
     )
     assert figures == {"accuracy": 50, "answer_type": {"other": 50}}

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from llava_jax.capacity import roofline
-from llava_jax.capacity.roofline import BENCHMARKS, GIB, SLICES, Precision, Slice
+from llava_jax.capacity.roofline import GIB, SLICES, WORKLOADS, Precision, Slice
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
@@ -19,12 +19,18 @@ QUESTION = 64  # positions of a question, padded
 ASSUMED = "assumed: " + "; ".join(
     f"{name} has {b.questions:,} questions on {b.images:,} images of {b.size[0]} x {b.size[1]}, {b.question} tokens "
     f"each, answers of up to {b.answer}"
-    for name, b in BENCHMARKS.items()
+    for name, b in WORKLOADS.items()
 )
 
 
 def measure(
-    config: LlavaConfig, name: str, axes: dict[str, int], prefix: int, rows: int, max_new_tokens: int, held: Precision
+    config: LlavaConfig,
+    name: str,
+    axes: dict[str, int],
+    prefix: int,
+    rows: int,
+    max_new_tokens: int,
+    precision: Precision,
 ) -> dict:
     """What one slice makes of it, as plain values; `describe` puts it into words."""
     from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
@@ -36,35 +42,37 @@ def measure(
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
     shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
-    fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, held), where.chip.hbm)
+    fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, precision), where.chip.hbm)
     report = dict(
         topology=name,
         mesh=axes,
         shapes=dataclasses.asdict(shapes),
-        **dataclasses.asdict(held),
+        **dataclasses.asdict(precision),
         hbm=where.chip.hbm,
         **dataclasses.asdict(fit),
     )
     if fit.groups:
         usual = min(MAX_GROUPS, fit.groups // data)
-        report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, held))
+        report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, precision))
     return report
 
 
-def at_best(config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, held: Precision) -> dict:
+def at_best(
+    config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, precision: Precision
+) -> dict:
     """The roofline: seconds of each program, and questions a second."""
     after = shapes.question + shapes.slots
-    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, tensor=tensor, held=held)
+    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, tensor=tensor, precision=precision)
     works = {
-        "encode": roofline.encode(config, config.max_tiles_per_image, tensor, held),
-        "prefill": roofline.prefill(config, shapes.prefix, tensor, held),
+        "encode": roofline.encode(config, config.max_tiles_per_image, tensor, precision),
+        "prefill": roofline.prefill(config, shapes.prefix, tensor, precision),
         "question": roofline.extend(config, length=shapes.question, suffix=after, **wave),
         "step": roofline.extend(config, length=1, suffix=after, **wave),
     }
     seconds = {name: work.seconds(where.chip, tensor) for name, work in works.items()}
     rates = {
-        name: roofline.questions_a_second(benchmark, config, where.chip, data, tensor, groups, shapes.rows, held)
-        for name, benchmark in BENCHMARKS.items()
+        name: roofline.questions_a_second(workload, config, where.chip, data, tensor, groups, shapes.rows, precision)
+        for name, workload in WORKLOADS.items()
     }
     return dict(seconds=seconds, questions_a_second=rates)
 

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 
 from llava_jax.config import LlavaConfig, TextConfig
+from llava_jax.evaluation.benchmarks import BENCHMARKS
+from llava_jax.evaluation.benchmarks.benchmark import Workload
 from llava_jax.inputs.anyres import num_image_tokens, num_tiles
 from llava_jax.inputs.batch import bucket_count, bucket_length
 from llava_jax.inputs.groups import bucket_rows
@@ -106,7 +108,7 @@ def position_bytes(text: TextConfig) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * BF16
 
 
-def encode(config: LlavaConfig, tiles: int, tensor: int, held: Precision = Precision()) -> Work:
+def encode(config: LlavaConfig, tiles: int, tensor: int, precision: Precision = Precision()) -> Work:
     """`encode_images`. The projector is not divided over `tensor`: each chip does the whole of it."""
     vision, width = config.vision, config.vision.hidden_size
     layers = config.mm_vision_select_layer % (vision.num_hidden_layers + 1)  # those that are run
@@ -118,16 +120,16 @@ def encode(config: LlavaConfig, tiles: int, tensor: int, held: Precision = Preci
     depth, wide = config.projector_depth, config.text.hidden_size
     projector = config.mm_hidden_size * wide + (depth - 1) * wide**2 if depth else 0
     flops = tower / tensor + 2 * tiles * config.tokens_per_tile * projector
-    read = held.kernel * kernels / tensor + BF16 * projector
+    read = precision.kernel * kernels / tensor + BF16 * projector
     return Work(flops, read, 2 * layers * positions * width * BF16)
 
 
-def prefill(config: LlavaConfig, positions: int, tensor: int, held: Precision = Precision()) -> Work:
+def prefill(config: LlavaConfig, positions: int, tensor: int, precision: Precision = Precision()) -> Work:
     """The decoder over one prefix; each position sees half of them."""
     text = config.text
     kernels = text.num_hidden_layers * layer_weights(text)
     flops = 2 * positions * kernels + 2 * positions**2 * _attention_width(text)
-    read = held.kernel * kernels + positions * held.prefix(text)
+    read = precision.kernel * kernels + positions * precision.prefix(text)
     return Work(flops / tensor, read / tensor, _reduced(text, positions))
 
 
@@ -139,15 +141,15 @@ def extend(
     prefix: int,
     suffix: int,
     tensor: int,
-    held: Precision = Precision(),
+    precision: Precision = Precision(),
 ) -> Work:
     """`length` new positions in each of groups x rows, after that many positions: a question, or a step of decoding."""
     text, new = config.text, groups * rows * length
     kernels = text.num_hidden_layers * layer_weights(text)
     flops = 2 * new * kernels + 4 * new * (prefix + suffix) * _attention_width(text)
     flops += 2 * groups * rows * head_weights(text)  # of the last position alone
-    read = held.kernel * kernels + BF16 * head_weights(text)
-    read += groups * (prefix * held.prefix(text) + rows * suffix * position_bytes(text))
+    read = precision.kernel * kernels + BF16 * head_weights(text)
+    read += groups * (prefix * precision.prefix(text) + rows * suffix * position_bytes(text))
     return Work(flops / tensor, read / tensor, _reduced(text, new))
 
 
@@ -163,47 +165,31 @@ def _reduced(text: TextConfig, positions: int) -> int:
 # ---- benchmarks
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A question file of LLaVA's eval folder. Counts are the data set's; sizes and lengths are assumed."""
-
-    questions: int
-    images: int
-    size: tuple[int, int]  # (width, height) of the usual picture
-    question: int  # tokens after the picture, instruction included
-    answer: int  # tokens of a wave's longest answer, </s> included
-
-
 BEFORE_IMAGE = 36  # tokens of vicuna_v1's prompt in front of the picture
-BENCHMARKS = {
-    "POPE": Benchmark(8910, 500, (640, 480), 30, 2),
-    "GQA": Benchmark(12578, 398, (640, 480), 32, 4),
-    "TextVQA": Benchmark(5000, 3166, (1024, 768), 96, 12),  # with its reference OCR tokens
-    "VQAv2": Benchmark(107394, 36807, (640, 480), 32, 6),
-}
+WORKLOADS = {b.workload.title: b.workload for b in BENCHMARKS.values() if b.workload}
 
 
 def questions_a_second(
-    benchmark: Benchmark,
+    workload: Workload,
     config: LlavaConfig,
     chip: Chip,
     data: int,
     tensor: int,
     groups: int,
     rows: int,
-    held: Precision = Precision(),
+    precision: Precision = Precision(),
 ) -> float:
-    """Each image encoded and prefilled once, its questions asked up to `rows` at a time, in waves of `groups` images;
-    `data` such waves at once."""
-    tiles = int(num_tiles(benchmark.size, config))
-    prefix = bucket_length(BEFORE_IMAGE + int(num_image_tokens(*benchmark.size, config)), config)
-    question, per_image = bucket_count(benchmark.question), benchmark.questions / benchmark.images
+    """Each image encoded and prefilled once, its questions asked up to `rows` at a time, in batches of `groups` images;
+    `data` such batches at once."""
+    tiles = int(num_tiles(workload.size, config))
+    prefix = bucket_length(BEFORE_IMAGE + int(num_image_tokens(*workload.size, config)), config)
+    question, per_image = bucket_count(workload.question), workload.questions / workload.images
     passes = math.ceil(per_image / rows)
     rows = bucket_rows(math.ceil(per_image / passes))
-    slots = question + benchmark.answer
-    asked = extend(config, groups, rows, question, prefix, question, tensor, held).seconds(chip, tensor)
-    step = extend(config, groups, rows, 1, prefix, slots, tensor, held).seconds(chip, tensor)
-    image = encode(config, tiles, tensor, held).seconds(chip, tensor)
-    image += prefill(config, prefix, tensor, held).seconds(chip, tensor)
-    wave = groups * image + passes * (asked + (benchmark.answer - 1) * step)
-    return data * groups * per_image / wave
+    slots = question + workload.answer
+    asked = extend(config, groups, rows, question, prefix, question, tensor, precision).seconds(chip, tensor)
+    step = extend(config, groups, rows, 1, prefix, slots, tensor, precision).seconds(chip, tensor)
+    image = encode(config, tiles, tensor, precision).seconds(chip, tensor)
+    image += prefill(config, prefix, tensor, precision).seconds(chip, tensor)
+    seconds = groups * image + passes * (asked + (workload.answer - 1) * step)
+    return data * groups * per_image / seconds

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
         from llava_jax.checkpoint import load_config
 
         config = load_config(args.model_path)
-    held = Precision(args.quantize, args.int8_prefix)
+    precision = Precision(args.quantize, args.int8_prefix)
     for name in args.topology:
-        report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, held)
+        report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, precision)
         print(json.dumps(report) if args.json else describe(report), flush=True)
     if not args.json:
         print(ASSUMED)

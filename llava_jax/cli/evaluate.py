@@ -7,10 +7,10 @@ import sys
 
 from llava_jax.cli.flags import add_distributed_argument, add_model_arguments, initialize, mesh_axes, options_from
 from llava_jax.cli.score import print_scores
+from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.questions import LANGUAGES
-from llava_jax.evaluation.score import check_annotations
-from llava_jax.evaluation.tasks import TASKS
+from llava_jax.evaluation.scoring import check_annotations
 
 DESCRIPTION = (
     "Answer a question file of LLaVA's eval folder. Killed and started again with the same flags, it goes on. "
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question-file", required=True, help="jsonl; ScienceQA's json; MMBench's tsv")
     parser.add_argument("--image-folder", default="", help="where the images named in it stand, if not by URL")
     parser.add_argument("--answers-file", required=True, help="jsonl, in the order of the questions")
-    parser.add_argument("--task", choices=TASKS, help="which benchmark it is (as the question file's ending says)")
+    parser.add_argument("--task", choices=BENCHMARKS, help="which benchmark it is (as the question file's ending says)")
     parser.add_argument("--annotations", metavar="PATH", help="score the answers too; see llava-jax score --help")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s; the original: 0.2)")
     parser.add_argument("--top_p", type=float, help="(the checkpoint's, or 1)")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from llava_jax.evaluation.score import JUDGED, check_scorable, published_beside, table
-from llava_jax.evaluation.scores.annotations import Files
-from llava_jax.evaluation.scores.checked import NOTE, SCORERS, read_answers
+from llava_jax.evaluation.benchmarks import BENCHMARKS
+from llava_jax.evaluation.benchmarks.benchmark import NOTES, Files
+from llava_jax.evaluation.scoring import check_scorable, published_beside, read_answers, table
 
 DESCRIPTION = "Score an answer file as the benchmark's own program does."
 EXAMPLE = "--task pope --answers-file answers.jsonl --annotations pope/coco"
@@ -15,7 +15,7 @@ EXAMPLE = "--task pope --answers-file answers.jsonl --annotations pope/coco"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags, and below them what --annotations is for each task."""
-    parser.add_argument("--task", required=True, choices=[*SCORERS, *JUDGED])
+    parser.add_argument("--task", required=True, choices=BENCHMARKS)
     parser.add_argument("--answers-file", required=True, help="what llava-jax evaluate, or LLaVA's own program, wrote")
     parser.add_argument("--annotations", metavar="PATH", help="the true answers: a file or folder, by task (see below)")
     parser.add_argument(
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON, with all figures")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    lines = [f"  {task:<12}{scorer.annotations}" for task, scorer in SCORERS.items()]
+    lines = [f"  {task:<12}{b.scorer.annotations}" for task, b in BENCHMARKS.items() if b.scorer]
     parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines, "", parser.epilog or ""])
 
 
@@ -43,11 +43,11 @@ def print_scores(
     scorer, path = check_scorable(task, answers_file, annotations)
     answers, files = read_answers(answers_file, scorer.keys), Files(answers_file, path, question_file)
     figures = scorer.score(answers, scorer.read(files), files)
-    published = published_beside(task, path)
+    published = published_beside(BENCHMARKS[task], path)
     if as_json:
         scores = {name: entry.score for name, entry in published.items()}
         print(json.dumps({"task": task, "answers": len(answers), "published": scores, **figures}))
     else:
-        notes = figures.pop(NOTE, [])
+        notes = figures.pop(NOTES, [])
         lines = "\n".join([table(f"{task}, {len(answers)} answers", figures, published, scorer.table), *notes])
         print(lines.encode(errors="backslashreplace").decode())  # an annotation's half characters

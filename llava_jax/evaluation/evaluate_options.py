@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_jax.evaluation.tasks import MAX_NEW_TOKENS, TASKS, layout_for
+from llava_jax.evaluation.benchmarks import BENCHMARKS, layout_for
+from llava_jax.evaluation.questions import Layout
 from llava_jax.parallel.mesh_axes import check_axes
 
 
@@ -13,7 +14,7 @@ class EvaluateOptions:
     """The options of a run. Paths may be local or gs://.
 
     Attributes:
-        task: a name in `tasks.TASKS`; None goes by the question file's ending.
+        task: a name in `benchmarks.BENCHMARKS`; None goes by the question file's ending.
         conv_mode: None is the checkpoint's.
         temperature: 0 is greedy; top_p: None is the checkpoint's.
         max_new_tokens: None is what the reference's program for this task takes.
@@ -48,22 +49,20 @@ class EvaluateOptions:
     def __post_init__(self):
         if self.new_tokens < 1:
             raise ValueError(f"--max_new_tokens {self.new_tokens} must be at least 1")
-        if self.task is not None and self.lang not in TASKS[self.task].langs:
-            raise ValueError(f"--lang {self.lang}: {self.task} has {', '.join(TASKS[self.task].langs)}")
+        if self.task is not None and self.lang not in BENCHMARKS[self.task].langs:
+            raise ValueError(f"--lang {self.lang}: {self.task} has {', '.join(BENCHMARKS[self.task].langs)}")
         check_axes(self.mesh, "data", "tensor")
 
     @property
-    def layout(self) -> str:
-        """Of the question file, one of `questions.LAYOUTS`."""
+    def layout(self) -> Layout:
+        """Of the question file."""
         return layout_for(self.task, self.question_file)
 
     @property
     def new_tokens(self) -> int:
         """How many an answer has at most."""
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        return MAX_NEW_TOKENS[self.layout] if self.task is None else TASKS[self.task].max_new_tokens
+        return self.layout.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def asks_for_the_letter(self) -> bool:
-        return self.single_pred_prompt or (self.task is not None and TASKS[self.task].single_pred_prompt)
+        return self.single_pred_prompt or (self.task is not None and BENCHMARKS[self.task].single_pred_prompt)

@@ -26,7 +26,7 @@ from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
 from llava_jax.parallel.sharding import default_axes, make_mesh
 
-NAMED = 20  # rows of which something is not asked
+MOST_NAMED_ROWS = 20  # of which something is not asked
 TEXT_ONLY = 16  # questions without a picture that share a prefix
 
 
@@ -105,8 +105,8 @@ def evaluate(options: EvaluateOptions) -> list[str]:
 def _say_what_is_not_asked(questions: Sequence[Question]) -> None:
     notes = list(dict.fromkeys(question.note for question in questions if question.note))
     if notes and multihost.is_primary():
-        more = f"; and {len(notes) - NAMED} more rows" if len(notes) > NAMED else ""
-        print("\n".join(notes[:NAMED]) + more, file=sys.stderr)
+        more = f"; and {len(notes) - MOST_NAMED_ROWS} more rows" if len(notes) > MOST_NAMED_ROWS else ""
+        print("\n".join(notes[:MOST_NAMED_ROWS]) + more, file=sys.stderr)
 
 
 def prepare(options: EvaluateOptions) -> Job:
@@ -190,7 +190,7 @@ def _answer_share(job: Job, part: AnswerShard, left: set[int]) -> None:
     progress = tqdm(
         total=len(numbers) - len(lines), unit="question", disable=not multihost.is_primary(), dynamic_ncols=True
     )
-    rgb = job.options.layout in ("loader", "vqa")
+    rgb = job.options.layout.rgb
     with Pictures(job.config, rgb, images, folder, sizes) as pictures, progress:
         for wave, loaded in pictures.of_waves(waves):
             lines = _answer_wave(job, llava, params, wave, loaded)

@@ -15,9 +15,11 @@ from test_scores import gqa_question, mme_answers, people
 from llava_jax.cli import add_command
 from llava_jax.cli.score import print_scores
 from llava_jax.cli.submit import run as run_submit
-from llava_jax.evaluation import submission
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_line
-from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.benchmarks import BENCHMARKS
+from llava_jax.evaluation.benchmarks.mmbench import MMBENCH
+from llava_jax.evaluation.benchmarks.scienceqa import SCIENCE
+from llava_jax.evaluation.questions import LOADER, VQA, Question, get_chunk, read_questions, user_turn
 
 PICTURE = base64.b64encode(bytes(range(120))).decode()
 TABLE = "index\tquestion\thint\tA\tB\tC\tD\timage\tanswer\tcategory\tl2-category\n"
@@ -137,13 +139,13 @@ SUBMITTED = {
     "mm-vet": ({"answers.jsonl": said(1, 2)}, None, None),
 }
 QUESTIONS = {
-    "loader": ASKED,
-    "vqa": ASKED,
-    "science": [
+    LOADER: ASKED,
+    VQA: ASKED,
+    SCIENCE: [
         {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
         {"id": 2, "conversations": [{"from": "human", "value": "What?"}]},
     ],
-    "mmbench": TABLE,
+    MMBENCH: TABLE,
 }
 
 
@@ -215,7 +217,7 @@ def ask(path, layout, all_rounds):
         assert "\n" not in (question.error or "") and len(question.error or "") < 2000
 
 
-@pytest.mark.parametrize("layout", QUESTIONS)
+@pytest.mark.parametrize("layout", QUESTIONS, ids=lambda layout: layout.name)
 @odd.cases(25, 600)
 def test_question_files(tmp_path, numbers, layout):
     path = tmp_path / "questions"
@@ -224,9 +226,9 @@ def test_question_files(tmp_path, numbers, layout):
 
     def case(rng):
         path.write_bytes(spoilt(rng, QUESTIONS[layout]))
-        return odd.refusal_of(ask, path, layout, layout == "mmbench" and rng.random() < 0.5)
+        return odd.refusal_of(ask, path, layout, layout == MMBENCH and rng.random() < 0.5)
 
-    run_all(f"questions {layout}", numbers, case)
+    run_all(f"questions {layout.name}", numbers, case)
 
 
 IDS = tuple(letter * 22 for letter in "abcd")
@@ -298,6 +300,5 @@ def test_submissions(tmp_path, numbers, task):
 
 
 def test_every_task_is_among_them():
-    from llava_jax.evaluation.scores.checked import SCORERS
-
-    assert set(SCORED) == set(SCORERS) and set(SUBMITTED) == set(submission.SUBMISSIONS)
+    assert set(SCORED) == {task for task, benchmark in BENCHMARKS.items() if benchmark.scorer}
+    assert set(SUBMITTED) == {task for task, benchmark in BENCHMARKS.items() if benchmark.submission}

@@ -1,4 +1,7 @@
-"""MME: accuracy and accuracy+ of its 14 subtasks. LLaVA's convert_answer_to_mme.py, then MME's calculation.py."""
+"""MME: accuracy and accuracy+ of its 14 subtasks.
+
+LLaVA's convert_answer_to_mme.py (in its eval.zip), then MME's calculation.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,19 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from llava_jax.records import read_file
+from llava_jax.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Files,
+    Published,
+    Scorer,
+    Submission,
+    check_ids,
+    question_ids,
+    read_texts,
+)
+from llava_jax.evaluation.questions import LOADER
+from llava_jax.inputs.text import check_text
+from llava_jax.records import naming, read_file
 
 PERCEPTION = (
     "existence",
@@ -50,6 +65,21 @@ def read_truth(folder) -> dict[Key, str]:
                     raise ValueError(f"{path}: {line!r:.200} is not a question, a tab and Yes or No")
                 truth[category.name, path.name, question] = answer
     return truth
+
+
+def _score(answers: Sequence[Mapping], truth: Mapping[Key, str], files: Files) -> dict:
+    if not all(isinstance(number, str) and "/" in number for number in question_ids(answers)):
+        raise ValueError(
+            f"{files.answers}: MME's ids are like existence/000000006040.jpg, these are not; is it MME's file?"
+        )
+    keys = [truth_key(answer, truth) for answer in answers]
+    check_ids(list(set(keys)), truth, files.answers, files.annotations)
+    for category in {category for category, _, _ in keys}:
+        images = [image for key_category, image, _ in keys if key_category == category]
+        if images[::2] != images[1::2] or len(set(images)) * 2 != len(images):
+            raise ValueError(f"{files.answers}: each image of {category} needs two answers, one after the other")
+    with naming(files.annotations):
+        return score_mme(answers, truth)
 
 
 def said(text: str) -> str:
@@ -109,3 +139,37 @@ def _subtask(category: str, pairs: Sequence[tuple[str, str]]) -> dict[str, float
     acc, acc_plus = sum(right) / len(right) * 100, sum(both) / len(both) * 100
     other = sum(answer == "other" for _, answer in pairs)
     return {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus, "other": other}
+
+
+def convert(answers_file, annotations) -> dict[str, bytes]:
+    """{category.txt: lines of image's .txt, question, truth, answer}, as MME's calculation.py takes them."""
+    truth = read_truth(annotations)
+    lines: dict[str, str] = {}
+    for n, answer in enumerate(read_texts(answers_file, "prompt", "text"), 1):
+        check_text(answer["text"], f"{answers_file}, line {n}: the text")
+        key = category, file, question = truth_key(answer, truth)
+        if key not in truth:
+            raise ValueError(
+                f"{answers_file}, line {n}: {annotations} has no question {answer['prompt']!r:.200} in "
+                f"{category:.80}/{file:.80}; is it the same release of MME?"
+            )
+        line = "\t".join((file, question, truth[key], answer["text"])) + "\n"
+        lines[f"{category}.txt"] = lines.get(f"{category}.txt", "") + line
+    return {name: text.encode() for name, text in lines.items()}
+
+
+BENCHMARK = Benchmark(
+    LOADER,
+    scorer=Scorer(
+        lambda files: read_truth(files.annotations),
+        _score,
+        "the folder MME/MME_Benchmark_release_version",
+        {"prompt": (str,)},
+        table=("subtasks",),
+    ),
+    submission=Submission(convert, "annotations", "the folder MME_Benchmark_release_version"),
+    published={
+        "perception": Published(1519, "the whole benchmark"),
+        "cognition": Published(332, "the whole benchmark"),
+    },
+)

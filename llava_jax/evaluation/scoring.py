@@ -6,16 +6,18 @@ from collections.abc import Collection, Mapping
 
 from etils import epath
 
-from llava_jax.evaluation.published import MODEL, PUBLISHED, SOURCE, Published
-from llava_jax.evaluation.scores.annotations import Files
-from llava_jax.evaluation.scores.checked import SCORERS, Scorer
-
-# What becomes of the answers that GPT judges.
-JUDGED = {
-    "llava-bench": "hand {answers} itself to LLaVA's llava/eval/eval_gpt_review_bench.py",
-    "mm-vet": "make its file with llava-jax submit --task mm-vet --answers-file {answers} --output mm-vet.json, "
-    "and hand that to MM-Vet's evaluator",
-}
+from llava_jax.evaluation.benchmarks import BENCHMARKS
+from llava_jax.evaluation.benchmarks.benchmark import (
+    PUBLISHED_MODEL,
+    PUBLISHED_SOURCE,
+    Benchmark,
+    Files,
+    Published,
+    Scorer,
+)
+from llava_jax.evaluation.questions import ID
+from llava_jax.fields import Kind
+from llava_jax.records import read_objects
 
 
 def check_scorable(task: str | None, answers_file: str, annotations: str | None) -> tuple[Scorer, str]:
@@ -27,10 +29,11 @@ def check_scorable(task: str | None, answers_file: str, annotations: str | None)
     """
     if task is None:
         raise ValueError("--annotations needs --task, which says how they are read")
-    if task in JUDGED:
-        instead = JUDGED[task].format(answers=answers_file)
+    benchmark = BENCHMARKS[task]
+    scorer = benchmark.scorer
+    if scorer is None:
+        instead = benchmark.judged.format(answers=answers_file)
         raise ValueError(f"{task} has no scorer, its answers are judged by GPT; {instead}")
-    scorer = SCORERS[task]
     if annotations is None:
         raise ValueError(f"--task {task} needs --annotations: {scorer.annotations}")
     if not epath.Path(annotations).exists():
@@ -48,10 +51,24 @@ def check_annotations(task: str | None, answers_file: str, annotations: str | No
     scorer.read(Files(answers_file, path, question_file))
 
 
-def published_beside(task: str, annotations: str) -> dict[str, Published]:
-    """What was published for a task; MMBench's Chinese file is known by its name."""
-    chinese = task == "mmbench" and "_cn" in epath.Path(annotations).name.lower()
-    return PUBLISHED["mmbench-cn" if chinese else task]
+def read_answers(path: str, keys: Mapping[str, Kind]) -> list[dict]:
+    """Answer lines, each with question_id, a text and `keys`.
+
+    Raises:
+        FileNotFoundError: the file cannot be read.
+        ValueError: it is empty, or a line is not such an answer.
+    """
+    kinds = {"question_id": ID, "text": (str,), **keys}
+    answers = read_objects(path, kinds, "let llava-jax evaluate finish it, or give this task's answers")
+    if not answers:
+        raise ValueError(f"{path}: has no answers; write them with llava-jax evaluate")
+    return answers
+
+
+def published_beside(benchmark: Benchmark, annotations: str) -> Mapping[str, Published]:
+    """What was published for the edition whose annotations these are."""
+    name = epath.Path(annotations).name.lower()
+    return next((figures for part, figures in benchmark.editions.items() if part in name), benchmark.published)
 
 
 def table(title: str, figures: Mapping, published: Mapping[str, Published], groups: Collection[str]) -> str:
@@ -67,7 +84,7 @@ def table(title: str, figures: Mapping, published: Mapping[str, Published], grou
     for name, value, beside in rows:
         theirs = "" if beside is None else f"{beside.score:>10}  on {beside.measured_on}"
         lines.append(f"{name:<{width}} {_shown(value):>9} {theirs}".rstrip())
-    return "\n".join([*lines, f"published: {MODEL}, {SOURCE}"])
+    return "\n".join([*lines, f"published: {PUBLISHED_MODEL}, {PUBLISHED_SOURCE}"])
 
 
 def _shown(value: float | int | Mapping | None) -> str:

@@ -6,11 +6,59 @@ Left out is what needs more than testdev_balanced_questions.json: validity and p
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
+from llava_jax.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Files,
+    Published,
+    Scorer,
+    Submission,
+    Workload,
+    check_ids,
+    question_ids,
+    read_texts,
+)
+from llava_jax.evaluation.questions import LOADER
+from llava_jax.fields import Kind
+from llava_jax.records import check_objects, read_json_object
+
+KINDS: dict[str, Kind] = {
+    "answer": (str,),
+    "isBalanced": (bool,),
+    "question": (str,),
+    "types": {"structural": (str,), "semantic": (str,)},
+    "semantic": [{"operation": (str,), "argument": (str,)}],
+    "groups": {"global": (str, type(None))},
+}
 NO_STEP = ("exist", "query: name", "choose name")
+
+
+def read_truth(files: Files) -> dict[str, dict]:
+    given = epath.Path(files.annotations)
+    path = given / "testdev_balanced_questions.json" if given.is_dir() else given
+    questions = read_json_object(path, "it is GQA's testdev_balanced_questions.json, question_id → question")
+    remedy = "GQA's questions of a split with answers have all of them"
+    check_objects(list(questions.values()), KINDS, path, remedy, "entry")
+    return questions
+
+
+def _score(answers: Sequence[Mapping], questions: Mapping[str, Mapping], files: Files) -> dict:
+    check_ids(question_ids(answers), questions, files.answers, files.annotations)
+    return score_gqa(answers, questions)
+
+
+def convert(answers_file) -> bytes:
+    said = [
+        {"questionId": answer["question_id"], "prediction": prediction(answer["text"])}
+        for answer in read_texts(answers_file, "text")
+    ]
+    return json.dumps(said).encode()
 
 
 def prediction(text: str) -> str:
@@ -83,3 +131,14 @@ def distribution(said: Mapping[str, str], questions: Mapping[str, Mapping]) -> f
 
 def _percent(right: Sequence[bool]) -> float:
     return 100 * (sum(right) / len(right)) if right else 0
+
+
+BENCHMARK = Benchmark(
+    LOADER,
+    scorer=Scorer(
+        read_truth, _score, "gqa/data, or testdev_balanced_questions.json in it", table=("structural", "semantic")
+    ),
+    submission=Submission(convert),
+    published={"accuracy": Published(64.2, "testdev_balanced")},
+    workload=Workload("GQA", 12578, 398, (640, 480), 32, 4),
+)

@@ -1,0 +1,90 @@
+"""VizWiz: its own VQAEval, on what LLaVA's scripts/convert_vizwiz_for_submission.py makes of the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llava_jax.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Files,
+    Published,
+    Scorer,
+    Submission,
+    check_complete,
+    check_ids,
+    question_ids,
+    read_texts,
+)
+from llava_jax.evaluation.benchmarks.vqa import (
+    PEOPLE,
+    by_type,
+    check_annotated,
+    evalai_answer,
+    soft_accuracy,
+    submitted_answers,
+    vqa_answer,
+)
+from llava_jax.evaluation.questions import LOADER
+from llava_jax.records import read_json
+
+
+@dataclass(frozen=True)
+class Truth:
+    """VizWiz's annotations, and question_id → image, where ids are not the images' names."""
+
+    entries: list[dict]
+    image_of: Mapping | None
+
+
+def read_truth(files: Files) -> Truth:
+    kinds = {"image": (str,), "answers": PEOPLE, "answer_type": (str,)}
+    entries = check_annotated(read_json(files.annotations), kinds, files.annotations)
+    if files.questions is None:
+        return Truth(entries, None)
+    asked = read_texts(files.questions, "image", remedy="VizWiz's question file has question_id and image")
+    return Truth(entries, {question["question_id"]: question["image"] for question in asked})
+
+
+def _score(answers: Sequence[Mapping], truth: Truth, files: Files) -> dict:
+    images = question_ids(answers)
+    if truth.image_of is not None:
+        check_ids(images, truth.image_of, files.answers, str(files.questions))
+        images = [truth.image_of[number] for number in images]
+    check_ids(images, [entry["image"] for entry in truth.entries], files.answers, files.annotations)
+    texts = {image: answer["text"] for image, answer in zip(images, answers, strict=True)}
+    return score_vizwiz(texts, truth.entries)
+
+
+def score_vizwiz(answers: Mapping[str, str], annotations: Sequence[Mapping]) -> dict:
+    """Accuracies in percent, rounded to two places: of all and by "answer_type".
+
+    What counts is what LLaVA submits: each text through `evalai_answer`. VizWiz's table of contractions, which is
+    typed with ’, then never meets a word that it has.
+
+    Args:
+        answers: image's file name → the model's text.
+        annotations: val.json, a list; every one must have its answer.
+    """
+    accuracies = {}
+    for entry in annotations:
+        text = vqa_answer(evalai_answer(answers[entry["image"]]))
+        # Quirk: what people said is compared as it was typed, not normalised.
+        accuracies[entry["image"]] = soft_accuracy(text, [person["answer"] for person in entry["answers"]])
+    return by_type(accuracies, {entry["image"]: entry for entry in annotations}, ("answer_type",))
+
+
+def convert(answers_file, question_file) -> bytes:
+    answers, questions = submitted_answers(answers_file), read_texts(question_file, "image")
+    check_complete(answers_file, [number for number in question_ids(questions) if number not in answers])
+    said = [{"image": q["image"], "answer": evalai_answer(answers[q["question_id"]])} for q in questions]
+    return json.dumps(said).encode()
+
+
+BENCHMARK = Benchmark(
+    LOADER,
+    scorer=Scorer(read_truth, _score, "val.json (the test split: by its server)", table=("answer_type",)),
+    submission=Submission(convert, "question_file", "llava_test.jsonl"),
+    published={"accuracy": Published(57.6, "test, by its server")},
+)
