@@ -13,17 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    Workload,
-    check_ids,
-    question_ids,
-    read_texts,
-)
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Submission, Workload
+from llava_jax.evaluation.benchmarks.common import check_ids, question_ids, read_texts
 from llava_jax.evaluation.questions import LOADER
 from llava_jax.fields import Kind
 from llava_jax.records import check_objects, read_json_object

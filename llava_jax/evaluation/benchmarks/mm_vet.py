@@ -2,7 +2,8 @@
 
 import json
 
-from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Submission, read_texts
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Submission
+from llava_jax.evaluation.benchmarks.common import read_texts
 from llava_jax.evaluation.questions import VQA
 
 

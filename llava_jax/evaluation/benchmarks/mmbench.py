@@ -17,20 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    NOTES,
-    SERVER,
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    check_ids,
-    check_once,
-    percent,
-    question_ids,
-    read_texts,
-)
+from llava_jax.evaluation.benchmarks.benchmark import NOTES, Benchmark, Files, Published, Scorer, Submission
+from llava_jax.evaluation.benchmarks.common import SERVER, check_ids, check_once, percent, question_ids, read_texts
 from llava_jax.evaluation.questions import (
     LANGUAGES,
     SINGLE_PRED_PROMPT,

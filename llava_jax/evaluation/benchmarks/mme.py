@@ -9,33 +9,14 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    check_ids,
-    question_ids,
-    read_texts,
-)
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Submission
+from llava_jax.evaluation.benchmarks.common import check_ids, question_ids, read_texts
 from llava_jax.evaluation.questions import LOADER
 from llava_jax.inputs.text import check_text
 from llava_jax.records import naming, read_file
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
+COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 SHORT = "Answer the question using a single word or phrase."
 YES_OR_NO = " Please answer yes or no."
 

@@ -8,15 +8,8 @@ from pathlib import PurePath
 
 from etils import epath
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Workload,
-    check_ids,
-    question_ids,
-)
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Workload
+from llava_jax.evaluation.benchmarks.common import check_ids, question_ids
 from llava_jax.evaluation.questions import ID, LOADER
 from llava_jax.records import naming, read_objects
 

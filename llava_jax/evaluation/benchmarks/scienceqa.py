@@ -13,15 +13,8 @@ from typing import Any
 from etils import epath
 
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    check_ids,
-    percent,
-    question_ids,
-)
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer
+from llava_jax.evaluation.benchmarks.common import check_ids, percent, question_ids
 from llava_jax.evaluation.questions import (
     ID,
     SINGLE_PRED_PROMPT,

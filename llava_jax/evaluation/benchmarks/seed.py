@@ -6,18 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    check_complete,
-    check_ids,
-    percent,
-    question_ids,
-    read_texts,
-)
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Submission
+from llava_jax.evaluation.benchmarks.common import check_complete, check_ids, percent, question_ids, read_texts
 from llava_jax.evaluation.questions import ID, LOADER
 from llava_jax.fields import Kind, problem_of
 from llava_jax.records import check_objects, read_json, read_json_key

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llava_jax.evaluation.benchmarks.benchmark import SERVER, Benchmark, Files, Published, Scorer, Workload
-from llava_jax.evaluation.benchmarks.vqa import evalai_answer, soft_accuracy
+from llava_jax.evaluation.benchmarks import vqa
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Workload
+from llava_jax.evaluation.benchmarks.common import SERVER
 from llava_jax.evaluation.questions import LOADER
 from llava_jax.fields import Kind
 from llava_jax.records import check_objects, naming, read_json_key
@@ -80,7 +81,9 @@ def score_textvqa(answers: Sequence[Mapping], annotations: Sequence[Mapping]) ->
         people = by_question[answer["question_id"], textvqa_question(answer["prompt"])]["answers"]
         if len(people) != 10:
             raise ValueError(f"image {answer['question_id']}: {len(people)} annotated answers; TextVQA has 10 of each")
-        scores.append(soft_accuracy(evalai_answer(answer["text"]), [evalai_answer(said) for said in people]))
+        scores.append(
+            vqa.soft_accuracy(vqa.evalai_answer(answer["text"]), [vqa.evalai_answer(said) for said in people])
+        )
     return {"accuracy": 100 * (sum(scores) / len(scores))}
 
 

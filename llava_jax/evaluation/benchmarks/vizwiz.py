@@ -6,26 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    check_complete,
-    check_ids,
-    question_ids,
-    read_texts,
-)
-from llava_jax.evaluation.benchmarks.vqa import (
-    PEOPLE,
-    by_type,
-    check_annotated,
-    evalai_answer,
-    soft_accuracy,
-    submitted_answers,
-    vqa_answer,
-)
+from llava_jax.evaluation.benchmarks import vqa
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Submission
+from llava_jax.evaluation.benchmarks.common import check_complete, check_ids, question_ids, read_texts
 from llava_jax.evaluation.questions import LOADER
 from llava_jax.records import read_json
 
@@ -39,8 +22,8 @@ class Truth:
 
 
 def read_truth(files: Files) -> Truth:
-    kinds = {"image": (str,), "answers": PEOPLE, "answer_type": (str,)}
-    entries = check_annotated(read_json(files.annotations), kinds, files.annotations)
+    kinds = {"image": (str,), "answers": vqa.PEOPLE, "answer_type": (str,)}
+    entries = vqa.check_annotated(read_json(files.annotations), kinds, files.annotations)
     if files.questions is None:
         return Truth(entries, None)
     asked = read_texts(files.questions, "image", remedy="VizWiz's question file has question_id and image")
@@ -69,17 +52,16 @@ def score_vizwiz(answers: Mapping[str, str], annotations: Sequence[Mapping]) -> 
     """
     accuracies = {}
     for entry in annotations:
-        text = vqa_answer(evalai_answer(answers[entry["image"]]))
+        text = vqa.vqa_answer(vqa.evalai_answer(answers[entry["image"]]))
         # Quirk: what people said is compared as it was typed, not normalised.
-        accuracies[entry["image"]] = soft_accuracy(text, [person["answer"] for person in entry["answers"]])
-    return by_type(accuracies, {entry["image"]: entry for entry in annotations}, ("answer_type",))
+        accuracies[entry["image"]] = vqa.soft_accuracy(text, [person["answer"] for person in entry["answers"]])
+    return vqa.by_type(accuracies, {entry["image"]: entry for entry in annotations}, ("answer_type",))
 
 
 def convert(answers_file, question_file) -> bytes:
-    answers, questions = submitted_answers(answers_file), read_texts(question_file, "image")
+    answers, questions = vqa.submitted_answers(answers_file), read_texts(question_file, "image")
     check_complete(answers_file, [number for number in question_ids(questions) if number not in answers])
-    said = [{"image": q["image"], "answer": evalai_answer(answers[q["question_id"]])} for q in questions]
-    return json.dumps(said).encode()
+    return json.dumps([{"image": q["image"], "answer": answers[q["question_id"]]} for q in questions]).encode()
 
 
 BENCHMARK = Benchmark(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llava_jax.evaluation.benchmarks.benchmark import SERVER
+from llava_jax.evaluation.benchmarks.common import SERVER
 from llava_jax.evaluation.questions import ID
 from llava_jax.fields import Kind, problem_of
 from llava_jax.records import check_objects, json_lines
@@ -85,7 +85,7 @@ def _percent(accuracies: Sequence[float]) -> float:
 
 
 def submitted_answers(path) -> dict:
-    """{question_id: text}, lines that are not JSON passed over, as the converters for VQAv2 and VizWiz do."""
+    """question_id → text as it is submitted; lines that are not JSON are passed over, as LLaVA's converters do."""
     answers, passed_over = {}, 0
     for where, entry in json_lines(path):
         if isinstance(entry, ValueError):
@@ -93,7 +93,7 @@ def submitted_answers(path) -> dict:
         elif problem := problem_of(entry, {"question_id": ID, "text": (str,)}):
             raise ValueError(f"{where}: {problem}")
         else:
-            answers[entry["question_id"]] = entry["text"]
+            answers[entry["question_id"]] = evalai_answer(entry["text"])
     if passed_over:
         print(f"{path}: {passed_over} lines are not JSON and were passed over")
     return answers

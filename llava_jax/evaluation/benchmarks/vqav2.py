@@ -5,27 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from llava_jax.evaluation.benchmarks.benchmark import (
-    SERVER,
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-    Submission,
-    Workload,
-    check_ids,
-    question_ids,
-    read_texts,
-)
-from llava_jax.evaluation.benchmarks.vqa import (
-    PEOPLE,
-    by_type,
-    check_annotated,
-    evalai_answer,
-    one_line,
-    submitted_answers,
-    vqa_answer,
-)
+from llava_jax.evaluation.benchmarks import vqa
+from llava_jax.evaluation.benchmarks.benchmark import Benchmark, Files, Published, Scorer, Submission, Workload
+from llava_jax.evaluation.benchmarks.common import SERVER, check_ids, question_ids, read_texts
 from llava_jax.evaluation.questions import ID, LOADER
 from llava_jax.records import read_json_key
 
@@ -33,8 +15,8 @@ from llava_jax.records import read_json_key
 def read_truth(files: Files) -> list[dict]:
     what = f"v2_mscoco_val2014_annotations.json, with a list 'annotations'; {SERVER}"
     entries = read_json_key(files.annotations, "annotations", what)
-    kinds = {"question_id": ID, "answers": PEOPLE, "answer_type": (str,), "question_type": (str,)}
-    return check_annotated(entries, kinds, files.annotations)
+    kinds = {"question_id": ID, "answers": vqa.PEOPLE, "answer_type": (str,), "question_type": (str,)}
+    return vqa.check_annotated(entries, kinds, files.annotations)
 
 
 def _score(answers: Sequence[Mapping], entries: list[dict], files: Files) -> dict:
@@ -50,8 +32,8 @@ def score_vqav2(answers: Sequence[Mapping], annotations: Sequence[Mapping]) -> d
     Args:
         annotations: "annotations" of v2_mscoco_val2014_annotations.json; every one must have its answer.
     """
-    texts = {answer["question_id"]: evalai_answer(answer["text"]) for answer in answers}
-    return by_type(
+    texts = {answer["question_id"]: vqa.evalai_answer(answer["text"]) for answer in answers}
+    return vqa.by_type(
         {entry["question_id"]: vqa_accuracy(texts[entry["question_id"]], entry) for entry in annotations},
         {entry["question_id"]: entry for entry in annotations},
         ("answer_type", "question_type"),
@@ -60,12 +42,12 @@ def score_vqav2(answers: Sequence[Mapping], annotations: Sequence[Mapping]) -> d
 
 def vqa_accuracy(text: str, annotation: Mapping) -> float:
     """The share of a person that `text` is worth, 0 … 1; VQAEval.evaluate on one question."""
-    text = one_line(text)
-    people = [{**person, "answer": one_line(person["answer"])} for person in annotation["answers"]]
+    text = vqa.one_line(text)
+    people = [{**person, "answer": vqa.one_line(person["answer"])} for person in annotation["answers"]]
     # Quirk: where all people agree to the letter, neither side is normalised.
     if len({person["answer"] for person in people}) > 1:
-        text = vqa_answer(text)
-        people = [{**person, "answer": vqa_answer(person["answer"])} for person in people]
+        text = vqa.vqa_answer(text)
+        people = [{**person, "answer": vqa.vqa_answer(person["answer"])} for person in people]
     shares = []
     for person in people:
         # Quirk: the others are those whose record differs, so records without an answer_id leave together.
@@ -76,11 +58,9 @@ def vqa_accuracy(text: str, annotation: Mapping) -> float:
 
 def convert(answers_file, question_file) -> bytes:
     """An answer to every question of the file, which for the server is the whole test split; "" where there is none."""
-    answers, ids = submitted_answers(answers_file), question_ids(read_texts(question_file))
-    found = sum(question_id in answers for question_id in ids)
-    print(f"{found} of {len(ids)} questions have an answer")
-    said = [{"question_id": i, "answer": evalai_answer(answers[i]) if i in answers else ""} for i in ids]
-    return json.dumps(said).encode()
+    answers, ids = vqa.submitted_answers(answers_file), question_ids(read_texts(question_file))
+    print(f"{sum(number in answers for number in ids)} of {len(ids)} questions have an answer")
+    return json.dumps([{"question_id": number, "answer": answers.get(number, "")} for number in ids]).encode()
 
 
 BENCHMARK = Benchmark(
