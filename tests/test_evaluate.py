@@ -25,6 +25,7 @@ from llava_jax.evaluation.questions import Question
 from llava_jax.evaluation.run import by_image, described, prepare
 
 pytestmark = pytest.mark.usefixtures("load_once")
+ASKED = Question(1, "?", "?", None, answer_id="x" * 22)
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +235,7 @@ def test_another_config_over_the_same_weights_is_another_model(benchmark, tmp_pa
 def test_a_line_that_is_no_answer_is_named(tmp_path, line, origin):
     (tmp_path / "a.jsonl.part-0").write_bytes(line + b"\n")
     with pytest.raises(ValueError, match="line 1: not an answer to these questions") as error:
-        AnswerFile(epath.Path(tmp_path / "a.jsonl"), ("x" * 22,)).answered()
+        AnswerFile(epath.Path(tmp_path / "a.jsonl"), [ASKED]).answered()
     assert origin in str(error.value) and "\n" not in str(error.value)
 
 
@@ -243,15 +244,15 @@ def test_answers_with_odd_metadata_are_gone_on_with(tmp_path, metadata):
     answer = {"answer_id": "x" * 22} | ({"metadata": metadata} if metadata is not None else {})
     path = epath.Path(tmp_path / "a.jsonl")
     path.write_text(json.dumps(answer) + "\n")
-    ((number, line),) = AnswerFile(path, ("x" * 22,)).answered().items()
-    assert number == 0 and failure_of(line) in (None, "['why']", "7")
+    ((answer_id, line),) = AnswerFile(path, [ASKED]).answered().items()
+    assert answer_id == ASKED.answer_id and failure_of(line) in (None, "['why']", "7")
 
 
 def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
     """Every file of this process may have a kilobyte here."""
-    ids = tuple(f"{n:022}" for n in range(8))
-    lines = [answer_line(Question(n, "?", "x" * 100, None), "y", ids[n], "model") for n in range(8)]
-    file = AnswerFile(epath.Path(tmp_path / "a.jsonl"), ids)
+    questions = [Question(n, "?", "x" * 100, None, answer_id=f"{n:022}") for n in range(8)]
+    lines = [answer_line(question, "y", "model") for question in questions]
+    file = AnswerFile(epath.Path(tmp_path / "a.jsonl"), questions)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     part = AnswerShard(file.part(0))
     try:
@@ -263,8 +264,8 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
             part.append(lines[3:])
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         part = AnswerShard(file.part(0))
-        assert set(file.answered()) >= {0, 1, 2} and len(file.answered()) < 8
-        part.append(lines[n] for n in range(8) if n not in file.answered())
+        assert set(file.answered()) >= {q.answer_id for q in questions[:3]} and len(file.answered()) < 8
+        part.append(line for q, line in zip(questions, lines, strict=True) if q.answer_id not in file.answered())
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         with pytest.raises(OSError, match=r"a.jsonl: cannot be written \(File too large\); what is answered is kept"):
             file.merge()
@@ -277,11 +278,10 @@ def test_a_full_disk_is_named_and_what_is_answered_stays(tmp_path):
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "a b\nc?.jsonl", "é\udc80.jsonl"])
 def test_parts_are_found_whatever_the_file_is_called(tmp_path, name):
-    question = Question(1, "?", "?", None)
-    file = AnswerFile(epath.Path(tmp_path / name), ("x" * 22,))
+    file = AnswerFile(epath.Path(tmp_path / name), [ASKED])
     AnswerShard(epath.Path(tmp_path / "b.jsonl.part-0")).append(["{}\n"])  # of another file, whose name * would match
-    AnswerShard(file.part(0)).append([answer_line(question, "yes", "x" * 22, "model")])
-    assert list(file.answered()) == [0]
+    AnswerShard(file.part(0)).append([answer_line(ASKED, "yes", "model")])
+    assert list(file.answered()) == [ASKED.answer_id]
     file.merge()
     assert {path.name for path in tmp_path.iterdir()} == {name, "b.jsonl.part-0"}
 
@@ -413,18 +413,20 @@ def test_pictures_are_seen_as_the_references_programs_see_them(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.load_tiles(config, True, str(tmp_path / "turned.jpg"))[1] == [(40, 20)]
+    assert pictures.load_picture(config, True, str(tmp_path / "turned.jpg")).size == (40, 20)
     glass = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
     glass.paste((0, 0, 255, 255), (0, 0, 20, 20))
     glass.save(tmp_path / "glass.png")
-    (smooth,), (sharp,) = (pictures.load_tiles(config, rgb, str(tmp_path / "glass.png"))[0] for rgb in (True, False))
+    seen = [pictures.load_picture(config, rgb, str(tmp_path / "glass.png")) for rgb in (True, False)]
+    smooth, sharp = (picture.tiles for picture in seen)
     assert 100 < smooth[0, 0, 168, 0] < 155 and sharp[0, 0, 168, 0] < 20
 
 
 def test_questions_on_one_image_are_together_and_text_in_sixteens():
     images = ["a", "b", "a", b"c", None, b"c", *[None] * 20]
     questions = [Question(n, "?", "?", image) for n, image in enumerate(images)]
-    assert by_image(questions) == [[0, 2], [1], [3, 5], [4, *range(6, 21)], [*range(21, 26)]]
+    together = [[question.question_id for question in share] for share in by_image(questions)]
+    assert together == [[0, 2], [1], [3, 5], [4, *range(6, 21)], [*range(21, 26)]]
 
 
 def test_a_plain_model_gets_the_mmtag_template(benchmark, tmp_path):

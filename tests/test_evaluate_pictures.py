@@ -128,4 +128,4 @@ def test_a_picture_from_anywhere_costs_no_more_than_its_question(
     # No image of these is looked up in the folder, so it need not be there.
     scenes.write_lines(tmp_path / "questions.jsonl", [e for e in entries if "://" in e["image"]])
     places = dict(question_file=str(flags["--question-file"]), answers_file=str(tmp_path / "b.jsonl"))
-    assert prepare(EvaluateOptions(str(flags["--model-path"]), image_folder="/nowhere", **places)).questions
+    assert prepare(EvaluateOptions(str(flags["--model-path"]), image_folder="/nowhere", **places)).file.questions

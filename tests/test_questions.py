@@ -3,19 +3,22 @@
 import base64
 import csv
 import functools
+import importlib
 import io
 import json
 import math
+import pkgutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.evaluation import benchmarks
 from llava_jax.evaluation.benchmarks import BENCHMARKS, layout_for
 from llava_jax.evaluation.benchmarks.mmbench import MMBENCH
 from llava_jax.evaluation.benchmarks.scienceqa import SCIENCE
-from llava_jax.evaluation.questions import LOADER, VQA, Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.questions import LOADER, VQA, PromptFlags, Question, get_chunk, read_questions, user_turn
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.tokenizer import LlamaTokenizer, tokenizer_image_token
 from llava_jax.records import read_table, typed
@@ -49,9 +52,7 @@ def questions_of(run, path):
     questions = read_questions(
         path,
         LAYOUTS[run["program"]],
-        single_pred_prompt="--single-pred-prompt" in flags,
-        all_rounds="--all-rounds" in flags,
-        lang=value.get("--lang", "en"),
+        PromptFlags("--single-pred-prompt" in flags, "--all-rounds" in flags, value.get("--lang", "en")),
     )
     return get_chunk(questions, int(value.get("--num-chunks", 1)), int(value.get("--chunk-idx", 0)))
 
@@ -223,7 +224,7 @@ def test_malformed_rows(write):
     path = write("q.tsv", COLUMNS + "\n".join(row for row, *_ in rows))
     lines = [2, 3, 4, 5, 7, 8, 9, 10]
     for all_rounds in (False, True):
-        questions = iter(read_questions(path, MMBENCH, all_rounds=all_rounds))
+        questions = iter(read_questions(path, MMBENCH, PromptFlags(all_rounds=all_rounds)))
         for (_, question_id, problem), line in zip(rows, lines, strict=True):
             question = next(questions)
             assert (question.question_id, question.fields["round_id"]) == (question_id, 0)
@@ -354,7 +355,7 @@ def test_missing_file(tmp_path):
 )
 def test_arguments(write, layout, arguments, problem):
     with pytest.raises(ValueError, match=problem):
-        read_questions(write("q", "{}"), LAYOUTS[layout], **arguments)
+        read_questions(write("q", "{}"), LAYOUTS[layout], PromptFlags(**arguments))
 
 
 def test_user_turn():
@@ -365,6 +366,13 @@ def test_user_turn():
 
 
 # ---- tasks
+
+
+def test_every_benchmark_has_its_line_in_the_table():
+    path = f"{benchmarks.__name__}."
+    modules = [importlib.import_module(path + module.name) for module in pkgutil.iter_modules(benchmarks.__path__)]
+    found = {module.__name__: module.BENCHMARK for module in modules if hasattr(module, "BENCHMARK")}
+    assert found == {path + name.replace("-", "_"): benchmark for name, benchmark in BENCHMARKS.items()}
 
 
 def test_tasks():

@@ -15,9 +15,9 @@ from llava_jax.evaluation.questions import Question
 from llava_jax.files import is_local, write_whole, writing
 from llava_jax.records import parse_json, read_file
 
-SHORTUUID = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-LETTERS = 22  # of an answer id
-WEIGHTS = 6  # of them, the first, say which weights answered
+ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+ID_LENGTH = 22
+WEIGHTS_LENGTH = 6  # of an id's beginning, which says which weights answered
 KEPT = "what is answered is kept; make room for the rest, and start it again to go on"
 
 
@@ -32,23 +32,24 @@ def answer_id(weights: str, settings: Sequence, number: int, question: Question)
     image = question.image if isinstance(question.image, str | None) else hashlib.sha256(question.image).hexdigest()
     asked = [question.question_id, question.text, question.prompt, image, dict(question.fields)]
     text = json.dumps([weights, list(settings), number, asked])
-    return _letters(json.dumps(weights), WEIGHTS) + _letters(text, LETTERS - WEIGHTS)
+    return _encode(json.dumps(weights), WEIGHTS_LENGTH) + _encode(text, ID_LENGTH - WEIGHTS_LENGTH)
 
 
-def _letters(text: str, count: int) -> str:
+def _encode(text: str, count: int) -> str:
     value, letters = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16]), []
     for _ in range(count):
-        value, letter = divmod(value, len(SHORTUUID))
-        letters.append(SHORTUUID[letter])
+        value, letter = divmod(value, len(ALPHABET))
+        letters.append(ALPHABET[letter])
     return "".join(letters)
 
 
-def answer_line(question: Question, text: str, answer_id: str, model_id: str, error: str | None = None) -> str:
+def answer_line(question: Question, text: str, model_id: str, error: str | None = None) -> str:
     """One line of the answer file, the reference's keys in its order; an error stands in the metadata."""
     later = dict(question.fields)
     earlier = {key: later.pop(key) for key in ("round_id",) if key in later}
     answer = {"question_id": question.question_id, **earlier, "prompt": question.prompt, "text": text, **later}
-    answer |= {"answer_id": answer_id, "model_id": model_id, "metadata": {"error": error} if error else {}}
+    metadata = {"error": error} if error else {}
+    answer |= {"answer_id": question.answer_id, "model_id": model_id, "metadata": metadata}
     return json.dumps(answer) + "\n"
 
 
@@ -58,11 +59,11 @@ class AnswerFile:
 
     Attributes:
         path: of the merged file; the parts stand beside it.
-        ids: the answer id of each question, in order.
+        questions: all of this run's, with their answer ids, in order.
     """
 
     path: epath.Path
-    ids: tuple[str, ...]
+    questions: Sequence[Question]
 
     def part(self, process: int) -> epath.Path:
         """What that process appends to; where nothing can be appended to, the beginning of its parts' names."""
@@ -71,26 +72,26 @@ class AnswerFile:
     def parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
 
-    def answered(self) -> dict[int, str]:
-        """Question number → its line, as far as they are answered, well or with an error.
+    def answered(self) -> dict[str, str]:
+        """Answer id → line, of the questions that are answered, well or with an error.
 
         Raises:
             ValueError: a file holds other answers than this run's, or is damaged.
             FileNotFoundError: a file cannot be read.
         """
-        numbers = {answer_id: number for number, answer_id in enumerate(self.ids)}
-        lines: dict[int, str] = {}
+        known = {question.answer_id for question in self.questions}
+        lines: dict[str, str] = {}
         for path in [*([self.path] if self.path.exists() else []), *self.parts()]:
             for n, line in enumerate(_whole_lines(path), 1):
-                number = numbers.get(str(_answer(line).get("answer_id")))
-                if number is None:
+                answer_id = str(_answer(line).get("answer_id"))
+                if answer_id not in known:
                     raise ValueError(
                         f"{path}, line {n}: not an answer to these questions by this model, template and options "
                         f"({self._origin(line)}); name another --answers-file, or delete this one (and its parts) to "
                         "begin anew"
                     )
-                if number not in lines or failure_of(lines[number]):
-                    lines[number] = line
+                if answer_id not in lines or failure_of(lines[answer_id]):
+                    lines[answer_id] = line
         return lines
 
     def _origin(self, line: str) -> str:
@@ -99,7 +100,10 @@ class AnswerFile:
         if not answer:
             return "it is no JSON object"
         model = f"it is by {answer.get('model_id')!r:.80}"
-        if not self.ids or str(answer.get("answer_id"))[:WEIGHTS] == self.ids[0][:WEIGHTS]:
+        if (
+            not self.questions
+            or str(answer.get("answer_id"))[:WEIGHTS_LENGTH] == self.questions[0].answer_id[:WEIGHTS_LENGTH]
+        ):
             return f"{model}, with these weights, but with another template, other options or to another question"
         return f"{model}, with other weights than this checkpoint's or by another program"
 
@@ -110,12 +114,11 @@ class AnswerFile:
             ValueError: answers are missing.
             OSError: it cannot be written; the parts are kept.
         """
-        lines = self.answered()
-        missing = len(self.ids) - len(lines)
-        if missing:
-            raise ValueError(f"{self.path}: {missing} of {len(self.ids)} questions have no answer yet; start again")
+        lines, count = self.answered(), len(self.questions)
+        if len(lines) < count:
+            raise ValueError(f"{self.path}: {count - len(lines)} of {count} questions have no answer yet; start again")
         with writing(self.path, KEPT):
-            write_whole(self.path, "".join(lines[number] for number in range(len(self.ids))).encode())
+            write_whole(self.path, "".join(lines[question.answer_id] for question in self.questions).encode())
         for part in self.parts():
             part.unlink()
 

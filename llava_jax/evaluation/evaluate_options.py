@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava_jax.evaluation.benchmarks import BENCHMARKS, layout_for
-from llava_jax.evaluation.questions import Layout
+from llava_jax.evaluation.questions import Layout, PromptFlags
 from llava_jax.parallel.mesh_axes import check_axes
 
 
@@ -64,5 +64,6 @@ class EvaluateOptions:
         return self.layout.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
     @property
-    def asks_for_the_letter(self) -> bool:
-        return self.single_pred_prompt or (self.task is not None and BENCHMARKS[self.task].single_pred_prompt)
+    def prompt_flags(self) -> PromptFlags:
+        of_task = self.task is not None and BENCHMARKS[self.task].single_pred_prompt
+        return PromptFlags(self.single_pred_prompt or of_task, self.all_rounds, self.lang)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from llava_jax.config import LlavaConfig
@@ -18,34 +19,43 @@ from llava_jax.inputs.workers import WorkerDied, Workers
 
 READERS = 32  # threads: an object store answers many requests at a time
 WORKERS = 8  # processes, where there are so many cores
-AHEAD = 2  # waves whose pictures are being loaded while the device works
-
-Sizes = list[tuple[int, int]]  # (width, height) of a question's pictures, of which there are one or none
+AHEAD = 2  # batches whose pictures are being loaded while the device works
 
 
-def picture_sizes(images: Sequence[str | bytes | None], folder: str) -> list[Sizes | ValueError]:
-    """The sizes of each question's pictures, or what is wrong with its file."""
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture that questions share, before it is loaded; or that they have none.
 
-    def sizes(image):
+    Attributes:
+        source: what `load_image` takes, or None.
+        sizes: its (width, height), for which prompts and batches are planned: one or none.
+        error: why it cannot be read.
+    """
+
+    source: str | bytes | None
+    sizes: tuple[tuple[int, int], ...] = ()
+    error: str | None = None
+
+
+def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Picture]:
+    """Each question's picture, in an image folder or wherever else it is, with the size that its file says."""
+
+    def find(image: str | bytes | None) -> Picture:
         try:
-            return [] if image is None else [image_size(_source(image, folder))]
+            source = image_source(image, folder) if isinstance(image, str) else image
+            return Picture(source, () if source is None else (image_size(source),))
         except (ValueError, OSError) as error:
-            return ValueError(str(error))
+            return Picture(image, error=str(error))
 
     with ThreadPoolExecutor(READERS) as threads:
-        return list(threads.map(sizes, images))
-
-
-def _source(image: str | bytes, folder: str) -> str | bytes:
-    return image_source(image, folder) if isinstance(image, str) else image
+        return list(threads.map(find, images))
 
 
 def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> ProcessedImage:
     """One picture, as the original's evaluation programs see it: EXIF is ignored.
 
     Args:
-        rgb: convert to RGB before everything else, as the original's loader and vqa programs do, and its science and
-            mmbench programs do not.
+        rgb: convert to RGB before everything else; see `Layout`.
 
     Raises:
         ValueError: what is wrong with the picture.
@@ -61,60 +71,39 @@ def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> Process
         raise ValueError(f"{source_name(source)} cannot be made into tiles: {reason_of(error)}") from error
 
 
-class Pictures:
-    """Tiles of the waves' pictures, loaded by worker processes `AHEAD` waves before they are asked for.
+Loaded = dict[Picture, list[ProcessedImage] | ValueError]
 
-    Args:
-        images: of the questions, in the folder, as `picture_sizes` takes them.
-        sizes: what it gave.
-    """
 
-    def __init__(
-        self,
-        config: LlavaConfig,
-        rgb: bool,
-        images: Sequence[str | bytes | None],
-        folder: str,
-        sizes: Sequence[Sizes | ValueError],
-    ):
-        self.images, self.folder, self.sizes = images, folder, sizes
-        self.workers = Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1))
-
-    def __enter__(self) -> Pictures:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.workers.close()
-
-    def of_waves(self, waves: Iterable[PrefixBatch]) -> Iterator[tuple[PrefixBatch, dict]]:
-        """Each wave with {group.images: its pictures, one or none, or the ValueError of its picture}."""
-        waiting: deque[tuple[PrefixBatch, dict[int, Future | None]]] = deque()
-        for wave in waves:
-            waiting.append((wave, {group.images: self._submit(group.images) for group in wave.groups}))
+def load_ahead(config: LlavaConfig, rgb: bool, batches: Iterable[PrefixBatch]) -> Generator[tuple[PrefixBatch, Loaded]]:
+    """Each batch with its groups' pictures, which processes load `AHEAD` batches before they are asked for."""
+    workers = Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1))
+    waiting: deque[tuple[PrefixBatch, dict[Picture, Future | None]]] = deque()
+    try:
+        for batch in batches:
+            pictures = dict.fromkeys(group.images for group in batch.groups)
+            waiting.append((batch, {p: None if p.source is None else workers.submit(p.source) for p in pictures}))
             if len(waiting) > AHEAD:
-                yield self._finish(*waiting.popleft())
+                yield _finish(*waiting.popleft())
         while waiting:
-            yield self._finish(*waiting.popleft())
+            yield _finish(*waiting.popleft())
+    finally:
+        workers.close()
 
-    def _submit(self, number: int) -> Future | None:
-        image = self.images[number]
-        return None if image is None else self.workers.submit(_source(image, self.folder))
 
-    def _finish(self, wave: PrefixBatch, futures: dict[int, Future | None]):
-        return wave, {number: self._result(number, future) for number, future in futures.items()}
+def _finish(batch: PrefixBatch, futures: dict[Picture, Future | None]) -> tuple[PrefixBatch, Loaded]:
+    return batch, {picture: _result(picture, future) for picture, future in futures.items()}
 
-    def _result(self, number: int, future: Future | None):
-        image = self.images[number]
-        if image is None or future is None:
-            return []
-        name = source_name(_source(image, self.folder))
-        try:
-            picture = future.result()
-        except ValueError as error:
-            return error
-        except WorkerDied:
-            return ValueError(f"{name}: the process that read it died, perhaps for memory")
-        sizes = self.sizes[number]
-        if [picture.size] != sizes:  # another picture by now, or a file that says two things; the prompt is planned
-            return ValueError(f"{name}: was {sizes} (width, height) at first, and is {[picture.size]} now")
-        return [picture]
+
+def _result(picture: Picture, future: Future | None) -> list[ProcessedImage] | ValueError:
+    if picture.source is None or future is None:
+        return []
+    name = source_name(picture.source)
+    try:
+        image = future.result()
+    except ValueError as error:
+        return error
+    except WorkerDied:
+        return ValueError(f"{name}: the process that read it died, perhaps for memory")
+    if (image.size,) != picture.sizes:  # another picture by now, or a file that says two things; the prompt is planned
+        return ValueError(f"{name}: was {[*picture.sizes]} (width, height) at first, and is {[image.size]} now")
+    return [image]

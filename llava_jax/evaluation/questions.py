@@ -7,7 +7,7 @@ An entry that cannot be asked is a `Question` with an `error`, so that the other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Question:
         fields: further fields of the answer's line, in the reference's order (MMBench: round_id, options, option_char).
         error: why it cannot be asked, naming file and line.
         note: what of its row is not asked, as in the reference, though it stands in the file (MMBench).
+        answer_id: what its answer is known by, in this run and when it is started again; given by `prepare`.
     """
 
     question_id: str | int | float | None
@@ -46,6 +47,7 @@ class Question:
     fields: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
     note: str | None = None
+    answer_id: str = ""
 
 
 def user_turn(question: Question, mm_use_im_start_end: bool = False) -> str:
@@ -61,7 +63,7 @@ def user_turn(question: Question, mm_use_im_start_end: bool = False) -> str:
     return f"{token}\n{question.text}"
 
 
-def get_chunk(questions: Sequence[Question], n: int, k: int) -> Sequence[Question]:
+def get_chunk(questions: list[Question], n: int, k: int) -> list[Question]:
     """Chunk k of n, as the reference's function of this name; empty where there are too few questions for it to exist.
 
     The reference divides MMBench's rows, so the rounds of one row stay together.
@@ -116,22 +118,20 @@ class Layout:
     all_rounds: bool = False
 
 
-def read_questions(
-    path, layout: Layout, *, single_pred_prompt: bool = False, all_rounds: bool = False, lang: str = "en"
-) -> list[Question]:
-    """The questions of a local or `gs://` file, in its order; see `PromptFlags`.
+def read_questions(path, layout: Layout, flags: PromptFlags = PromptFlags()) -> list[Question]:
+    """The questions of a local or `gs://` file, in its order.
 
     Raises:
         FileNotFoundError: the file cannot be read.
         ValueError: it has no questions, is not of this layout as a whole, or has no such flag.
     """
-    if single_pred_prompt and not layout.single_pred_prompt:
+    if flags.single_pred_prompt and not layout.single_pred_prompt:
         raise ValueError(f"single_pred_prompt: the {layout.name} layout has none, its questions say it themselves")
-    if all_rounds and not layout.all_rounds:
+    if flags.all_rounds and not layout.all_rounds:
         raise ValueError(f"all_rounds: the {layout.name} layout has none, only mmbench rotates its options")
-    if lang not in LANGUAGES:
-        raise ValueError(f"lang={lang!r} is not known; use one of {', '.join(LANGUAGES)}")
-    questions = layout.read(path, PromptFlags(single_pred_prompt, all_rounds, lang))
+    if flags.lang not in LANGUAGES:
+        raise ValueError(f"lang={flags.lang!r} is not known; use one of {', '.join(LANGUAGES)}")
+    questions = layout.read(path, flags)
     if not questions:
         raise ValueError(f"{path}: has no questions")
     return questions

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -16,12 +17,14 @@ from llava_jax.checkpoint import fingerprint, load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, answer_line, failure_of
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
-from llava_jax.evaluation.pictures import Pictures, picture_sizes
+from llava_jax.evaluation.pictures import Loaded, Picture, find_pictures, load_ahead
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference import batching
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
+from llava_jax.inference.llava import Llava
 from llava_jax.inference.text_requests import group_questions
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
+from llava_jax.inputs.groups import Group, PrefixBatch
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
 from llava_jax.parallel.sharding import default_axes, make_mesh
@@ -35,35 +38,33 @@ class Job:
     """What every process knows before any work.
 
     Attributes:
-        questions: all of them, in the file's order.
         conv_mode: the template's name.
-        file: where the answers go.
+        file: all questions, and where their answers go.
     """
 
     options: EvaluateOptions
     config: LlavaConfig
-    questions: Sequence[Question]
     conv_mode: str
     generation: GenerationOptions
     file: AnswerFile
 
-    def line(self, number: int, text: str, error: str | None = None) -> str:
-        return answer_line(self.questions[number], text, self.file.ids[number], self.config.name, error)
+    def line(self, question: Question, text: str) -> str:
+        return answer_line(question, text, self.config.name)
 
-    def failure(self, number: int, error: str) -> str:
+    def failure(self, question: Question, error: str) -> str:
         """The line of a question that cannot be asked.
 
         Raises:
             ValueError: `strict` asks for it.
         """
         if self.options.strict:
-            raise ValueError(described(self.questions[number], error))
-        return self.line(number, "", error)
+            raise ValueError(described(question, error))
+        return answer_line(question, "", self.config.name, error)
 
-    def prompt(self, number: int) -> Conversation:
+    def prompt(self, question: Question) -> Conversation:
         """A question in its template, to the letter of the reference's programs."""
         template = conv_templates[self.conv_mode]
-        turn = user_turn(self.questions[number], self.config.mm_use_im_start_end)
+        turn = user_turn(question, self.config.mm_use_im_start_end)
         return template.append_message(template.roles[0], turn).append_message(template.roles[1], None)
 
 
@@ -84,22 +85,23 @@ def evaluate(options: EvaluateOptions) -> list[str]:
     kept = f"what was answered is kept beside {options.answers_file}: start it again, everywhere, to go on"
     with multihost.abort_on_peer_failure(kept):
         job = prepare(options)
-        _say_what_is_not_asked(job.questions)
+        _say_what_is_not_asked(job.file.questions)
         answered = job.file.answered()
-        part = AnswerShard(job.file.part(jax.process_index()))
+        shard = AnswerShard(job.file.part(jax.process_index()))
         multihost.barrier("every process has its part")
         _check_shared(job.file)
-        left = {n for n in range(len(job.questions)) if n not in answered or failure_of(answered[n])}
+        done = {answer_id for answer_id, line in answered.items() if not failure_of(line)}
         try:
-            if left:
-                _answer_share(job, part, left)
+            if len(done) < len(job.file.questions):
+                _answer_share(job, shard, done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {kept}") from None
         multihost.barrier("every question is answered")
         if multihost.is_primary():
             job.file.merge()
         multihost.barrier("the answers are merged")
-        return _failures(job)
+        failures = {answer_id: failure_of(line) for answer_id, line in job.file.answered().items()}
+        return [described(q, why) for q in job.file.questions if (why := failures.get(q.answer_id))]
 
 
 def _say_what_is_not_asked(questions: Sequence[Question]) -> None:
@@ -112,17 +114,8 @@ def _say_what_is_not_asked(questions: Sequence[Question]) -> None:
 def prepare(options: EvaluateOptions) -> Job:
     """Read and check what can be, before any device is used."""
     config = load_config(options.model_path)
-    questions = get_chunk(
-        read_questions(
-            options.question_file,
-            options.layout,
-            single_pred_prompt=options.asks_for_the_letter,
-            all_rounds=options.all_rounds,
-            lang=options.lang,
-        ),
-        options.num_chunks,
-        options.chunk_idx,
-    )
+    questions = read_questions(options.question_file, options.layout, options.prompt_flags)
+    questions = get_chunk(questions, options.num_chunks, options.chunk_idx)
     in_folder = any(isinstance(q.image, str) and not stands_alone(q.image) for q in questions)
     if in_folder and not epath.Path(options.image_folder).expanduser().is_dir():
         raise FileNotFoundError(f"--image-folder {options.image_folder!r}: no such directory")
@@ -135,8 +128,8 @@ def prepare(options: EvaluateOptions) -> Job:
     of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
     settings = (config.name, _digest(config), conv_mode, options.new_tokens, *of_options)
     weights = fingerprint(options.model_path)
-    ids = tuple(answer_id(weights, settings, number, question) for number, question in enumerate(questions))
-    return Job(options, config, questions, conv_mode, generation, AnswerFile(path, ids))
+    questions = [replace(q, answer_id=answer_id(weights, settings, n, q)) for n, q in enumerate(questions)]
+    return Job(options, config, conv_mode, generation, AnswerFile(path, questions))
 
 
 def _digest(config: LlavaConfig) -> str:
@@ -163,68 +156,58 @@ def _check_shared(file: AnswerFile) -> None:
         )
 
 
-def _answer_share(job: Job, part: AnswerShard, left: set[int]) -> None:
-    """Answer this process's share of the questions that are left."""
-    shares = by_image(job.questions)[jax.process_index() :: jax.process_count()]
-    shares = [kept for numbers in shares if (kept := [n for n in numbers if n in left])]
-    images, folder = [job.questions[numbers[0]].image for numbers in shares], job.options.image_folder
-    sizes, lines = picture_sizes(images, folder), []
-    for i, (numbers, size) in enumerate(zip(shares, sizes, strict=True)):
-        unreadable = str(size) if isinstance(size, ValueError) else None
-        errors = {n: job.questions[n].error or unreadable for n in numbers}
-        lines += [job.failure(n, error) for n, error in errors.items() if error]
-        shares[i] = [n for n, error in errors.items() if not error]
-    part.append(lines)
-    if jax.process_count() == 1 and not any(shares):  # of several, all load the model together
+def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
+    """Answer those questions of this process's share whose answers are not done yet."""
+    shares = by_image(job.file.questions)[jax.process_index() :: jax.process_count()]
+    shares = [left for share in shares if (left := [q for q in share if q.answer_id not in done])]
+    asked: dict[Picture, list[Question]] = {}
+    lines: list[str] = []
+    pictures = find_pictures([share[0].image for share in shares], job.options.image_folder)
+    for picture, share in zip(pictures, shares, strict=True):
+        lines += [job.failure(q, error) for q in share if (error := q.error or picture.error)]
+        asked[picture] = [q for q in share if not (q.error or picture.error)]
+    shard.append(lines)
+    if jax.process_count() == 1 and not any(asked.values()):  # of several, all load the model together
         return
 
-    llava, params = _load(job)
-    groups, lines = [], []
-    for i, numbers in enumerate(shares):
-        grouped = group_questions(llava, [(n, job.prompt(n)) for n in numbers], i, sizes[i])
-        groups += grouped.groups
-        lines += [job.failure(n, str(error)) for n, error in grouped.refused]
-    part.append(lines)
-    waves = batching.plan(llava.engine, params, groups, job.generation.output_capacity)
-    numbers = [n for numbers in shares for n in numbers]
-    progress = tqdm(
-        total=len(numbers) - len(lines), unit="question", disable=not multihost.is_primary(), dynamic_ncols=True
+    options, lines = job.options, []
+    groups: list[Group] = []
+    mesh = mesh_for(options, job.config)
+    llava, params = llava_jax.load(
+        options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
     )
-    rgb = job.options.layout.rgb
-    with Pictures(job.config, rgb, images, folder, sizes) as pictures, progress:
-        for wave, loaded in pictures.of_waves(waves):
-            lines = _answer_wave(job, llava, params, wave, loaded)
-            part.append(lines)
+    for picture, questions in asked.items():
+        grouped = group_questions(llava, [(q, job.prompt(q)) for q in questions], picture, picture.sizes)
+        groups += grouped.groups
+        lines += [job.failure(q, str(error)) for q, error in grouped.refused]
+    shard.append(lines)
+    batches = batching.plan(llava.engine, params, groups, job.generation.output_capacity)
+    count = sum(len(group.questions) for group in groups)
+    progress = tqdm(total=count, unit="question", disable=not multihost.is_primary(), dynamic_ncols=True)
+    with contextlib.closing(load_ahead(job.config, options.layout.rgb, batches)) as batches_ahead, progress:
+        for batch, loaded in batches_ahead:
+            lines = _answer_batch(job, llava, params, batch, loaded)
+            shard.append(lines)
             progress.update(len(lines))
 
 
-def _load(job: Job):
-    options = job.options
-    mesh, quantize, int8_prefix = mesh_for(options, job.config), options.quantize, options.int8_prefix
-    return llava_jax.load(options.model_path, options.dtype, mesh, quantize=quantize, int8_prefix=int8_prefix)
-
-
-def _answer_wave(job: Job, llava, params, wave, loaded) -> list[str]:
-    """The lines of a wave's questions; a picture that turned out to be damaged takes its own questions along only."""
-    lines, good = [], []
-    for group in wave.groups:
-        picture = loaded[group.images]
-        if isinstance(picture, ValueError):
-            lines += [job.failure(n, str(picture)) for n in group.questions]
-        else:
-            good.append(group)
-    if good:
-        batch = replace(wave, groups=tuple(good))
-        for n, tokens in batching.generate(llava.engine, params, batch, loaded, job.generation):
-            lines.append(job.line(n, llava.decode(tokens)))
+def _answer_batch(job: Job, llava: Llava, params, batch: PrefixBatch, loaded: Loaded) -> list[str]:
+    """The lines of a batch's questions; a picture that turned out to be damaged takes its own questions along only."""
+    images = {picture: shown for picture, shown in loaded.items() if not isinstance(shown, ValueError)}
+    lost = [group for group in batch.groups if group.images not in images]
+    lines = [job.failure(question, str(loaded[group.images])) for group in lost for question in group.questions]
+    if images:
+        batch = replace(batch, groups=tuple(group for group in batch.groups if group.images in images))
+        for question, tokens in batching.generate(llava.engine, params, batch, images, job.generation):
+            lines.append(job.line(question, llava.decode(tokens)))
     return lines
 
 
-def by_image(questions: Sequence[Question]) -> list[list[int]]:
-    """The numbers of the questions, those on one image together; of those without an image, a few together."""
-    together: dict[object, list[int]] = {}
-    for number, question in enumerate(questions):
-        together.setdefault(question.image, []).append(number)
+def by_image(questions: Sequence[Question]) -> list[list[Question]]:
+    """Those on one image together; of those without an image, a few together."""
+    together: dict[object, list[Question]] = {}
+    for question in questions:
+        together.setdefault(question.image, []).append(question)
     without = together.pop(None, [])
     return [*together.values(), *(without[i : i + TEXT_ONLY] for i in range(0, len(without), TEXT_ONLY))]
 
@@ -235,11 +218,6 @@ def mesh_for(options: EvaluateOptions, config: LlavaConfig):
     if not axes and len(devices) > 1:
         axes = default_axes(len(devices), config.text.num_key_value_heads)
     return make_mesh(devices, **axes) if axes else None
-
-
-def _failures(job: Job) -> list[str]:
-    lines = sorted(job.file.answered().items())
-    return [described(job.questions[n], why) for n, line in lines if (why := failure_of(line))]
 
 
 def described(question: Question, why: str) -> str:

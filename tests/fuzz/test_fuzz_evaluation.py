@@ -19,7 +19,7 @@ from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_line
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.benchmarks.mmbench import MMBENCH
 from llava_jax.evaluation.benchmarks.scienceqa import SCIENCE
-from llava_jax.evaluation.questions import LOADER, VQA, Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.questions import LOADER, VQA, PromptFlags, Question, get_chunk, read_questions, user_turn
 
 PICTURE = base64.b64encode(bytes(range(120))).decode()
 TABLE = "index\tquestion\thint\tA\tB\tC\tD\timage\tanswer\tcategory\tl2-category\n"
@@ -210,9 +210,9 @@ def run_all(name, numbers, case) -> None:
 
 def ask(path, layout, all_rounds):
     """What `evaluate` does with a question file before there is a model."""
-    for n, question in enumerate(get_chunk(read_questions(path, layout, all_rounds=all_rounds), 2, 0)):
+    for n, question in enumerate(get_chunk(read_questions(path, layout, PromptFlags(all_rounds=all_rounds)), 2, 0)):
         user_turn(question)
-        line = answer_line(question, "", "x" * 22, "model", question.error)
+        line = answer_line(question, "", "model", question.error)
         assert line.count("\n") == 1 and json.loads(line)["prompt"] == question.prompt, n
         assert "\n" not in (question.error or "") and len(question.error or "") < 2000
 
@@ -231,16 +231,15 @@ def test_question_files(tmp_path, numbers, layout):
     run_all(f"questions {layout.name}", numbers, case)
 
 
-IDS = tuple(letter * 22 for letter in "abcd")
+ANSWERED = [Question(n, "?", "?", None, answer_id=letter * 22) for n, letter in enumerate("abcd")]
 
 
 def finish(path) -> None:
     """What `evaluate` does with the answers that are there, and with one that is new."""
-    file = AnswerFile(epath.Path(path), IDS)
+    file = AnswerFile(epath.Path(path), ANSWERED)
     answered = file.answered()
     part = AnswerShard(file.part(0))
-    missing = [number for number in range(len(IDS)) if number not in answered]
-    part.append(answer_line(Question(number, "?", "?", None), "new", IDS[number], "m") for number in missing)
+    part.append(answer_line(question, "new", "m") for question in ANSWERED if question.answer_id not in answered)
     file.merge()
 
 
@@ -248,8 +247,8 @@ def finish(path) -> None:
 def test_answers_to_go_on_with(tmp_path, numbers):
     path = tmp_path / "answers.jsonl"
     lines = Lines(
-        {"question_id": n, "prompt": "?", "text": "x", "answer_id": answer_id, "model_id": "m", "metadata": metadata}
-        for n, (answer_id, metadata) in enumerate(zip(IDS, ({}, {"error": "no picture"}, {}, {}), strict=True))
+        json.loads(answer_line(question, "x", "m", error))
+        for question, error in zip(ANSWERED, (None, "no picture", None, None), strict=True)
     )
 
     def case(rng):
@@ -259,7 +258,7 @@ def test_answers_to_go_on_with(tmp_path, numbers):
         (tmp_path / name).write_bytes(spoilt(rng, Lines(lines[: rng.randrange(1, 5)])))
         refusal = odd.refusal_of(finish, path)
         if refusal is None:
-            assert path.read_bytes().count(b"\n") == len(IDS) and len(list(tmp_path.iterdir())) == 1
+            assert path.read_bytes().count(b"\n") == len(ANSWERED) and len(list(tmp_path.iterdir())) == 1
         return refusal
 
     run_all("answers", numbers, case)
