@@ -21,7 +21,7 @@ LAW = {  # CONTRIBUTING.md has it in words
     "compiling": {"config", "inputs"},
     "inference": ENGINE,
     "evaluation": ENGINE,
-    "capacity": ENGINE,
+    "capacity": ENGINE | {"evaluation"},
     "plots": ENGINE,
     "conversion": ENGINE,
     "training": ENGINE - {"inference"} | {"conversion"},
