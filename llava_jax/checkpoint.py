@@ -24,9 +24,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax.config import LlavaConfig
-from llava_jax.config_schema import FILES, read_checked
+from llava_jax.config_schema import FILES, read_checked, read_if_there
 from llava_jax.constants import DTYPES
-from llava_jax.errors import reason_of
+from llava_jax.errors import listed, reason_of
 from llava_jax.fields import check_of, refuse
 from llava_jax.inputs.conversation import check_conv_mode
 from llava_jax.models.llava_llama import param_shapes
@@ -153,11 +153,10 @@ def load_config(directory: str | Path) -> LlavaConfig:
     """
     files = epath.Path(directory).expanduser()
     manifest = read_manifest(files)
-    generation = files / "generation_config.json"
     config, vision, preprocessor = (
         read_checked(files / name, AGAIN) for name in ("config.json", "vision_config.json", "preprocessor_config.json")
     )
-    defaults = read_checked(generation, AGAIN) if generation.is_file() else None
+    defaults = read_if_there(files / "generation_config.json", AGAIN)
     with naming(files):
         read = LlavaConfig.from_hf(config, vision, preprocessor, defaults, manifest.get("name", ""))
     conv_mode = manifest.get("conv_mode")  # older conversions wrote none
@@ -346,8 +345,7 @@ def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:
         if stored[k] != wanted[k]
     ]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"{directory}: its parameters do not match its config.json: {'; '.join(problems[:5])}{more}; restore "
+            f"{directory}: its parameters do not match its config.json: {listed(problems, '; ')}; restore "
             f"config.json, or {AGAIN}"
         )

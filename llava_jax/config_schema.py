@@ -257,6 +257,11 @@ def check_fields(value: Any, table: Mapping[str, Kind], prefix: str = "") -> Non
     refuse(check_of(table).problems(prefix, vars(value)), "config")
 
 
+def read_if_there(path, remedy: str = "") -> dict | None:
+    """`read_checked`, or None where there is no such file."""
+    return read_checked(path, remedy) if path.is_file() else None
+
+
 def read_checked(path, remedy: str = "") -> dict:
     """A JSON object out of a checkpoint's directory; what `FILES` says of its name is checked.
 

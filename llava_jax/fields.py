@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-MAX_PROBLEMS = 5  # that one error tells
+from llava_jax.errors import listed
+
 TYPES = {
     str: "a text",
     int: "a whole number",
@@ -152,16 +153,10 @@ def or_null(kind: Kind) -> Check:
 
 def problem_of(value: object, kind: Kind) -> str | None:
     """What is wrong with a value, in one line; None where nothing is."""
-    lines = check_of(kind).problems("", value)
-    return in_one_line(lines) if lines else None
-
-
-def in_one_line(problems: list[str]) -> str:
-    more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-    return "; ".join(problems[:MAX_PROBLEMS]) + more
+    return listed(check_of(kind).problems("", value), "; ") or None
 
 
 def refuse(problems: Iterable[str], where: object, remedy: str = "") -> None:
     """ValueError if there are any, the first of them in one line."""
     if lines := list(problems):
-        raise ValueError(f"{where}: {in_one_line(lines)}{remedy and '; ' + remedy}")
+        raise ValueError(f"{where}: {listed(lines, '; ')}{remedy and '; ' + remedy}")

@@ -9,7 +9,6 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from make_7b import ROOT, write_shards
 from published import (
     BARE,
@@ -37,6 +36,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.conversion import key_table
 from llava_jax.conversion.checksums import fingerprint
 from llava_jax.conversion.from_hf import checkpoint_name, convert
+from llava_jax.models.llava_llama import flat_param_shapes
 
 # ---- the layouts
 
@@ -166,7 +166,7 @@ def test_table_is_reversible_and_unambiguous(layout):
     """Every parameter has a published name, which the same table takes back to it by exactly one rule."""
     config = LlavaConfig.from_hf(config_dict("unused", attention_bias=True), VISION)
     rules = key_table.RULES[layout](config)
-    for path in flatten_dict(from_hf.param_shapes(config), sep="/"):
+    for path in flat_param_shapes(config):
         name, transform = key_table.published_name(path, rules)
         hits = [rule for rule in rules if rule.matches(name)]
         assert [(rule.path_of(name), rule.transform) for rule in hits] == [(path, transform)]

@@ -105,7 +105,7 @@ def test_all_problems_are_reported_together(tiny, tmp_path):
     assert f"{tiny.path} does not fit its config.json" in message
     assert "3 parameters that no key sets" in message
     assert "language_model/layers_1/self_attn/q_proj/kernel" in message
-    assert "10 keys left over: no rule knows them" in message and "… and 5 more" in message
+    assert "10 keys left over: no rule knows them" in message and "and 5 more" in message
     assert "model.layers.7.mlp.up_proj.weight (language_model/layers_7/mlp/up_proj/kernel)" in message
     assert "model.norm.weight [17] instead of [16]" in message
     assert "model.mm_projector.2.bias I8" in message

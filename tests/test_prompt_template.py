@@ -92,7 +92,7 @@ def test_a_published_name_needs_no_chat_template_and_another_name_yields_to_it(t
     [
         ("{{ messages }}", "is written like none of the templates here"),
         ("{{ messages", r"cannot be rendered \("),
-        ("{{ raise_exception('no') }}", r"cannot be rendered \(no\)"),
+        ("{{ raise_exception('no') }}", r"cannot be rendered \(TemplateError: no\)"),
         ("nothing", r"cannot be rendered \(it leaves out what is said\)"),
     ],
 )

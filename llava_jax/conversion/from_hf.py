@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from llava_jax import checkpoint, config_layouts
-from llava_jax.config import KNOWN_TOWERS, LlavaConfig, VisionConfig
+from llava_jax.config import KNOWN_TOWERS, LlavaConfig
 from llava_jax.conversion import checksums, key_table, published_files
 from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
@@ -25,9 +23,15 @@ from llava_jax.conversion.new_projector import llava_config, new_tensors
 from llava_jax.conversion.prompt_template import choose_template
 from llava_jax.conversion.published_files import Location, Tensor, write_json
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
-from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES, check_small_files
+from llava_jax.conversion.small_files import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    check_small_files,
+    preprocessor_config_json,
+    vision_config_json,
+)
 from llava_jax.inputs.text import check_text
-from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.llava_llama import flat_param_shapes
 from llava_jax.models.quantize import check_quantize, quantize_leaves
 from llava_jax.records import naming
 
@@ -49,6 +53,11 @@ class Published:
     preprocessor_config: dict
     config: LlavaConfig
     new_projector: bool  # the projector is none that was published
+
+    @property
+    def language_model(self) -> Location:
+        """Where the decoder, the tokenizer and the generation defaults stand."""
+        return self.base or self.location
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def convert(
         raise ValueError("--anyres is for --new-projector; a published checkpoint says itself how it sees pictures")
     if new_projector is not None and (vision_tower is None or model_base is not None):
         raise ValueError("--new-projector needs --vision-tower (a CLIP directory or hub id), and takes no --model-base")
-    published = read_published(source, name, revision, vision_tower, model_base, new_projector, anyres)
+    published = read_published(source, revision, vision_tower, model_base, new_projector, anyres)
     say(f"{source}: {published.layout} layout, {published.config.text.num_hidden_layers} decoder layers")
     template = choose_template(published.location.path, name, conv_mode)
     say(f"prompt template: {template.conv_mode} ({template.reason})")
@@ -153,15 +162,14 @@ def checkpoint_name(source: str) -> str:
 
 def read_published(
     source: str,
-    name: str,
-    revision: str | None,
-    vision_tower: str | None,
-    model_base: str | None,
-    new_projector: str | None,
-    anyres: bool,
+    revision: str | None = None,
+    vision_tower: str | None = None,
+    model_base: str | None = None,
+    new_projector: str | None = None,
+    anyres: bool = False,
 ) -> Published:
-    """Read and check everything but the tensors."""
-    location = published_files.locate(source, revision)
+    """Read and check everything but the tensors; the arguments are those of `convert`."""
+    name, location = checkpoint_name(source), published_files.locate(source, revision)
     config = location.read_config()
     layout = "llava-hf" if "text_config" in config else "liuhaotian"
     base = published_files.locate(model_base) if model_base is not None else None
@@ -182,8 +190,8 @@ def read_published(
     with naming(source):
         parsed = LlavaConfig.from_hf(config, vision_config, preprocessor, generation, name)
     check_small_files(location, text, parsed)
-    vision_config = vision_config or _vision_dict(parsed.vision)
-    preprocessor = preprocessor or _preprocessor_dict(parsed.vision)
+    vision_config = vision_config or vision_config_json(parsed.vision)
+    preprocessor = preprocessor or preprocessor_config_json(parsed.vision)
     new = new_projector is not None
     return Published(source, name, layout, location, base, tower, tower_error, vision_config, preprocessor, parsed, new)
 
@@ -205,7 +213,7 @@ def _read_tower(config: dict, vision_tower: str | None) -> tuple[Location | None
         hint = f"the vision tower {named!r} cannot be had ({error}); give it with --vision-tower"
         if named not in KNOWN_TOWERS or vision_tower is not None:
             raise FileNotFoundError(hint) from None
-        return None, hint, _vision_dict(KNOWN_TOWERS[named]), None
+        return None, hint, vision_config_json(KNOWN_TOWERS[named]), None
     return tower, "", found.get("vision_config") or found, _preprocessor(tower)
 
 
@@ -213,20 +221,6 @@ def _preprocessor(location: Location) -> dict | None:
     """`preprocessor_config.json`; transformers 5 writes it into `processor_config.json`."""
     found = location.read_json("preprocessor_config.json")
     return found or (location.read_json("processor_config.json") or {}).get("image_processor")
-
-
-def _vision_dict(vision: VisionConfig) -> dict:
-    values = dataclasses.asdict(vision)
-    return {
-        "model_type": "clip_vision_model",
-        **{k: v for k, v in values.items() if k not in ("image_mean", "image_std")},
-    }
-
-
-def _preprocessor_dict(vision: VisionConfig) -> dict:
-    size = vision.image_size
-    mean, std = list(vision.image_mean), list(vision.image_std)
-    return {"size": size, "crop_size": size, "image_mean": mean, "image_std": std}
 
 
 # ---- which tensor becomes which parameter
@@ -241,12 +235,11 @@ def make_plan(published: Published, dtype: str | None) -> Plan:
         parts.append((_open_projector(published.location), key_table.projector_file_rules(config)))
     if published.new_projector:
         parts.append((new_tensors(config), rules))
-    main, own = len(parts), published_files.open_checkpoint(published.base or published.location)
+    main, own = len(parts), published_files.open_checkpoint(published.language_model)
     parts.append((own, rules))
     if published.layout == "liuhaotian":
         parts += _tower_part(published, own)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
-    placed = key_table.match(shapes, parts, published.source)
+    placed = key_table.match(flat_param_shapes(config), parts, published.source)
     tensors = {path: parts[at.part][0][at.name] for path, at in placed.items()}
     names = {path: at.name for path, at in placed.items() if at.part == main}
     record: dict[str, Any] = {
@@ -307,7 +300,7 @@ def _leaves(plan: Plan, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
         published_files.check_blob(file)
         for path in in_file:
             tensor = plan.tensors[path]
-            array = tensor.read_into(read) if tensor.read_into else tensor.read()
+            array = tensor.read(read)
             _check_finite(array, path, file)
             array = key_table.apply_transform(plan.transforms[path], key_table.cast(array, plan.dtypes[path], path))
             yield path, in_order(array, turned)
@@ -328,10 +321,9 @@ def _check_finite(array: np.ndarray, path: str, file: Path) -> None:
 
 
 def _write_small_files(directory: Path, published: Published, plan: Plan, conv_mode: str, fingerprint: str) -> None:
-    text = published.base or published.location  # whose tokenizer and generation defaults they are
     for location, names in (
         (published.location, ("config.json", *PROCESSOR_FILES)),
-        (text, ("generation_config.json", *TOKENIZER_FILES)),
+        (published.language_model, ("generation_config.json", *TOKENIZER_FILES)),
     ):
         for name in names:
             if (location.path / name).is_file():
@@ -353,9 +345,6 @@ def _write_small_files(directory: Path, published: Published, plan: Plan, conv_m
         "fingerprint": fingerprint,
         "published": plan.record,
     }
-    for name, content in (
-        ("vision_config.json", published.vision_config),
-        ("preprocessor_config.json", published.preprocessor_config),
-        (checkpoint.MANIFEST, manifest),
-    ):
-        write_json(directory / name, content)
+    write_json(directory / "vision_config.json", published.vision_config)
+    write_json(directory / "preprocessor_config.json", published.preprocessor_config)
+    write_json(directory / checkpoint.MANIFEST, manifest)

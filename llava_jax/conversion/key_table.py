@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DTYPES
+from llava_jax.errors import listed
 
 # What a `{field}` of a template stands for. Both sides of a rule have the same fields, so a rule can be reversed.
 FIELDS = {
@@ -276,7 +278,7 @@ def match(
     Raises:
         ValueError: anything at all does not fit; all of it, together.
     """
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
     placed: dict[str, Placement] = {}
     given: set[str] = set()
     for number, (tensors, rules) in enumerate(parts):
@@ -284,20 +286,16 @@ def match(
         for path in [p for p in found if p not in given]:
             names = [name for name, _ in found[path]]
             if path not in shapes:
-                _add(problems, "keys left over: this config has no such parameter", *(f"{n} ({path})" for n in names))
+                problems["keys left over: this config has no such parameter"] += [f"{n} ({path})" for n in names]
             elif len(names) > 1:
-                _add(problems, "parameters given by more than one key", f"{path} ({', '.join(names)})")
+                problems["parameters given by more than one key"].append(f"{path} ({', '.join(names)})")
             else:
                 placed[path] = Placement(number, *found[path][0])
                 _check_tensor(tensors[names[0]], placed[path], shapes[path], problems)
         given |= found.keys()
-    _add(problems, "parameters that no key sets", *(path for path in shapes if path not in given))
-    report(problems, what)
+    problems["parameters that no key sets"] += [path for path in shapes if path not in given]
+    _report(problems, what)
     return placed
-
-
-def _add(problems: dict[str, list[str]], kind: str, *names: str) -> None:
-    problems.setdefault(kind, []).extend(names)
 
 
 def _by_path(tensors, rules, problems) -> dict[str, list[tuple[str, str]]]:
@@ -306,10 +304,10 @@ def _by_path(tensors, rules, problems) -> dict[str, list[tuple[str, str]]]:
     for name in tensors:
         hits = [rule for rule in rules if rule.matches(name)]
         if not hits:
-            _add(problems, "keys left over: no rule knows them", name)
+            problems["keys left over: no rule knows them"].append(name)
         elif len(hits) > 1:
             templates = ", ".join(rule.published for rule in hits)
-            _add(problems, "keys matched by more than one rule", f"{name} ({templates})")
+            problems["keys matched by more than one rule"].append(f"{name} ({templates})")
         elif (path := hits[0].path_of(name)) is not None:
             found.setdefault(path, []).append((name, hits[0].transform))
     return found
@@ -318,22 +316,18 @@ def _by_path(tensors, rules, problems) -> dict[str, list[tuple[str, str]]]:
 def _check_tensor(info: TensorInfo, placement: Placement, expected: tuple[int, ...], problems) -> None:
     shape = transformed_shape(placement.transform, info.shape)
     if shape != tuple(expected):
-        back = tuple(expected[a] for a in np.argsort(TRANSFORMS[placement.transform] or range(len(expected))))
-        _add(
-            problems,
-            "keys of another shape than the config says",
-            f"{placement.name} {list(info.shape)} instead of {list(back)}",
-        )
+        back = [expected[a] for a in np.argsort(TRANSFORMS[placement.transform] or range(len(expected)))]
+        told = f"{placement.name} {list(info.shape)} instead of {back}"
+        problems["keys of another shape than the config says"].append(told)
     if info.dtype not in DTYPES:
-        _add(problems, f"keys of a dtype other than {', '.join(DTYPES)}", f"{placement.name} {info.dtype}")
+        problems[f"keys of a dtype other than {', '.join(DTYPES)}"].append(f"{placement.name} {info.dtype}")
 
 
-def report(problems: dict[str, list[str]], what: str, first: int = 5) -> None:
+def _report(problems: dict[str, list[str]], what: str) -> None:
     """One ValueError for all problems, grouped, with counts and the first few names of each; none: nothing."""
-    lines = []
-    for kind, names in problems.items():
-        if names:
-            more = [f"… and {len(names) - first} more"] if len(names) > first else []
-            lines.append(f"  {len(names)} {kind}:\n" + "\n".join(f"    {n}" for n in names[:first] + more))
+    line_break = "\n    "
+    lines = [
+        f"  {len(names)} {kind}:{line_break}{listed(names, line_break)}" for kind, names in problems.items() if names
+    ]
     if lines:
         raise ValueError(f"{what} does not fit its config.json:\n" + "\n".join(lines))

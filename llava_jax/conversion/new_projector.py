@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from llava_jax.config import PINPOINTS_336, LlavaConfig, one_of
 from llava_jax.config_layouts import read_vision
 from llava_jax.conversion import key_table
 from llava_jax.conversion.published_files import Tensor
-from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.llava_llama import flat_param_shapes
 
 SEED = 0
 
@@ -66,7 +64,7 @@ def new_tensors(config: LlavaConfig) -> dict[str, Tensor]:
     nn.Linear's weight and bias are uniform within 1 / sqrt(inputs); `image_newline` is normal, 1 / sqrt(E) wide.
     """
     rules, rng = key_table.liuhaotian_rules(config), np.random.default_rng(SEED)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
+    shapes = flat_param_shapes(config)
     out = {}
     for path, shape in shapes.items():
         if path == "image_newline":
@@ -78,5 +76,5 @@ def new_tensors(config: LlavaConfig) -> dict[str, Tensor]:
             continue
         name, transform = key_table.published_name(path, rules)
         array = key_table.invert_transform(transform, array)
-        out[name] = Tensor(array.shape, "float32", Path(), partial(np.asarray, array))
+        out[name] = Tensor(array.shape, "float32", Path(), lambda _=None, array=array: array)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_jax import config_layouts as layouts
 from llava_jax.config import KNOWN_TOWERS, LlavaConfig
-from llava_jax.config_schema import read_checked
+from llava_jax.config_schema import read_if_there
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_jax.conversion.published_files import write_json
 from llava_jax.inputs.tokenizer import load_tokenizer
@@ -107,11 +107,10 @@ def _check(layout: str, config: LlavaConfig, again: dict, what: str) -> None:
 
 def image_token(config: LlavaConfig, directory: Path) -> int:
     """The id of `<image>` in a checkpoint's tokenizer files, or the one that it gets there."""
-    listed = {token["content"]: int(i) for i, token in (_config(directory).get("added_tokens_decoder") or {}).items()}
-    if (directory / "added_tokens.json").is_file():
-        listed |= read_checked(directory / "added_tokens.json")
-    if (directory / "tokenizer.json").is_file():
-        listed |= {t["content"]: t["id"] for t in read_checked(directory / "tokenizer.json").get("added_tokens") or []}
+    slow, fast = (read_if_there(directory / name) or {} for name in ("tokenizer_config.json", "tokenizer.json"))
+    listed = {token["content"]: int(i) for i, token in (slow.get("added_tokens_decoder") or {}).items()}
+    listed |= read_if_there(directory / "added_tokens.json") or {}
+    listed |= {token["content"]: token["id"] for token in fast.get("added_tokens") or []}
     if DEFAULT_IMAGE_TOKEN in listed:
         return listed[DEFAULT_IMAGE_TOKEN]
     return len(load_tokenizer(directory, config.name, config.reading))
@@ -126,23 +125,18 @@ def add_image_token(directory: Path, token: int) -> None:
     """List `<image>` as this id in the tokenizer files of `directory`, where it is not listed yet."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     entry = {"content": DEFAULT_IMAGE_TOKEN, **flags, "special": True}
-    config, added = _config(directory), directory / "added_tokens.json"
+    settings, added, fast = (
+        directory / name for name in ("tokenizer_config.json", "added_tokens.json", "tokenizer.json")
+    )
+    config = read_if_there(settings) or {}
     if config.get("added_tokens_decoder") is not None:
         config["added_tokens_decoder"].setdefault(str(token), entry)
-        write_json(directory / "tokenizer_config.json", config)
-    listed = read_checked(added) if added.is_file() else {}
-    write_json(added, {DEFAULT_IMAGE_TOKEN: token, **listed})
-    fast = directory / "tokenizer.json"
-    if fast.is_file():
-        content = read_checked(fast)
-        if all(one["content"] != DEFAULT_IMAGE_TOKEN for one in content.setdefault("added_tokens", [])):
-            content["added_tokens"].append({"id": token, **entry})
-            write_json(fast, content)
-
-
-def _config(directory: Path) -> dict:
-    path = directory / "tokenizer_config.json"
-    return read_checked(path) if path.is_file() else {}
+        write_json(settings, config)
+    write_json(added, {DEFAULT_IMAGE_TOKEN: token, **(read_if_there(added) or {})})
+    content = read_if_there(fast)
+    others = (content or {}).get("added_tokens") or []
+    if content is not None and all(other["content"] != DEFAULT_IMAGE_TOKEN for other in others):
+        write_json(fast, content | {"added_tokens": [*others, {"id": token, **entry}]})
 
 
 # ---- what transformers prepares the inputs with

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava_jax.errors import reason_of
 from llava_jax.inputs.conversation import (
     check_conv_mode,
     conv_templates,
@@ -142,19 +143,19 @@ def _rendered(chat_template: str, turns: tuple[str, ...], file: str) -> str:
         role = ("user", "assistant")[i % 2]
         contents[0].append({"role": role, "content": [*picture, {"type": "text", "text": text}]})
         contents[1].append({"role": role, "content": "<image>\n" * len(picture) + text})
-    reason: object = "it leaves out what is said"
+    reason = "it leaves out what is said"
     for messages in contents:
         try:
             rendered = render_jinja_template(
                 [messages], chat_template=chat_template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
             )
         except Exception as error:  # whatever a program from elsewhere does
-            reason = error
+            reason = f"{reason_of(error):.100}"
             continue
         text = rendered[0][0]
         if all(said in text for said in turns) and "'type'" not in text:  # a list that was written as it is
             return text
-    raise ValueError(f"its {file} cannot be rendered ({str(reason).partition(chr(10))[0]:.100})")
+    raise ValueError(f"its {file} cannot be rendered ({reason})")
 
 
 def _plain(text: str) -> str:

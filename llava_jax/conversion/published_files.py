@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 
-from llava_jax.config_schema import HEADER, read_checked
+from llava_jax.config_schema import HEADER, read_checked, read_if_there
 from llava_jax.conversion.key_table import TensorInfo
-from llava_jax.errors import reason_of
+from llava_jax.errors import listed, reason_of
 from llava_jax.fields import refuse
 from llava_jax.files import write_atomically
 from llava_jax.records import parse_json
@@ -39,12 +39,11 @@ SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 class Tensor(TensorInfo):
     """A published tensor: what its header says, its file, and how to read it.
 
-    `read_into`, where there is one, takes a buffer (uint8) of at least its bytes: new memory costs more than reading.
+    `read` may be given a buffer (uint8) of at least its bytes to read into: new memory costs more than reading.
     """
 
     file: Path
-    read: Callable[[], np.ndarray]
-    read_into: Callable[[np.ndarray], np.ndarray] | None = None
+    read: Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,11 @@ class Location:
     def fetch(self, names: Iterable[str]) -> None:
         """Download these files (names or patterns) into the snapshot; a local directory has what it has."""
         if self.commit is not None:
-            _snapshot(self.given, self.commit, list(names))
+            hub_snapshot(self.given, self.commit, list(names))
 
     def read_json(self, name: str) -> dict | None:
         """A JSON file of the directory; None where there is none."""
-        path = self.path / name
-        return read_checked(path, AGAIN) if path.is_file() else None
+        return read_if_there(self.path / name, AGAIN)
 
     def read_config(self) -> dict:
         """`config.json`, which a published checkpoint has."""
@@ -91,11 +89,11 @@ def locate(source: str, revision: str | None = None) -> Location:
         return Location(source, path.resolve())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise FileNotFoundError(f"{source!r}: no such directory, and not a hub id (owner/name)")
-    snapshot = _snapshot(source, revision, list(SMALL_FILES))
+    snapshot = hub_snapshot(source, revision, list(SMALL_FILES))
     return Location(source, snapshot, snapshot.name)
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def hub_snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     at = f" at revision {revision}" if revision else ""
@@ -161,8 +159,7 @@ def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
         unlisted += [f"{n:.200} ({shard})" for n in held if n not in weight_map]
     for what, names in (("lists tensors that their files do not hold", lies), ("leaves out tensors", unlisted)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{index}: {what}: {', '.join(names[:5])}{more}; download it and its files again")
+            raise ValueError(f"{index}: {what}: {listed(names)}; download it and its files again")
     return tensors
 
 
@@ -183,8 +180,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: {what}: {size} bytes of {end}; download it again")
     tensors = {}
     for name, (dtype, shape, begin, _) in entries.items():
-        read_into = partial(_read_safetensors, path, dtype, shape, start + begin)
-        tensors[name] = Tensor(shape, dtype, path, partial(_read_new, read_into, shape, dtype), read_into)
+        tensors[name] = Tensor(shape, dtype, path, partial(_read_safetensors, path, dtype, shape, start + begin))
     return tensors
 
 
@@ -208,8 +204,11 @@ def _read_entries(header: Any) -> dict[str, tuple[str, tuple[int, ...], int, int
     return entries
 
 
-def _read_safetensors(path: Path, dtype: str, shape: tuple[int, ...], offset: int, buffer: np.ndarray) -> np.ndarray:
-    room = buffer[: TensorInfo(shape, dtype).nbytes]
+def _read_safetensors(
+    path: Path, dtype: str, shape: tuple[int, ...], offset: int, buffer: np.ndarray | None = None
+) -> np.ndarray:
+    nbytes = TensorInfo(shape, dtype).nbytes
+    room = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         done = 0
@@ -219,10 +218,6 @@ def _read_safetensors(path: Path, dtype: str, shape: tuple[int, ...], offset: in
                 raise ValueError(f"{path}: became shorter while it was read; download it again")
             done += count
     return room.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
-
-
-def _read_new(read_into: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return read_into(np.empty(TensorInfo(shape, dtype).nbytes, np.uint8))
 
 
 def _open_torch(path: Path) -> dict[str, Tensor]:
@@ -264,7 +259,7 @@ def check_blob(path: Path) -> None:
         raise ValueError(f"{path}: damaged (its SHA-256 is not the hub's); delete {blob} and download it again")
 
 
-def _read_torch(tensor) -> np.ndarray:
+def _read_torch(tensor, _buffer: np.ndarray | None = None) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()

@@ -1,9 +1,12 @@
-"""The files that a conversion copies as they are: read and checked before anything is written."""
+"""A checkpoint's small files: those that a conversion copies, checked before anything is written, and the tower's."""
 
 from __future__ import annotations
 
-from llava_jax.config import LlavaConfig
+import dataclasses
+
+from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.conversion.published_files import Location
+from llava_jax.errors import listed
 from llava_jax.inputs.tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (
@@ -13,11 +16,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.json",
 )
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)  # of llava-hf, for the way back
+PROCESSOR_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")  # llava-hf's, for the way back
 
 
 def check_small_files(location: Location, text: Location, config: LlavaConfig) -> None:
@@ -46,9 +45,22 @@ def check_rows(tokenizer, rows: int, what: str) -> None:
     beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= rows)
     if not beyond:
         return
-    told = ", ".join(f"{token!r:.80} is {token_id}" for token_id, token in beyond[:5])
-    more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+    told = listed([f"{token!r:.80} is {token_id}" for token_id, token in beyond])
     raise ValueError(
-        f"{what}: its tokenizer gives ids that have no row in the embedding table of vocab_size={rows}: {told}{more}; "
+        f"{what}: its tokenizer gives ids that have no row in the embedding table of vocab_size={rows}: {told}; "
         "take them out of added_tokens.json, tokenizer_config.json and tokenizer.json, or get a model that has them"
     )
+
+
+def vision_config_json(vision: VisionConfig) -> dict:
+    """A tower's `config.json`."""
+    pixels = ("image_mean", "image_std")
+    shape = {name: value for name, value in dataclasses.asdict(vision).items() if name not in pixels}
+    return {"model_type": "clip_vision_model", **shape}
+
+
+def preprocessor_config_json(vision: VisionConfig) -> dict:
+    """A tower's `preprocessor_config.json`."""
+    size = vision.image_size
+    mean, std = list(vision.image_mean), list(vision.image_std)
+    return {"size": size, "crop_size": size, "image_mean": mean, "image_std": std}

@@ -65,14 +65,14 @@ def verify(
         FileNotFoundError, ValueError: one clear reason.
     """
     from llava_jax import checkpoint
-    from llava_jax.conversion.from_hf import checkpoint_name, read_published
+    from llava_jax.conversion.from_hf import read_published
     from llava_jax.inference.llava import Llava, load
     from llava_jax.inputs.image import load_image
 
     config = checkpoint.load_config(directory)
     pictures: list = [synthetic_picture()] if images is None else [load_image(image) for image in images] or [None]
     text = Llava(config, None).conversation(prompt, pictures[0] is not None).get_prompt()
-    published = read_published(reference, checkpoint_name(reference), None, vision_tower, None, None, False)
+    published = read_published(reference, vision_tower=vision_tower)
     against = against or default_against(published.layout, python)
     if against == "original":
         theirs = record_original(published, text, pictures, python or sys.executable, vision_tower)

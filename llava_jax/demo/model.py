@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
@@ -125,13 +124,11 @@ def write_published(directory: Path, config: LlavaConfig, params: dict, dtype: s
     from safetensors.numpy import save_file
 
     from llava_jax.conversion.key_table import invert_transform, liuhaotian_rules, published_name
+    from llava_jax.conversion.small_files import preprocessor_config_json, vision_config_json
 
     (directory / TOWER).mkdir(parents=True, exist_ok=True)
-    vision = dataclasses.asdict(config.vision)
-    statistics = {name: vision.pop(name) for name in ("image_mean", "image_std")}
-    write_json(directory / TOWER / "config.json", {"model_type": "clip_vision_model", **vision})
-    sizes = dict.fromkeys(("crop_size", "size"), config.vision.image_size)
-    write_json(directory / TOWER / "preprocessor_config.json", sizes | statistics)
+    write_json(directory / TOWER / "config.json", vision_config_json(config.vision))
+    write_json(directory / TOWER / "preprocessor_config.json", preprocessor_config_json(config.vision))
     write_json(directory / "config.json", config.to_hf())
     write_tokenizer(directory)
     tensors, kept = {}, np.dtype(getattr(ml_dtypes, dtype, dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.types import Batch
@@ -184,3 +185,8 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
 def param_shapes(config: LlavaConfig) -> dict:
     """The tree of `jax.ShapeDtypeStruct` (float32) that `init_params` would fill; nothing is computed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def flat_param_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Path ("a/b/kernel") → shape of every parameter."""
+    return {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}

@@ -20,7 +20,7 @@ from llava_jax.conversion.published_files import open_file, write_json
 from llava_jax.fields import problem_of
 from llava_jax.files import write_atomically
 from llava_jax.inputs.conversation import SeparatorStyle, conv_templates
-from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.llava_llama import flat_param_shapes
 from llava_jax.parallel import multihost
 from llava_jax.records import parse_json, read_json_object
 from llava_jax.training.lora import merge_lora
@@ -137,11 +137,8 @@ def _read_projector_file(file: Path, config: LlavaConfig) -> dict[str, np.ndarra
     """Path → parameter: the projector, and the embeddings where stage 1 grew them."""
     tensors, rules = open_file(file), key_table.projector_file_rules(config)
     given = {rule.path_of(name) for name in tensors for rule in rules if rule.matches(name)}
-    shapes = {
-        path: leaf.shape
-        for path, leaf in flatten_dict(param_shapes(config), sep="/").items()
-        if path.startswith("mm_projector/") or path in given
-    }
+    shapes = flat_param_shapes(config)
+    shapes = {path: shape for path, shape in shapes.items() if path.startswith("mm_projector/") or path in given}
     placed = key_table.match(shapes, [(tensors, rules)], f"--pretrain_mm_mlp_adapter {file}")
     return {
         path: key_table.apply_transform(at.transform, tensors[at.name].read().astype(np.float32))

@@ -88,7 +88,7 @@ def tiny(tmp_path_factory):
 
 
 def read_all(path, tower):
-    return read_published(str(path), "llava-v1.6-tiny", None, str(tower), None, None, False)
+    return read_published(str(path), vision_tower=str(tower))
 
 
 def each(numbers, name):
@@ -130,7 +130,7 @@ def test_llava_hf_json(tiny, numbers, tmp_path):
         odd.write(tmp_path / "c" / "config.json", wrong_json(rng, HF))
         odd.write(tmp_path / "c" / "preprocessor_config.json", wrong_json(rng, PREPROCESSOR))
         try:
-            refusal(read_published, str(tmp_path / "c"), "llava-hf-tiny", None, None, None, None, False)
+            refusal(read_published, str(tmp_path / "c"))
         except BaseException as error:
             error.add_note(case)
             raise
