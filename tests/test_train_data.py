@@ -378,7 +378,7 @@ def test_workers_work_ahead_but_not_far(folder, examples, monkeypatch):
         def is_alive(self):
             return True
 
-    monkeypatch.setattr(workers, "WorkerProcess", Worker)
+    monkeypatch.setattr(workers, "Worker", Worker)
     with Loader(examples, folder, CONFIG, TOKENIZER, "v1", batch_size=4, seed=1, num_workers=5) as batches:
         order = sample_order(21, seed=1, epoch=0) + sample_order(21, seed=1, epoch=1)
         got = []

@@ -81,7 +81,6 @@ def write_dataset(
         (images / f"{number:03d}").mkdir(parents=True, exist_ok=True)
     make = partial(make_sample, style, pictures, length, config, str(images), seed)
     with Workers(make, os.cpu_count() or 1) as workers:
-        waiting = [workers.submit(number) for number in range(count)]
-        samples = [future.result() for future in waiting]
+        samples = list(workers.map(((number,) for number in range(count)), ahead=count))
     write_atomically(data, json.dumps(samples))
     return directory

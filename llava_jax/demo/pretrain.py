@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +24,7 @@ SCENES, TILES = 32, 160  # of a step: the tiles of so many scenes, cut off or re
 SHOWN_WEIGHT = 6.0  # of a patch that shows something, against one that shows nothing
 LOSS_WEIGHTS = {"character": 2.0}  # the hardest to see
 SIGNS = 0.8  # the share of the scenes that have a sign: more than elsewhere, to learn to read
-LOG_EVERY, SAVE_EVERY, AHEAD = 50, 250, 6
+LOG_EVERY, SAVE_EVERY, AHEAD = 50, 250, 6  # steps
 
 
 def make_tiles(config: LlavaConfig, seed: int, count: int, rows: int, step: int) -> tuple[np.ndarray, Truths]:
@@ -85,7 +83,8 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
     with States(output / "checkpoints", keep=1) as states, Workers(make, 1) as workers:
         state = states.newest(state)
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
-            for step, batch in _ahead(workers, int(state["step"]), steps):
+            left = range(int(state["step"]) + 1, steps + 1)
+            for step, batch in zip(left, workers.map(((step,) for step in left), AHEAD), strict=True):
                 *new, metrics = step_function(state["params"], state["opt_state"], *batch)
                 state = dict(zip(("params", "opt_state"), new, strict=True)) | {"step": np.array(step)}
                 if step % LOG_EVERY == 0 or step == steps:
@@ -96,12 +95,3 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
                 if step % SAVE_EVERY == 0 or step == steps:
                     states.save(step, state)
     return state["params"]["vision_tower"]
-
-
-def _ahead(workers: Workers, done: int, steps: int) -> Iterator[tuple[int, tuple]]:
-    """(step, from 1; its batch), made in another process while the steps before it run."""
-    waiting: deque = deque()
-    for step in range(done + 1, steps + 1):
-        while len(waiting) < AHEAD and step + len(waiting) <= steps:
-            waiting.append(workers.submit(step + len(waiting)))
-        yield step, waiting.popleft().result()

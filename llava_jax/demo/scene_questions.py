@@ -6,7 +6,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN
-from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Item, Scene
+from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Item, Scene, pick
 
 KINDS = ("colour", "shape", "count", "yes_no", "place", "position", "reading", "description")
 # Of what a conversation is drawn: its first questions, which many others would give away, and those after them.
@@ -58,7 +58,7 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
     questions: list[Question] = []
     said: set[str] = set()
     for attempt in range(2 * turns):
-        question = ask(scene, _pick(rng, FIRST if attempt < 8 else OFTEN), rng)
+        question = ask(scene, pick(rng, FIRST if attempt < 8 else OFTEN), rng)
         if question is None or question.needs & said or any(question.text == other.text for other in questions):
             continue
         questions.append(question)
@@ -119,23 +119,23 @@ def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
 
 def _colour(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "kind", rng)
-    if item is None:
-        return None
-    return Question("colour", f"What color is the {item.kind}?", item.color, frozenset([item.name]), _facts(item))
+    return item and _of_item("colour", f"What color is the {item.kind}?", item.color, item)
 
 
 def _shape(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "color", rng)
-    if item is None:
-        return None
-    return Question("shape", f"What shape is {item.color}?", item.kind, frozenset([item.name]), _facts(item))
+    return item and _of_item("shape", f"What shape is {item.color}?", item.kind, item)
 
 
 def _alone(scene: Scene, attribute: str, rng) -> Item | None:
     """One of the shapes that no other item has the attribute of."""
     counts = Counter(getattr(item, attribute) for item in scene.items)
     items = [item for item in scene.items if item.kind != SIGN and counts[getattr(item, attribute)] == 1]
-    return _pick(rng, items) if items else None
+    return pick(rng, items) if items else None
+
+
+def _of_item(kind: str, text: str, answer: str, item: Item) -> Question:
+    return Question(kind, text, answer, frozenset([item.name]), _facts(item))
 
 
 def _count(scene: Scene, rng) -> Question | None:
@@ -150,7 +150,7 @@ def _count(scene: Scene, rng) -> Question | None:
     most = max(n for _, _, n in named)
     if rng.random() < 0.75:
         named = [entry for entry in named if entry[2] == most]
-    plural, value, number = _pick(rng, named)
+    plural, value, number = pick(rng, named)
     return Question("count", f"How many {plural} are there?", NUMBERS[number - 1], gives=frozenset([value]))
 
 
@@ -165,14 +165,14 @@ def _yes_no(scene: Scene, rng) -> Question | None:
         found = [item for item in scene.items if item.kind == SIGN]
         thing = SIGN if bool(found) == yes else ""
     elif form < 0.4:
-        thing = _pick(rng, sorted(kinds) if yes else [shape for shape in SHAPES if shape not in kinds])
+        thing = pick(rng, sorted(kinds) if yes else [shape for shape in SHAPES if shape not in kinds])
     elif yes:
-        thing = _pick(rng, sorted(names))
+        thing = pick(rng, sorted(names))
     else:
         pairs = [(color, shape) for color in COLORS for shape in SHAPES if f"{color} {shape}" not in names]
         both = [pair for pair in pairs if pair[0] in colors and pair[1] in kinds]
         either = [pair for pair in pairs if (pair[0] in colors) != (pair[1] in kinds)]
-        thing = " ".join(_pick(rng, both if both and rng.random() < 0.7 else either))
+        thing = " ".join(pick(rng, both if both and rng.random() < 0.7 else either))
     if not thing:
         return None
     needs = frozenset([thing]) if yes else frozenset()
@@ -186,7 +186,7 @@ def _place(scene: Scene, rng) -> Question | None:
     found = [(item, where) for item in scene.items if counts[item.name] == 1 and (where := quarter(item, scene))]
     if not found:
         return None
-    item, where = _pick(rng, found)
+    item, where = pick(rng, found)
     text, fact = f"In which part of the image is the {item.name}?", f"{item.name} in the picture"
     return Question("place", text, where, frozenset([fact]), _facts(item) | {fact})
 
@@ -208,7 +208,7 @@ def _position(scene: Scene, rng) -> Question | None:
         return None
     beside = [pair for pair in pairs if pair[2] in DIRECTIONS[:2]]
     over = [pair for pair in pairs if pair not in beside]
-    a, b, where = _pick(rng, (beside if rng.random() < 0.5 else over) or pairs)
+    a, b, where = pick(rng, (beside if rng.random() < 0.5 else over) or pairs)
     text = f"Where is the {a.name} relative to the {b.name}?"
     both = frozenset([" and ".join(sorted([a.name, b.name]))])
     return Question("position", text, where, both, both | _facts(a) | _facts(b))
@@ -249,10 +249,6 @@ _ASK = {
 
 
 # ---- words
-
-
-def _pick(rng, values):
-    return values[int(rng.integers(len(values)))]
 
 
 def _facts(item: Item) -> frozenset[str]:

@@ -119,14 +119,14 @@ def _shapes(rng, limit: int, sizes: tuple[int, int]) -> list[Item]:
     values, other_values = (tuple(COLORS), SHAPES) if by_color else (SHAPES, tuple(COLORS))
     chosen = values[rng.integers(len(values))]
     rest = [value for value in values if value != chosen]
-    pairs = [(chosen, _pick(rng, other_values)) for _ in range(alike)]
-    pairs += [(_pick(rng, rest), _pick(rng, other_values)) for _ in range(others)]
+    pairs = [(chosen, pick(rng, other_values)) for _ in range(alike)]
+    pairs += [(pick(rng, rest), pick(rng, other_values)) for _ in range(others)]
     return _sized(rng, [(b, a) if by_color else (a, b) for a, b in pairs], sizes)
 
 
 def _different_shapes(rng, limit: int, sizes: tuple[int, int]) -> list[Item]:
     kinds = rng.permutation(len(SHAPES))[: int(rng.integers(2, limit, endpoint=True))]
-    return _sized(rng, [(SHAPES[i], _pick(rng, tuple(COLORS))) for i in kinds], sizes)
+    return _sized(rng, [(SHAPES[i], pick(rng, tuple(COLORS))) for i in kinds], sizes)
 
 
 def _sized(rng, pairs: list[tuple[str, str]], sizes: tuple[int, int]) -> list[Item]:
@@ -136,11 +136,12 @@ def _sized(rng, pairs: list[tuple[str, str]], sizes: tuple[int, int]) -> list[It
 
 
 def _sign(rng, large: bool) -> Item:
-    text = "".join(_pick(rng, CHARACTERS) for _ in range(2))
+    text = "".join(pick(rng, CHARACTERS) for _ in range(2))
     return Item(SIGN, "", rng.uniform(*(LARGE_TEXT if large else SMALL_TEXT)), text)
 
 
-def _pick(rng, values):
+def pick(rng, values):
+    """One of the values, drawn with a NumPy Generator."""
     return values[int(rng.integers(len(values)))]
 
 

@@ -8,7 +8,8 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
@@ -32,9 +33,9 @@ class Workers:
 
     def __init__(self, work: Callable, count: int):
         self._work = work
-        self._processes = [WorkerProcess(work) for _ in range(count)]
+        self._processes = [Worker(work) for _ in range(count)]
         self._threads = ThreadPoolExecutor(count)
-        self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._processes:
             self._idle.put(worker)
         self._closing = threading.Event()
@@ -60,6 +61,16 @@ class Workers:
         """
         return self._threads.submit(self._ask, task)
 
+    def map(self, tasks: Iterable[tuple], ahead: int) -> Iterator:
+        """`work(*task)` of each task in their order; `ahead` more are begun than have been asked for."""
+        waiting: deque[Future] = deque()
+        for task in tasks:
+            waiting.append(self.submit(*task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
     def _ask(self, task):
         worker = self._idle.get()
         try:
@@ -72,16 +83,16 @@ class Workers:
         finally:
             self._idle.put(worker)
 
-    def _replaced(self, dead: WorkerProcess) -> WorkerProcess:
+    def _replaced(self, dead: Worker) -> Worker:
         if self._closing.is_set():
             return dead
         dead.stop()
-        new = self._processes[self._processes.index(dead)] = WorkerProcess(self._work)
+        new = self._processes[self._processes.index(dead)] = Worker(self._work)
         return new
 
 
-class WorkerProcess:
-    """One process, that works on a task after another."""
+class Worker:
+    """One process, and the pipe to it."""
 
     def __init__(self, work: Callable):
         spawn = multiprocessing.get_context("spawn")
@@ -138,7 +149,7 @@ def _serve(pipe) -> None:
         return  # the parent has gone
 
 
-def _stop(processes: list[WorkerProcess], threads: ThreadPoolExecutor, closing: threading.Event) -> None:
+def _stop(processes: list[Worker], threads: ThreadPoolExecutor, closing: threading.Event) -> None:
     closing.set()
     threads.shutdown(wait=False, cancel_futures=True)
     for worker in list(processes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,13 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
+
+
+def flat_positions(shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of that shape: where each element stands in C order, modulo 2**32."""
+    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
+    places = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
+    return sum(places, jnp.uint32(0))
 
 
 def label_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:

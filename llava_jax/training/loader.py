@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
-from itertools import count
+from itertools import count, islice, starmap, tee
 from pathlib import Path
 
 from tqdm import tqdm
@@ -79,7 +77,8 @@ class Loader:
             self._order = partial(self._order, lengths=modality_lengths(examples), **sizes)
         fit = f"template {template!r} and legacy={tokenizer.legacy}"
         self._unlabelled = _Unlabelled(config, fit, max_unlabelled_ratio)
-        self._ahead = max(2, -(-2 * num_workers // batch_size))  # steps
+        rows = batch_size if shards is None else self._rows * len(shards)
+        self._ahead = rows * max(2, -(-2 * num_workers // batch_size))  # samples
         self.workers = Workers(self._load, num_workers) if num_workers else None
 
     def __enter__(self) -> Loader:
@@ -87,25 +86,23 @@ class Loader:
 
     def __exit__(self, *_) -> None:
         """End the workers; what they were loading is dropped."""
-        self.close()
-
-    def close(self) -> None:
         if self.workers is not None:
             self.workers.close()
 
     def __iter__(self) -> Iterator[list[Loaded]]:
-        steps = self._numbers()
-        loaded = (
-            self._by_workers(self.workers, steps)
-            if self.workers is not None
-            else ((step, [*map(self._load_here, step)]) for step in steps)
-        )
-        for step, samples in loaded:
+        steps, again = tee(self._numbers())
+        tasks = ((self.examples[number], number) for step in again for number in step)
+        if self.workers is None:
+            loaded: Iterator[Loaded] = starmap(self._load, tasks)
+        else:
+            loaded = self.workers.map(tasks, self._ahead)
+        for step in steps:
+            samples = list(islice(loaded, len(step)))
             self._unlabelled.add([name_of(self.examples[number], number) for number in step], samples)
             yield samples
 
     def _numbers(self) -> Iterator[list[int]]:
-        """The samples' numbers of each step."""
+        """The numbers of each step's samples."""
         first_epoch, done = divmod(self.start_step, -(-len(self.examples) // self.batch_size))
         for epoch in count(first_epoch):
             order = self._order(epoch=epoch)
@@ -117,17 +114,6 @@ class Loader:
                     parts = (step[shard * self._rows : (shard + 1) * self._rows] for shard in self._shards)
                     yield [number for part in parts for number in part]
             done = 0
-
-    def _load_here(self, number: int) -> Loaded:
-        return self._load(self.examples[number], number)
-
-    def _by_workers(self, workers: Workers, steps: Iterator[list[int]]) -> Iterator[tuple[list[int], list[Loaded]]]:
-        waiting: deque[tuple[list[int], list[Future]]] = deque()
-        for step in steps:
-            waiting.append((step, [workers.submit(self.examples[number], number) for number in step]))
-            if len(waiting) > self._ahead:
-                step, futures = waiting.popleft()
-                yield step, [future.result() for future in futures]
 
 
 # ---- too many samples without labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import flax.linen as nn
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.models.ops import flat_positions
 
 ADAPTED = r"language_model/layers_\d+/.*_proj"  # find_all_linear_names: neither tower, projector nor lm_head
 
@@ -61,9 +62,7 @@ def _kept(seed: jax.Array, shape: tuple[int, ...], dropout: float) -> jax.Array:
 
     `jax.random` would cost a TPU more than ten times the arithmetic, and the compiler minutes, at 224 layers of a 7B.
     """
-    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
-    places = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
-    place = sum(places, jnp.uint32(0))
+    place = flat_positions(shape)
     for part in seed:
         place ^= part
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax.errors import reason_of
+from llava_jax.models.ops import flat_positions
 from llava_jax.parallel import multihost
 
 
@@ -61,7 +63,8 @@ class States:
             except ValueError as error:
                 damaged[step] = str(error)
                 continue
-            self._set_aside(damaged, step)
+            if damaged:
+                self._set_aside(damaged, step)
             self._saved = step
             return found
         if damaged:
@@ -109,8 +112,6 @@ class States:
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
         """Move damaged states away, that newer ones may take their place, and say so."""
-        if not damaged:
-            return
         if multihost.is_primary():
             for number, problem in damaged.items():
                 aside = _free(self._directory.with_name(f"damaged-{number}"))
@@ -144,10 +145,7 @@ def _checksum(array: jax.Array) -> jax.Array:
     """A uint32 in which every bit counts: each word is multiplied by an odd number that depends on its place."""
     size = array.dtype.itemsize
     words = array if size == 1 else jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * size}"))
-    strides = [math.prod(array.shape[axis + 1 :]) % 2**32 for axis in range(array.ndim)]
-    places = (jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(n) for axis, n in enumerate(strides))
-    place = sum(places, jnp.uint32(0))
-    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * flat_positions(array.shape) + 1), dtype=jnp.uint32)
 
 
 @jax.jit
@@ -173,15 +171,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first line of what began a chain of exceptions."""
+    """What began a chain of exceptions."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return reason_of(error)
 
 
 def _free(path: Path) -> Path:
     """The path, or with a number after it if there is something already."""
-    number, free = 1, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}-{number + 1}")
-    return free
+    paths = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(path for path in paths if not path.exists())
