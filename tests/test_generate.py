@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,47 +12,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from random_params import random_params
+from small import small_model
 
-from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sample, validate
-from llava_jax.inputs.tokenizer import load_tokenizer
 
 QUESTION = "What is in this picture?"
 
 
-def tiny(**changes):
-    """A model small enough to compile in seconds, with real tiles and canvases."""
-    tokenizer = load_tokenizer(Path(__file__).parent / "golden" / "tokenizers" / "small")
-    config = LlavaConfig(
-        vision=VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1),
-        text=TextConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=32,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-            pad_token_id=0,
-        ),
-        mm_hidden_size=16,
-        mm_patch_merge_type="spatial_unpad",
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=PINPOINTS_336,
-        tokenizer_model_max_length=4096,
-        unfreeze_mm_vision_tower=True,
-        name="llava-v1.6-random",
-    ).replace(**changes)
-    return Llava(config, tokenizer), random_params(config)
-
-
 @pytest.fixture(scope="module")
 def llava():
-    return tiny()
+    return small_model()
 
 
 def picture(width, height, seed=0):
@@ -119,8 +88,8 @@ def test_options_that_are_traced_compile_nothing(llava, compilations):
     assert before and len(compilations) == before
 
 
-def test_a_mixed_batch_gives_each_rows_own_tokens(model):
-    llava, params = model("vicuna")
+def test_a_mixed_batch_gives_each_rows_own_tokens(llava):
+    llava, params = llava
     pictures = [picture(*size) for size in ((300, 900), (64, 64), (500, 120))]
     rows = [[1, 100, -200, 13, 200], [1, 500, 600, 700], [1, -200, 5, 6, -200, 7]]
     options = dict(max_new_tokens=8)

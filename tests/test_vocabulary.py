@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
+from small import random_params
 
 from llava_jax.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.inference.llava import Llava
