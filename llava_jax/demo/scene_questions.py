@@ -119,12 +119,12 @@ def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
 
 def _colour(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "kind", rng)
-    return item and _of_item("colour", f"What color is the {item.kind}?", item.color, item)
+    return None if item is None else _of_item("colour", f"What color is the {item.kind}?", item.color, item)
 
 
 def _shape(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "color", rng)
-    return item and _of_item("shape", f"What shape is {item.color}?", item.kind, item)
+    return None if item is None else _of_item("shape", f"What shape is {item.color}?", item.kind, item)
 
 
 def _alone(scene: Scene, attribute: str, rng) -> Item | None:
