@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import argparse
 import base64
 import io
 import json
@@ -7,17 +8,19 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import llava_jax
-from llava_jax.cli import COMMANDS, main
+from llava_jax.cli import COMMANDS, add_command, main
 from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
 from llava_jax.errors import shortened
 from llava_jax.inference.chat import Chat
+from llava_jax.training.train_options import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -210,3 +213,15 @@ def test_an_alias_is_the_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["ahead", "--help"])
     assert "example: llava-jax capacity --topology" in capsys.readouterr().out
+
+
+def test_train_has_a_flag_for_each_option():
+    parser = argparse.ArgumentParser()
+    add_command(parser, "train")
+    defaults = {field.name: field.default for field in fields(TrainOptions)}
+    assert defaults.items() <= vars(parser.parse_args([])).items()
+    wanted = "--learning_rate 1 --learning-rate 2 --bf16 --group-by-modality-length True --gradient_checkpointing false"
+    args = parser.parse_args(wanted.split())
+    assert (args.learning_rate, args.bf16, args.group_by_modality_length, args.gradient_checkpointing) == (2, 1, 1, 0)
+    told = " ".join(parser.format_help().split())
+    assert all(field.metadata["help"] in told for field in fields(TrainOptions))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from llava_jax.constants import DTYPES
 from llava_jax.inputs.conversation import conv_templates
+
+if TYPE_CHECKING:
+    from llava_jax.inference.llava import Llava
 
 
 def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
@@ -74,7 +78,7 @@ def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
 
 
-def load_model(args: argparse.Namespace) -> tuple:
+def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     """(Llava, params), as `add_model_arguments` has it."""
     import llava_jax  # JAX is imported once the command line is known to be good
 
