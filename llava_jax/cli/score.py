@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=BENCHMARKS)
     parser.add_argument("--answers-file", required=True, help="what llava-jax evaluate, or LLaVA's own program, wrote")
     parser.add_argument("--annotations", metavar="PATH", help="the true answers: a file or folder, by task (see below)")
-    parser.add_argument(
-        "--question-file", help="pope: the questions (llava_pope_test.jsonl beside coco); vizwiz: if ids are no images"
-    )
+    scorers = {task: benchmark.scorer for task, benchmark in BENCHMARKS.items() if benchmark.scorer}
+    questions = "; ".join(f"{task}: {scorer.questions}" for task, scorer in scorers.items() if scorer.questions)
+    parser.add_argument("--question-file", help=questions)
     parser.add_argument("--json", action="store_true", help="one line of JSON, with all figures")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    lines = [f"  {task:<12}{b.scorer.annotations}" for task, b in BENCHMARKS.items() if b.scorer]
+    lines = [f"  {task:<12}{scorer.annotations}" for task, scorer in scorers.items()]
     parser.epilog = "\n".join(["--annotations, as in LLaVA's playground/data/eval:", *lines, "", parser.epilog or ""])
 
 

@@ -100,10 +100,8 @@ class AnswerFile:
         if not answer:
             return "it is no JSON object"
         model = f"it is by {answer.get('model_id')!r:.80}"
-        if (
-            not self.questions
-            or str(answer.get("answer_id"))[:WEIGHTS_LENGTH] == self.questions[0].answer_id[:WEIGHTS_LENGTH]
-        ):
+        ours = {question.answer_id[:WEIGHTS_LENGTH] for question in self.questions}
+        if not ours or str(answer.get("answer_id"))[:WEIGHTS_LENGTH] in ours:
             return f"{model}, with these weights, but with another template, other options or to another question"
         return f"{model}, with other weights than this checkpoint's or by another program"
 

@@ -107,6 +107,7 @@ class Layout:
         read: (path, flags) → the file's questions, in its order.
         max_new_tokens: what the program generates at most.
         rgb: whether it converts pictures to RGB before everything else.
+        ending: of the files that are taken for its own where no task is named; "" is none.
         single_pred_prompt, all_rounds: whether it has these flags.
     """
 
@@ -114,6 +115,7 @@ class Layout:
     read: Callable[[Any, PromptFlags], list[Question]]
     max_new_tokens: int
     rgb: bool
+    ending: str = ""
     single_pred_prompt: bool = False
     all_rounds: bool = False
 
@@ -172,5 +174,5 @@ def _of_line(where: str, entry: Any) -> Question:
     return checked_question(where, Question(entry["question_id"], entry["text"], entry["text"], entry["image"]))
 
 
-LOADER = Layout("loader", _read_lines, max_new_tokens=128, rgb=True)
+LOADER = Layout("loader", _read_lines, max_new_tokens=128, rgb=True, ending=".jsonl")
 VQA = Layout("vqa", _read_lines, max_new_tokens=1024, rgb=True)

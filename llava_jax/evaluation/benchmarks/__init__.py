@@ -18,7 +18,7 @@ from llava_jax.evaluation.benchmarks import (
     vqav2,
 )
 from llava_jax.evaluation.benchmarks.benchmark import Benchmark
-from llava_jax.evaluation.questions import LOADER, Layout
+from llava_jax.evaluation.questions import Layout
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pope": pope.BENCHMARK,
@@ -33,7 +33,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "llava-bench": llava_bench.BENCHMARK,
     "mm-vet": mm_vet.BENCHMARK,
 }
-_BY_ENDING = {".jsonl": LOADER, ".json": scienceqa.SCIENCE, ".tsv": mmbench.MMBENCH}
 
 
 def layout_for(task: str | None, path) -> Layout:
@@ -46,7 +45,8 @@ def layout_for(task: str | None, path) -> Layout:
         if task not in BENCHMARKS:
             raise ValueError(f"task={task!r} is not known; use one of {', '.join(BENCHMARKS)}")
         return BENCHMARKS[task].layout
+    by_ending = {b.layout.ending: b.layout for b in BENCHMARKS.values() if b.layout.ending}
     ending = PurePath(str(path)).suffix
-    if ending not in _BY_ENDING:
-        raise ValueError(f"{path}: its ending is none of {', '.join(_BY_ENDING)}; name the --task that it belongs to")
-    return _BY_ENDING[ending]
+    if ending not in by_ending:
+        raise ValueError(f"{path}: its ending is none of {', '.join(by_ending)}; name the --task that it belongs to")
+    return by_ending[ending]

@@ -33,6 +33,7 @@ class Scorer:
         score: (answers, annotations, files) → figures: numbers, None, or dicts of them; and perhaps NOTES.
         annotations: what the annotations are, as they lie in LLaVA's playground/data/eval.
         keys: what an answer line must have besides question_id and text.
+        questions: what the question file is, where `read` takes it.
         table: the figures that are dicts and yet belong into a short table.
     """
 
@@ -40,6 +41,7 @@ class Scorer:
     score: Callable[[Sequence[Mapping], Any, Files], dict]
     annotations: str
     keys: Mapping[str, Kind] = field(default_factory=dict)
+    questions: str = ""
     table: tuple[str, ...] = ()
 
 

@@ -181,7 +181,9 @@ def _of_row(row: Row, picture_of: Callable[[str], bytes], flags: PromptFlags) ->
     return rounds
 
 
-MMBENCH = Layout("mmbench", _read_questions, max_new_tokens=1024, rgb=False, single_pred_prompt=True, all_rounds=True)
+MMBENCH = Layout(
+    "mmbench", _read_questions, max_new_tokens=1024, rgb=False, ending=".tsv", single_pred_prompt=True, all_rounds=True
+)
 
 
 # ---- scores

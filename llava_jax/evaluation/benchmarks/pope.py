@@ -138,6 +138,7 @@ BENCHMARK = Benchmark(
         read_truth,
         _score,
         "the folder pope/coco, with coco_pope_*.json",
+        questions="the questions (llava_pope_test.jsonl beside coco)",
         table=("random", "popular", "adversarial"),
     ),
     published={"mean_f1": Published(86.5, "coco, the mean F1 of its three categories")},

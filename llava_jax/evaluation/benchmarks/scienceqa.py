@@ -57,7 +57,7 @@ def _of_entry(entry: Any, where: str, ending: str) -> Question:
     return checked_question(where, Question(entry["id"], text, prompt, entry.get("image")))
 
 
-SCIENCE = Layout("science", _read_questions, max_new_tokens=1024, rgb=False, single_pred_prompt=True)
+SCIENCE = Layout("science", _read_questions, max_new_tokens=1024, rgb=False, ending=".json", single_pred_prompt=True)
 
 
 # ---- scores

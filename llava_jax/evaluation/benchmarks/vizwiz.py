@@ -66,7 +66,13 @@ def convert(answers_file, question_file) -> bytes:
 
 BENCHMARK = Benchmark(
     LOADER,
-    scorer=Scorer(read_truth, _score, "val.json (the test split: by its server)", table=("answer_type",)),
+    scorer=Scorer(
+        read_truth,
+        _score,
+        "val.json (the test split: by its server)",
+        questions="if ids are no images",
+        table=("answer_type",),
+    ),
     submission=Submission(convert, "question_file", "llava_test.jsonl"),
     published={"accuracy": Published(57.6, "test, by its server")},
 )
