@@ -35,7 +35,7 @@ from llava_jax.parallel.sharding import param_shardings
 from llava_jax.records import naming, read_json_object
 
 VERSION = 1
-AGAIN = "convert the checkpoint again with convert/from_hf.py"
+CONVERT_AGAIN = "convert the checkpoint again with convert/from_hf.py"
 MANIFEST = "llava_jax.json"
 PARAMS = "params"
 CHECKSUMS = "checksums.json"  # of what a conversion, or a training run, wrote
@@ -131,13 +131,13 @@ def read_manifest(directory: Path) -> dict:
             command = f"{convert} {shlex.quote(str(name))} --output {shlex.quote(f'{name}-jax')}"
             raise ValueError(f"{directory}: a published checkpoint, not converted yet; run `{command}` and load that")
         raise ValueError(f"{directory}: no llava_jax checkpoint (it has no {MANIFEST}); make one with `{convert}`")
-    manifest = read_json_object(directory / MANIFEST, AGAIN)
+    manifest = read_json_object(directory / MANIFEST, CONVERT_AGAIN)
     if manifest.get("version") != VERSION:
         raise ValueError(
             f"{directory}: version {manifest.get('version')!r}, and this llava_jax reads version {VERSION}; "
             f"update llava_jax, or convert the checkpoint again with `{convert}`"
         )
-    refuse(check_of(FILES[MANIFEST]).problems("", manifest), directory / MANIFEST, AGAIN)
+    refuse(check_of(FILES[MANIFEST]).problems("", manifest), directory / MANIFEST, CONVERT_AGAIN)
     if not (directory / PARAMS).is_dir():
         raise ValueError(
             f"{directory}: half-written (it has no {PARAMS}); delete it and convert again with `{convert}`"
@@ -153,10 +153,9 @@ def load_config(directory: str | Path) -> LlavaConfig:
     """
     files = epath.Path(directory).expanduser()
     manifest = read_manifest(files)
-    config, vision, preprocessor = (
-        read_checked(files / name, AGAIN) for name in ("config.json", "vision_config.json", "preprocessor_config.json")
-    )
-    defaults = read_if_there(files / "generation_config.json", AGAIN)
+    names = ("config.json", "vision_config.json", "preprocessor_config.json")
+    config, vision, preprocessor = (read_checked(files / name, CONVERT_AGAIN) for name in names)
+    defaults = read_if_there(files / "generation_config.json", CONVERT_AGAIN)
     with naming(files):
         read = LlavaConfig.from_hf(config, vision, preprocessor, defaults, manifest.get("name", ""))
     conv_mode = manifest.get("conv_mode")  # older conversions wrote none
@@ -199,14 +198,14 @@ def check_small_files(directory: str | Path) -> None:
     files = epath.Path(directory).expanduser()
     if not (files / CHECKSUMS).is_file():
         return
-    record = read_checked(files / CHECKSUMS, AGAIN)["files"]
+    record = read_checked(files / CHECKSUMS, CONVERT_AGAIN)["files"]
     names = [name for name in record if name.endswith((".json", ".jinja", ".model")) and "/" not in name]
     changed = [name for name in names if not (files / name).is_file() or sha256(files / name) != record[name]]
     for name in changed:
         told = f"{files / name}: not what the conversion wrote (its SHA-256 differs, or it is gone)"
         if name.endswith(".model"):
-            raise ValueError(f"{told}; {AGAIN}")
-        warnings.warn(f"{told}; if nobody edited it, {AGAIN}", stacklevel=3)
+            raise ValueError(f"{told}; {CONVERT_AGAIN}")
+        warnings.warn(f"{told}; if nobody edited it, {CONVERT_AGAIN}", stacklevel=3)
 
 
 def sha256(path) -> str:
@@ -249,7 +248,7 @@ def load_params(
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
     path = files / PARAMS
-    remedy = f"delete {files} and {AGAIN}"
+    remedy = f"delete {files} and {CONVERT_AGAIN}"
     stored = stored_tree(path, remedy)
     shapes = with_scales(param_shapes(config), quantized_paths(stored))
     check_tree(files, stored, shapes)
@@ -347,5 +346,5 @@ def check_tree(directory: str | Path, stored: dict, shapes: dict) -> None:
     if problems:
         raise ValueError(
             f"{directory}: its parameters do not match its config.json: {listed(problems, '; ')}; restore "
-            f"config.json, or {AGAIN}"
+            f"config.json, or {CONVERT_AGAIN}"
         )

@@ -64,24 +64,24 @@ def _reads_as(read: Callable[[Any], Any], kind: Kind, expected: str) -> Check:
 
 # ---- the tables
 
-SIDE = 1 << 16  # pixels
-TABLE = 1 << 24  # rows of an embedding
+MAX_SIDE = 1 << 16  # pixels
+MAX_ROWS = 1 << 24  # rows of an embedding
 INT32 = (1 << 31) - 1
 
 FLAG = simple(lambda value: isinstance(value, bool), "must be true or false")
 TEXT = simple(lambda value: isinstance(value, str) and bool(ENCODABLE.fullmatch(value)), "must be a text")
-ID = whole(0, TABLE)
+ID = whole(0, MAX_ROWS)
 IDS = either(ID, a_list(ID))
-PAD = whole(-1, TABLE)  # -1, as the first Llamas have it, is none
+PAD = whole(-1, MAX_ROWS)  # -1, as the first Llamas have it, is none
 PINPOINTS = _reads_as(
     read_pinpoints,
-    a_list(a_list(whole(-SIDE, SIDE), 2)),
-    f"is not supported; supported: a list of [width, height] pairs, or that list as a string, each up to {SIDE}",
+    a_list(a_list(whole(-MAX_SIDE, MAX_SIDE), 2)),
+    f"is not supported; supported: a list of [width, height] pairs, or that list as a string, each up to {MAX_SIDE}",
 )
 SCALES = _reads_as(
     read_scales,
-    a_list(whole(1, SIDE)),
-    f"is not supported; supported: sizes in pixels up to {SIDE}, like '336,672,1008'",
+    a_list(whole(1, MAX_SIDE)),
+    f"is not supported; supported: sizes in pixels up to {MAX_SIDE}, like '336,672,1008'",
 )
 PROJECTOR = simple(
     lambda value: value in ("linear", "identity") or (isinstance(value, str) and bool(PROJECTOR_MLP.fullmatch(value))),
@@ -102,7 +102,7 @@ DECODER = {
     "num_attention_heads": whole(1, 1 << 12),
     "num_key_value_heads": whole(1, 1 << 12),
     "head_dim": whole(1, 1 << 12),
-    "vocab_size": whole(1, TABLE),
+    "vocab_size": whole(1, MAX_ROWS),
     "max_position_embeddings": whole(1, INT32),
     "rms_norm_eps": number(1e-12, 1),
     "rope_theta": number(1, 1e12),
@@ -119,8 +119,8 @@ TOWER = {
     "intermediate_size": whole(1, 1 << 20),
     "num_hidden_layers": whole(1, 512),
     "num_attention_heads": whole(1, 1 << 12),
-    "image_size": whole(1, SIDE),
-    "patch_size": whole(1, SIDE),
+    "image_size": whole(1, MAX_SIDE),
+    "patch_size": whole(1, MAX_SIDE),
     "layer_norm_eps": number(1e-12, 1),
     "hidden_act": one_of("quick_gelu", "gelu"),
 }
@@ -189,7 +189,8 @@ TOKEN = either(TEXT, ADDED_TOKEN)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_TOKENS = {**dict.fromkeys(SPECIAL_NAMES, or_null(TOKEN)), "additional_special_tokens": or_null([TOKEN])}
 ID_AS_TEXT = simple(
-    lambda value: bool(re.fullmatch("[0-9]{1,8}", value)) and int(value) <= TABLE, f"must be an id from 0 to {TABLE}"
+    lambda value: bool(re.fullmatch("[0-9]{1,8}", value)) and int(value) <= MAX_ROWS,
+    f"must be an id from 0 to {MAX_ROWS}",
 )
 SHARD = simple(
     lambda value: (

@@ -20,14 +20,17 @@ def listed(lines: Sequence[str], separator: str = ", ") -> str:
 
 
 def reason_of(error: object) -> str:
-    """The first line that an exception says, and its type where it is an unusual one.
+    """What an exception says, and its type where it is an unusual one; of a long text, the first line.
 
     An error of the operating system goes without its number and path.
     """
-    said = getattr(error, "strerror", None) or str(error)
-    first = next((line.strip() for line in said.split("\n") if line.strip()), "")
-    first = " ".join("".join(c if c.isprintable() else " " for c in first).split())
-    first, kind = shortened(first, 2 * READABLE), type(error).__name__
-    if isinstance(error, OSError | ValueError | MemoryError | str) or first.startswith(kind):
-        return first or kind
-    return f"{kind}: {first}" if first else kind
+    text = getattr(error, "strerror", None) or str(error)
+    printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    lines = [" ".join(line.split()) for line in printable.split("\n") if line.strip()]
+    said = " ".join(lines)
+    if len(said) > 2 * READABLE:
+        said = shortened(lines[0], 2 * READABLE)
+    kind = type(error).__name__
+    if isinstance(error, OSError | ValueError | MemoryError | str) or said.startswith(kind):
+        return said or kind
+    return f"{kind}: {said}" if said else kind

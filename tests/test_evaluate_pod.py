@@ -175,7 +175,7 @@ def test_killed_twenty_times_it_gives_the_same_file(benchmark, tmp_path):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_one_of_several_is_killed_the_others_stop(benchmark, tmp_path, victim):
     flags, _, answers = benchmark
-    assert multihost.HEARTBEAT_TIMEOUT + 4 * multihost.BEAT < 60
+    assert multihost.HEARTBEAT_TIMEOUT + 4 * multihost.HEARTBEAT_INTERVAL < 60
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
     started = start(answers.parent, command, processes=2, killed=victim)
     started[victim].wait(timeout=300)

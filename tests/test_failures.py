@@ -29,7 +29,7 @@ def raising(error):
     [
         (ValueError("--x 3 is wrong"), "p: error: --x 3 is wrong"),
         (FileNotFoundError("/a: no such file"), "p: error: /a: no such file"),
-        (OverflowError("too large\nfor C"), "p: error: OverflowError: too large (LLAVA_JAX_TRACEBACK=1 shows where)"),
+        (OverflowError("too large\nfor C"), "p: error: OverflowError: too large for C (LLAVA_JAX_TRACEBACK=1 shows where)"),
         (RuntimeError("\n\na data worker died\n"), "p: error: RuntimeError: a data worker died (LLAVA_JAX_TRACEBACK=1"),
         (RecursionError(), "p: error: RecursionError (LLAVA_JAX_TRACEBACK=1 shows where)"),
         (ValueError(), "p: error: ValueError (LLAVA_JAX_TRACEBACK=1 shows where)"),

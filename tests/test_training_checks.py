@@ -179,6 +179,6 @@ def test_a_share_above_the_flags_stops(monkeypatch):
     check([*GOOD, bad], ratio=0.05)
     with pytest.raises(ValueError, match=r"9.1% .*--max_unlabelled_ratio lets 5.0% pass;.*\n  no answer .*: 2: id='x'"):
         check([*GOOD, bad, bad], ratio=0.05)
-    monkeypatch.setattr("llava_jax.training.checks.DRAWN", 5)  # what only tokens show is looked for in some
+    monkeypatch.setattr("llava_jax.training.checks.MAX_TOKENIZED", 5)  # what only tokens show is looked for in some
     with pytest.raises(ValueError, match=r"100.0% .*\n  cut off .*, among 5 drawn: 5: "):
         check([sample("word " * 300, "B")] * 20, ratio=0.05)

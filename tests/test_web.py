@@ -19,7 +19,7 @@ from llava_jax.cli import add_command
 from llava_jax.cli.web import run
 from llava_jax.config import LlavaConfig
 from llava_jax.web.app import example_scenes
-from llava_jax.web.conversations import KEPT, Conversations
+from llava_jax.web.conversations import MAX_CACHED_CONVERSATIONS, Conversations
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # its use of pandas
@@ -200,14 +200,14 @@ def test_what_is_no_picture_leaves_the_conversation_as_it_was(conversations, pic
 
 
 def test_only_the_last_conversations_keep_their_caches(conversations):
-    tabs = [f"tab {i}" for i in range(KEPT + 1)]
+    tabs = [f"tab {i}" for i in range(MAX_CACHED_CONVERSATIONS + 1)]
     for tab in tabs:
         said(conversations, tab, "x")
-    assert [conversations.of(tab).chat is None for tab in tabs] == [True] + [False] * KEPT
+    assert [conversations.of(tab).chat is None for tab in tabs] == [True] + [False] * MAX_CACHED_CONVERSATIONS
     assert said(conversations, tabs[0], "y")[-1] == ["x", "x", "y", "y"]  # made anew, from what was said
     assert conversations.of(tabs[0]).chat and conversations.of(tabs[1]).chat is None
     conversations.forget(tabs[0])
-    assert conversations.of(tabs[0]).turns == [] and len(conversations.by_tab) == KEPT
+    assert conversations.of(tabs[0]).turns == [] and len(conversations.by_tab) == MAX_CACHED_CONVERSATIONS
 
 
 def test_only_uploads_are_read(tmp_path):

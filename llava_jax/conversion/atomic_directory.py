@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_jax import checkpoint
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, the largest file that a disk or a limit allows
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, a quota, the largest file that is allowed
 
 
 def check_output(output: Path) -> None:
@@ -64,7 +64,7 @@ def new_directory(output: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted; nothing is left of {output}") from error
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise OSError(
                     f"{output}: the disk became full ({os.strerror(error.errno)}); free {nbytes / 2**30:.1f} GiB, or "
                     "give another place with --output"

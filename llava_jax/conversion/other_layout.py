@@ -13,7 +13,7 @@ from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava_jax.conversion.published_files import write_json
 from llava_jax.inputs.tokenizer import load_tokenizer
 
-ROWS = 64  # where llava-hf's tables grow for `<image>`, it is to a multiple of this
+ROWS_MULTIPLE = 64  # where llava-hf's tables grow for `<image>`, it is to a multiple of this
 
 # What changes what the model answers, and so must come out of the other layout as it went in.
 ESSENTIAL = (
@@ -118,7 +118,7 @@ def image_token(config: LlavaConfig, directory: Path) -> int:
 
 def grown_rows(vocab_size: int, token: int) -> int:
     """How many rows the embedding and the head need, so that `token` has one."""
-    return vocab_size if token < vocab_size else -(-(token + 1) // ROWS) * ROWS
+    return vocab_size if token < vocab_size else -(-(token + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def add_image_token(directory: Path, token: int) -> None:

@@ -29,7 +29,7 @@ RECOGNISED = (
     "llama_2",
     "llava_v0",
 )
-TURNS = (("What is this?",), ("What is this?", "A cat.", "And that?"))
+SAMPLE_TURNS = (("What is this?",), ("What is this?", "A cat.", "And that?"))
 # Written at the beginning or at the end of turns, by some templates and not by others that mean the same.
 UNWRITTEN = ("<s>", "</s>", "<\\s>", "<|begin_of_text|>")
 
@@ -102,7 +102,7 @@ def recognised(chat_template: str, file: str, by_name: str | None) -> Choice:
     Raises:
         ValueError: it cannot be rendered, or is none of ours.
     """
-    theirs = [_plain(_rendered(chat_template, turns, file)) for turns in TURNS]
+    theirs = [_plain(_rendered(chat_template, turns, file)) for turns in SAMPLE_TURNS]
     modes = (*((by_name,) if by_name else ()), *RECOGNISED)
     exact = [mode for mode in modes if [_plain(text) for text in _ours(mode)] == theirs]
     alike = [mode for mode in modes if _ends(theirs, [_plain(text) for text in _ours(mode, without_system=True)])]
@@ -121,12 +121,12 @@ def _ends(theirs: list[str], ours: list[str]) -> bool:
 
 
 def _ours(mode: str, without_system: bool = False) -> Iterator[str]:
-    """What one of our templates writes for TURNS."""
+    """What one of our templates writes for SAMPLE_TURNS."""
     template = conv_templates[mode]
     if without_system:
         template = replace(template, system="", messages=())
     before = template.get_prompt() if without_system else ""
-    for turns in TURNS:
+    for turns in SAMPLE_TURNS:
         conversation = template
         for i, text in enumerate((f"<image>\n{turns[0]}", *turns[1:], None)):
             conversation = conversation.append_message(template.roles[i % 2], text)

@@ -29,7 +29,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-AGAIN = "get the file again"
+GET_AGAIN = "get the file again"
 PROJECTOR_FILE = "mm_projector.bin"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
@@ -61,7 +61,7 @@ class Location:
 
     def read_json(self, name: str) -> dict | None:
         """A JSON file of the directory; None where there is none."""
-        return read_if_there(self.path / name, AGAIN)
+        return read_if_there(self.path / name, GET_AGAIN)
 
     def read_config(self) -> dict:
         """`config.json`, which a published checkpoint has."""
@@ -144,7 +144,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def _open_sharded(location: Location, index: Path) -> dict[str, Tensor]:
-    weight_map = read_checked(index, AGAIN)["weight_map"]
+    weight_map = read_checked(index, GET_AGAIN)["weight_map"]
     shards = sorted(set(weight_map.values()))
     location.fetch(shards)
     absent = [shard for shard in shards if not (location.path / shard).is_file()]

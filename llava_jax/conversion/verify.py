@@ -20,7 +20,7 @@ import numpy as np
 from llava_jax.conversion.reference import NEW_TOKENS, Record, record_llava_hf, record_original
 
 QUESTION = "What is shown in this image?"
-PIXELS, FLOOR, PER_LAYER = 1e-6, 5e-5, 1e-5  # the bounds
+PIXEL_BOUND, LEAST_BOUND, BOUND_PER_LAYER = 1e-6, 5e-5, 1e-5  # the bounds
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def _vision_features(model, params, tiles):
 
 def compare(ours: list[Record], theirs: list[Record], tower_layers: int, decoder_layers: int) -> list[Stage]:
     """The stages in order, each the worst over the pictures; arrays of different shapes are infinitely far apart."""
-    tower, last = (max(FLOOR, PER_LAYER * n) for n in (tower_layers, tower_layers + decoder_layers))
+    tower, last = (max(LEAST_BOUND, BOUND_PER_LAYER * n) for n in (tower_layers, tower_layers + decoder_layers))
     pictures = []
     for mine, other in zip(ours, theirs, strict=True):
         stages = [
-            _array_stage("pixels", "pixels", mine, other, PIXELS),
+            _array_stage("pixels", "pixels", mine, other, PIXEL_BOUND),
             _ids_stage(mine["ids"], other["ids"]),
             _count_stage(len(mine["embeds"]), len(other["embeds"])),
             _array_stage("tower features", "tower", mine, other, tower),

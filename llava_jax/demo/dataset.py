@@ -17,8 +17,8 @@ from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.workers import Workers
 
 DATA, IMAGES = "data.json", "images"
-PER_FOLDER = 1000
-SIGNS = 0.7  # the share of the scenes that have a sign
+PICTURES_PER_FOLDER = 1000
+SIGN_SHARE = 0.7  # the share of the scenes that have a sign
 
 # name: (forms of the pictures, the share of those in which no two shapes are alike)
 PICTURES = {"square": ((SQUARE,), 0.0), "all": (FORMS, 0.0), "various": (FORMS, 0.7), "mixed": (FORMS, 0.25)}
@@ -33,9 +33,9 @@ def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, fol
         length: positions that the sample may take, so that rows fill what they are padded to.
     """
     forms, various = PICTURES[pictures]
-    scene, rng = make_scene((seed, i), forms, SIGNS, various), np.random.default_rng((seed, i, 1))
+    scene, rng = make_scene((seed, i), forms, SIGN_SHARE, various), np.random.default_rng((seed, i, 1))
     name = f"{i:07d}"
-    file = f"{i // PER_FOLDER:03d}/{name}.png"
+    file = f"{i // PICTURES_PER_FOLDER:03d}/{name}.png"
     draw(scene).save(os.path.join(folder, file))
     room = length - int(num_image_tokens(scene.width, scene.height, config))
     if style == "captions":
@@ -77,7 +77,7 @@ def write_dataset(
     data, images = directory / DATA, directory / IMAGES
     if data.exists():
         return directory
-    for number in range(-(-count // PER_FOLDER)):
+    for number in range(-(-count // PICTURES_PER_FOLDER)):
         (images / f"{number:03d}").mkdir(parents=True, exist_ok=True)
     make = partial(make_sample, style, pictures, length, config, str(images), seed)
     with Workers(make, os.cpu_count() or 1) as workers:

@@ -14,7 +14,7 @@ from llava_jax.demo.scenes import Scene, draw, make_scene
 
 HELD_OUT = 7_000_003  # no training seed begins with it
 DETAIL = "detail"  # the readings that only the grid's tiles show
-TOGETHER = 50  # scenes asked at a time
+SCENES_PER_BATCH = 50  # scenes asked at a time
 CHANCE = {
     "colour": 1 / 6,
     "shape": 1 / 6,
@@ -45,8 +45,8 @@ def is_right(question: Question, answer: str) -> bool:
 
 def answered(llava, params, scenes: int, seed: int) -> Iterator[tuple[Scene, Question, str]]:
     """(scene, question, answer) for held-out scenes number 0, 1, …"""
-    for start in range(0, scenes, TOGETHER):
-        numbers = range(start, min(start + TOGETHER, scenes))
+    for start in range(0, scenes, SCENES_PER_BATCH):
+        numbers = range(start, min(start + SCENES_PER_BATCH, scenes))
         shown = [held_out_scene(seed, number) for number in numbers]
         asked = [questions_about(scene, seed, number) for scene, number in zip(shown, numbers, strict=True)]
         requests = [(draw(scene), [q.text for q in questions]) for scene, questions in zip(shown, asked, strict=True)]

@@ -20,16 +20,16 @@ from llava_jax.models.vision import CLIPVisionTower
 from llava_jax.training.optimizer import learning_rate_schedule
 from llava_jax.training.states import States
 
-SCENES, TILES = 32, 160  # of a step: the tiles of so many scenes, cut off or repeated to a fixed number
+SCENES_PER_STEP, TILES_PER_STEP = 32, 160  # the scenes' tiles are cut off or repeated to that number
 SHOWN_WEIGHT = 6.0  # of a patch that shows something, against one that shows nothing
 LOSS_WEIGHTS = {"character": 2.0}  # the hardest to see
-SIGNS = 0.8  # the share of the scenes that have a sign: more than elsewhere, to learn to read
-LOG_EVERY, SAVE_EVERY, AHEAD = 50, 250, 6  # steps
+SIGN_SHARE = 0.8  # the share of the scenes that have a sign: more than elsewhere, to learn to read
+LOG_EVERY, SAVE_EVERY, STEPS_AHEAD = 50, 250, 6  # steps
 
 
 def make_tiles(config: LlavaConfig, seed: int, count: int, rows: int, step: int) -> tuple[np.ndarray, Truths]:
     """The tiles [rows, S, S, 3] of a step, drawn from those of `count` scenes, and what they show."""
-    scenes = [make_scene((seed, step, i), signs=SIGNS) for i in range(count)]
+    scenes = [make_scene((seed, step, i), signs=SIGN_SHARE) for i in range(count)]
     tiles = np.concatenate([seen_tiles(scene, config) for scene in scenes])
     truths = [patch_truths(scene, config) for scene in scenes]
     picked = np.resize(np.random.default_rng((seed, step)).permutation(len(tiles)), rows)
@@ -79,12 +79,12 @@ def pretrain_tower(tower: dict, config: LlavaConfig, output: Path, *, steps: int
     state = {"params": params, "opt_state": optimizer.init(params), "step": np.array(0)}
     step_function = jax.jit(partial(train_step, config, optimizer), donate_argnums=(0, 1))
     output.mkdir(parents=True, exist_ok=True)
-    make = partial(make_tiles, config, seed, SCENES, TILES)
+    make = partial(make_tiles, config, seed, SCENES_PER_STEP, TILES_PER_STEP)
     with States(output / "checkpoints", keep=1) as states, Workers(make, 1) as workers:
         state = states.newest(state)
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
             left = range(int(state["step"]) + 1, steps + 1)
-            for step, batch in zip(left, workers.map(((step,) for step in left), AHEAD), strict=True):
+            for step, batch in zip(left, workers.map(((step,) for step in left), STEPS_AHEAD), strict=True):
                 *new, metrics = step_function(state["params"], state["opt_state"], *batch)
                 state = dict(zip(("params", "opt_state"), new, strict=True)) | {"step": np.array(step)}
                 if step % LOG_EVERY == 0 or step == steps:

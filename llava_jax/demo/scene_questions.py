@@ -10,8 +10,8 @@ from llava_jax.demo.scenes import CHARACTERS, COLORS, SHAPES, SIGN, Item, Scene,
 
 KINDS = ("colour", "shape", "count", "yes_no", "place", "position", "reading", "description")
 # Of what a conversation is drawn: its first questions, which many others would give away, and those after them.
-FIRST = ("colour", "colour", "colour", "shape")
-OFTEN = ("shape", "count", "count", "count", "yes_no", "place", "position", "position", "position", "reading")
+FIRST_KINDS = ("colour", "colour", "colour", "shape")
+LATER_KINDS = ("shape", "count", "count", "count", "yes_no", "place", "position", "position", "position", "reading")
 NUMBERS = ("one", "two", "three", "four")
 DIRECTIONS = ("left", "right", "above", "below")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -58,7 +58,7 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
     questions: list[Question] = []
     said: set[str] = set()
     for attempt in range(2 * turns):
-        question = ask(scene, pick(rng, FIRST if attempt < 8 else OFTEN), rng)
+        question = ask(scene, pick(rng, FIRST_KINDS if attempt < 8 else LATER_KINDS), rng)
         if question is None or question.needs & said or any(question.text == other.text for other in questions):
             continue
         questions.append(question)
@@ -119,12 +119,12 @@ def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
 
 def _colour(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "kind", rng)
-    return None if item is None else _of_item("colour", f"What color is the {item.kind}?", item.color, item)
+    return _of_item("colour", f"What color is the {item.kind}?", item.color, item) if item else None
 
 
 def _shape(scene: Scene, rng) -> Question | None:
     item = _alone(scene, "color", rng)
-    return None if item is None else _of_item("shape", f"What shape is {item.color}?", item.kind, item)
+    return _of_item("shape", f"What shape is {item.color}?", item.kind, item) if item else None
 
 
 def _alone(scene: Scene, attribute: str, rng) -> Item | None:

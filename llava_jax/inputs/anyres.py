@@ -6,12 +6,12 @@ because `int()` of a product decides how many rows survive; every function takes
 
 from __future__ import annotations
 
-import ast
 import math
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
+from llava_jax.config_schema import read_pinpoints
 
 NEWLINE = -1  # in an image's index: the learned `image_newline` row
 
@@ -75,7 +75,7 @@ def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints, pat
     `grid_pinpoints` is a list of (width, height) or that list as a string; `patch_size` is a tile's side in pixels
     (llava.mm_utils.get_anyres_image_grid_shape).
     """
-    pairs = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    pairs = read_pinpoints(grid_pinpoints)
     width, height = select_best_resolution(image_size, pairs)
     return width // patch_size, height // patch_size
 

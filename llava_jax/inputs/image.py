@@ -20,7 +20,7 @@ from llava_jax.inputs.types import ProcessedImage
 
 MAX_PIXELS = 178_956_970  # of a file, before it is decoded: Pillow's own limit
 LONGEST_SIDE = 2**17  # pixels; resizing makes up to a tile's side times as many
-LARGE = 2**24  # pixels, 64 MiB
+LARGE_PIXELS = 2**24  # pixels, 64 MiB
 
 # What Pillow remarks about a file is an error below or no matter. For the whole process: pictures are opened in several
 # threads, and `warnings.catch_warnings` would change the filters of all of them. A caller's own filter comes first.
@@ -172,7 +172,7 @@ def _is_wasteful(image: Image.Image, made: int) -> bool:
 
     It is some five times slower for each pixel that it reads.
     """
-    return made > max(LARGE, 2 * image.width * image.height)
+    return made > max(LARGE_PIXELS, 2 * image.width * image.height)
 
 
 def _pad(image: Image.Image, side: int, background: tuple[int, ...]) -> Image.Image:

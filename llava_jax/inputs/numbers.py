@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LARGEST = 3.4e38  # that float32 holds
+FLOAT32_MAX = 3.4e38  # that float32 holds
 
 
 def finite_number(name: str, value) -> float:
@@ -12,7 +12,7 @@ def finite_number(name: str, value) -> float:
         ValueError: it is something else; `name` is the option's.
     """
     value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"{name}={value!r:.40} must be a finite number")
     return value
 

@@ -1,7 +1,8 @@
 """Prompt → ids with the image placeholder, and ids → text.
 
 `LlamaTokenizer` gives the ids and the texts of transformers 4.37.2's Llama tokenizers, which the reference uses: the
-slow one, legacy or not, and the fast one. It needs sentencepiece only. Imports neither JAX nor torch.
+slow one, legacy or not, and the fast one. There is one here because transformers 5 gives other ids for 76 of the 208
+prompts that tests/golden recorded from the reference. It needs sentencepiece only. Imports neither JAX nor torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from etils import epath
 from sentencepiece import SentencePieceProcessor
 
-from llava_jax.config_schema import SPECIAL_NAMES, read_checked
+from llava_jax.config_schema import SPECIAL_NAMES, read_if_there
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.errors import reason_of
 from llava_jax.records import LFS_POINTER, read_file
@@ -27,7 +28,7 @@ DEFAULT_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"
 # Serialized `normalizer_spec`s: after a model's bytes, such a message overrides those fields of the model's own.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # add_dummy_prefix: false
 _PREFIX_AND_NOTHING_ELSE = b"\x1a\x06\x12\x00\x18\x01\x20\x00"  # no charsmap, dummy prefix, extra spaces kept
-AGAIN = "download it again"
+DOWNLOAD_AGAIN = "download it again"
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -58,6 +59,12 @@ class AddedToken:
     lstrip: bool = False
     rstrip: bool = False
     special: bool = False
+
+    @classmethod
+    def parse(cls, token: str | dict) -> AddedToken:
+        """As the JSON files write one."""
+        given = {"content": token} if isinstance(token, str) else token
+        return cls(given["content"], *(bool(given.get(key)) for key in ("lstrip", "rstrip", "special")))
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class LlamaTokenizer:
         return ids
 
     def _tokenize(self, text: str) -> list[str]:
-        if self._prefix_everywhere or not text:
+        if self.legacy or self.fast or not text:
             return self._tokenize_around_added(text)
         tokens = self._tokenize_around_added(SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "))
         if len(tokens) > 1 and tokens[0] == SPIECE_UNDERLINE and tokens[1] in self._all_special:
@@ -160,7 +167,7 @@ class LlamaTokenizer:
         return tokens
 
     def _tokenize_chunk(self, text: str) -> list[str]:
-        if self._prefix_everywhere or not text.startswith((SPIECE_UNDERLINE, " ")):
+        if self.legacy or self.fast or not text.startswith((SPIECE_UNDERLINE, " ")):
             return self._model.encode(text, out_type=str)
         # SentencePiece may strip a leading space, so the reference puts the text `<unk>` before it and cuts its pieces.
         unk = self.special_tokens["unk_token"]
@@ -247,10 +254,6 @@ class LlamaTokenizer:
         found = self._added_ids.get(token)
         return self._model.piece_to_id(token) if found is None else found
 
-    @property
-    def _prefix_everywhere(self) -> bool:
-        return self.legacy or self.fast
-
     @functools.cached_property
     def _model(self) -> SentencePieceProcessor:
         """What the reference makes of the model: the fast tokenizer never reads the model's own normalizer."""
@@ -319,20 +322,20 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
     """
     files = epath.Path(directory)
     if (files / "tokenizer.model").is_file():
-        fast = reading == "llava-hf" or "mistral" in name.lower()
-        return _load_llama(files, fast)
+        return _load_llama(files, fast=reading == "llava-hf" or "mistral" in name.lower())
     if (files / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast  # slow to import
 
-        for file in (files / "tokenizer_config.json", files / "special_tokens_map.json", files / "tokenizer.json"):
-            _read_checked(file)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+            _read_json(files / name)
         with tempfile.TemporaryDirectory() as local:  # transformers reads no gs://
             for file in files.glob("*token*.json"):
                 (Path(local) / file.name).write_bytes(file.read_bytes())
             try:
                 return PreTrainedTokenizerFast.from_pretrained(local)
             except Exception as error:  # the Rust library's own, and whatever comes of keys that are not there
-                raise ValueError(f"{files / 'tokenizer.json'}: no tokenizer ({reason_of(error)}); {AGAIN}") from error
+                problem = f"no tokenizer ({reason_of(error)}); {DOWNLOAD_AGAIN}"
+                raise ValueError(f"{files / 'tokenizer.json'}: {problem}") from error
     raise FileNotFoundError(
         f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
     )
@@ -340,28 +343,29 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
 
 def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
     proto = _read_model(directory / "tokenizer.model")
-    config = _read_checked(directory / "tokenizer_config.json")
+    config = _read_json(directory / "tokenizer_config.json")
     if config.get("added_tokens_decoder") is not None:
-        added = {int(i): _added_token(token) for i, token in config["added_tokens_decoder"].items()}
+        added = {int(i): AddedToken.parse(token) for i, token in config["added_tokens_decoder"].items()}
     else:
-        config |= _read_checked(directory / "special_tokens_map.json")
+        config |= _read_json(directory / "special_tokens_map.json")
         added = _added_tokens_of_older_files(directory)
     by_content = {token.content: token for token in added.values()}
     special = {name: AddedToken(content) for name, content in DEFAULT_SPECIAL.items() if name not in config}
     for name in SPECIAL_NAMES:
         if config.get(name) is not None:
-            token = _added_token(config[name])
+            token = AddedToken.parse(config[name])
             special[name] = by_content.get(token.content, token)
     if "unk_token" not in special:
-        raise ValueError(f"{directory}: its tokenizer files say unk_token=null, which must be a text; {AGAIN}")
+        raise ValueError(f"{directory}: its tokenizer files say unk_token=null, which must be a text; {DOWNLOAD_AGAIN}")
     # Those without a name override the listed ones only where they say how they strip.
-    additional = [t if isinstance(t, str) else _added_token(t) for t in config.get("additional_special_tokens") or []]
+    given = config.get("additional_special_tokens") or []
+    additional = [token if isinstance(token, str) else AddedToken.parse(token) for token in given]
 
     tokenizer = LlamaTokenizer(
         model_proto=proto,
         special_tokens={name: token.content for name, token in special.items()},
         added_tokens=added,
-        additional_special_tokens=tuple(t if isinstance(t, str) else t.content for t in additional),
+        additional_special_tokens=tuple(AddedToken.parse(token).content for token in given),
         legacy=config.get("legacy", True) is not False,
         fast=fast,
         add_bos_token=bool(config.get("add_bos_token", True)),
@@ -372,29 +376,22 @@ def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
 
 
 def _read_model(path: Path) -> bytes:
-    proto = read_file(path, AGAIN)
+    proto = read_file(path, DOWNLOAD_AGAIN)
     try:
-        SentencePieceProcessor().LoadFromSerializedProto(proto)
-        for override in (_NO_DUMMY_PREFIX, _PREFIX_AND_NOTHING_ELSE):
+        for override in (b"", _NO_DUMMY_PREFIX, _PREFIX_AND_NOTHING_ELSE):
             SentencePieceProcessor().LoadFromSerializedProto(proto + override)
     except RuntimeError as error:
         pointer = "a git-LFS pointer, not" if proto.startswith(LFS_POINTER) else "not"
-        raise ValueError(f"{path} ({len(proto)} bytes) is {pointer} a SentencePiece model; {AGAIN}") from error
+        raise ValueError(f"{path} ({len(proto)} bytes) is {pointer} a SentencePiece model; {DOWNLOAD_AGAIN}") from error
     return proto
 
 
 def _added_tokens_of_older_files(directory: Path) -> dict[int, AddedToken]:
-    """Added tokens where `tokenizer_config.json` does not list them, from the files of before and from the fast one."""
-    added = {i: AddedToken(content) for content, i in _read_checked(directory / "added_tokens.json").items()}
-    listed = _read_checked(directory / "tokenizer.json").get("added_tokens") or []
-    return added | {token["id"]: _added_token(token) for token in listed}
+    """Added tokens where `tokenizer_config.json` does not list them: from the older file and the fast tokenizer's."""
+    added = {i: AddedToken(content) for content, i in _read_json(directory / "added_tokens.json").items()}
+    listed = _read_json(directory / "tokenizer.json").get("added_tokens") or []
+    return added | {token["id"]: AddedToken.parse(token) for token in listed}
 
 
-def _added_token(token: str | dict) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token)
-    return AddedToken(token["content"], *(bool(token.get(key)) for key in ("lstrip", "rstrip", "special")))
-
-
-def _read_checked(path: Path) -> dict:
-    return read_checked(path, AGAIN) if path.is_file() else {}
+def _read_json(path: Path) -> dict:
+    return read_if_there(path, DOWNLOAD_AGAIN) or {}

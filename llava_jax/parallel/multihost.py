@@ -19,7 +19,7 @@ from orbax.checkpoint import multihost as orbax_multihost
 
 from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 
-BEAT = 3  # seconds between two heartbeats
+HEARTBEAT_INTERVAL = 3  # seconds between two heartbeats
 HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat until a process counts as dead
 ALIVE, ENDED = "llava_jax/alive/", "llava_jax/ended/"  # keys of the store that all processes share; + process index
 BARRIER_TIMEOUT = 10 * 24 * 3600 * 1000  # milliseconds: however much slower the slowest process is
@@ -77,7 +77,7 @@ def abort_on_peer_failure(remedy: str) -> Iterator[None]:
 
         def end(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
-            time.sleep(2 * BEAT if is_primary() else 0)  # the others read from the first process why
+            time.sleep(2 * HEARTBEAT_INTERVAL if is_primary() else 0)  # the others read from the first process why
             say_nothing()
             os._exit(1)  # JAX's own way out would wait for the others
 
@@ -100,9 +100,10 @@ def _client():
 def _watch(over: threading.Event, end: Callable[[str], None], remedy: str) -> None:
     """Send heartbeats, and look for those of the other processes."""
     me, beats = jax.process_index(), 0
-    patience = HEARTBEAT_TIMEOUT + 2 * BEAT * is_primary()  # the primary ends last: the others hear through it
+    # The primary waits longest, for the others learn through it why they end.
+    patience = HEARTBEAT_TIMEOUT + 2 * HEARTBEAT_INTERVAL * is_primary()
     seen = {process: ("", time.monotonic()) for process in range(jax.process_count()) if process != me}
-    while not over.wait(BEAT):
+    while not over.wait(HEARTBEAT_INTERVAL):
         beats += 1
         try:
             _client().key_value_set(f"{ALIVE}{me}", str(beats), allow_overwrite=True)

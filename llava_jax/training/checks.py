@@ -10,7 +10,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,11 @@ from llava_jax.inputs.text import text_problem
 from llava_jax.training.data import images_of, name_of, tokenized, why_unlabelled
 from llava_jax.training.preprocess import ROLES, asked_turns, rounds_of
 
-NAMED = 3  # samples that are named for each kind of problem
-THREADS, TOGETHER = 16, 64  # that open pictures, and how many each opens before it says so
-DRAWN = 2000  # samples that are tokenized before the first step; some 3 seconds
+MAX_NAMED_SAMPLES = 3  # samples that are named for each kind of problem
+PICTURE_THREADS, PICTURES_PER_TASK = 16, 64  # that open pictures, and how many each opens before it says so
+MAX_TOKENIZED = 2000  # samples that are tokenized before the first step; some 3 seconds
 # How a whole file ends: JPEG, PNG, GIF. One that ends otherwise is decoded, to see.
-ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82", b";")
+FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82", b";")
 
 Found = dict[str, list[str]]  # kind of problem → the samples that have it
 
@@ -81,7 +80,7 @@ def check_examples(examples: Sequence[dict], image_folder: str | Path, template:
 def _listed(found: Mapping[str, list[str]]) -> str:
     """A line for each kind, with the first samples."""
     return "\n".join(
-        f"  {kind}: {len(names):,}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"
+        f"  {kind}: {len(names):,}: {', '.join(names[:MAX_NAMED_SAMPLES])}{', …' * (len(names) > MAX_NAMED_SAMPLES)}"
         for kind, names in found.items()
     )
 
@@ -148,16 +147,13 @@ def _open_images(paths: Mapping[str, object], image_folder: str) -> dict[str, tu
         raise FileNotFoundError(f"image_folder {image_folder!r}: no such directory")
     named = list(paths)
     out: dict[str, tuple[int, int] | str] = {}
-    parts = [named[start : start + TOGETHER] for start in range(0, len(named), TOGETHER)]
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(named), desc="pictures", delay=2, leave=False) as bar:
-        for part, opened in zip(parts, pool.map(partial(_open_part, image_folder), parts), strict=True):
-            out.update(zip(part, opened, strict=True))
-            bar.update(len(part))
+    parts = [named[start : start + PICTURES_PER_TASK] for start in range(0, len(named), PICTURES_PER_TASK)]
+    progress = tqdm(total=len(named), desc="pictures", delay=2, leave=False)
+    with ThreadPoolExecutor(PICTURE_THREADS) as pool, progress:
+        for part in pool.map(lambda part: {path: _size_or_problem(path, image_folder) for path in part}, parts):
+            out |= part
+            progress.update(len(part))
     return out
-
-
-def _open_part(image_folder: str, paths: Sequence[str]) -> list[tuple[int, int] | str]:
-    return [_size_or_problem(path, image_folder) for path in paths]
 
 
 def _size_or_problem(path: str, image_folder: str) -> tuple[int, int] | str:
@@ -183,7 +179,7 @@ def _ends_whole(path: str) -> bool:
         size = file.seek(-8, os.SEEK_END) + 8
         if head.startswith(b"RIFF"):  # WebP, which says how long it is
             return int.from_bytes(head[4:], "little") + 8 <= size
-        return file.read().endswith(ENDS)
+        return file.read().endswith(FILE_ENDS)
 
 
 # ---- samples without labels
@@ -199,10 +195,10 @@ def check_labels(
     max_unlabelled_ratio: float,
     seed: int,
 ) -> None:
-    """See that the samples, but for a few, have something to learn; the few are named on stderr, by kind.
+    """See that all samples but a few have something to learn; the few are named on stderr, by kind.
 
-    What the turns show is looked for in every sample. What only the tokens show, in DRAWN of them: it takes over a
-    millisecond each. `Loader` counts the rest as they come.
+    Faults that the turns show are looked for in every sample, those that only tokens show in MAX_TOKENIZED of them, for
+    tokenizing takes over a millisecond each. `Loader` counts the rest as they come.
 
     Args:
         examples, sizes: as `check_examples` took and gave them.
@@ -220,7 +216,7 @@ def check_labels(
             by_turns[kind].append(name_of(example, number))
         else:
             whole.append(number)
-    drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:DRAWN]).tolist()
+    drawn = np.sort(np.random.default_rng(seed).permutation(whole)[:MAX_TOKENIZED]).tolist()
     found: Found = defaultdict(list)
     for number in drawn:
         example = examples[number]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.tokenizer import LlamaTokenizer
 from llava_jax.inputs.workers import Workers
-from llava_jax.training.checks import NAMED
+from llava_jax.training.checks import MAX_NAMED_SAMPLES
 from llava_jax.training.data import (
     Loaded,
     load_example,
@@ -139,7 +139,7 @@ class _Unlabelled:
         share = sum(map(len, self.found.values())) / self.seen
         if share > self.most and (self.seen >= 200 or (share == 1 and self.seen >= 4)):
             counts = ", ".join(f"{kind} in {len(named)}" for kind, named in self.found.items())
-            examples = [name for named in self.found.values() for name in named][:NAMED]
+            examples = [name for named in self.found.values() for name in named][:MAX_NAMED_SAMPLES]
             raise ValueError(
                 f"{counts} of the first {self.seen} samples, so that they have no labels ({'; '.join(examples)}): "
                 f"{self.fit} do not fit each other, or the texts contain the template's own separators, or are too "

@@ -31,8 +31,8 @@ from llava_jax.training.train_options import TrainOptions
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-OF_A_RUN = (checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
-PROJECTOR = ("mm_projector", "image_newline")
+RUN_FILES = (checkpoint.TRAIN_OPTIONS, METRICS, CURVE)
+PROJECTOR_PARAMS = ("mm_projector", "image_newline")
 FREE_TO_CHANGE = (
     "save_steps",
     "save_total_limit",
@@ -106,7 +106,7 @@ def _small_files(name: str, given: str) -> dict[str, Path]:
     path = Path(given).expanduser()
     if not path.is_dir():
         return {name: path}
-    inside = sorted(file for file in path.iterdir() if file.is_file() and file.name not in OF_A_RUN)
+    inside = sorted(file for file in path.iterdir() if file.is_file() and file.name not in RUN_FILES)
     return {f"{name}/{file.name}": file for file in inside}
 
 
@@ -119,7 +119,8 @@ def read_projector(path: str, config: LlavaConfig, params: dict) -> dict:
     file = Path(path).expanduser()
     if file.is_dir():
         found = checkpoint.load_params(file, checkpoint.load_config(file), dtype="float32")
-        found = flatten_dict({name: found[name] for name in PROJECTOR if name in found and name in params}, sep="/")
+        found = {name: found[name] for name in PROJECTOR_PARAMS if name in found and name in params}
+        found = flatten_dict(found, sep="/")
     elif file.is_file():
         found = _read_projector_file(file, config)
     else:
@@ -258,7 +259,7 @@ def _save(path: Path, params: dict) -> None:
 
 def _write_small_files(options: TrainOptions, config: LlavaConfig, source: Path, output: Path) -> None:
     """The config, the tokenizer, the manifest, with which the directory is a checkpoint, and its checksums."""
-    of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, *OF_A_RUN)
+    of_its_own_run = (checkpoint.MANIFEST, checkpoint.CHECKSUMS, *RUN_FILES)
     for file in source.iterdir():
         if file.is_file() and file.name not in of_its_own_run:
             shutil.copyfile(file, output / file.name)

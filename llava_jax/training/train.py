@@ -34,7 +34,7 @@ from llava_jax.training.output import Metrics, check_output, claim_output, read_
 from llava_jax.training.preprocess import training_tokenizer
 from llava_jax.training.states import States
 from llava_jax.training.step import LORA, TrainState, loss_function, train_step
-from llava_jax.training.train_options import MOST, TrainOptions
+from llava_jax.training.train_options import INT32_MAX, TrainOptions
 
 
 def train(options: TrainOptions) -> Path:
@@ -179,7 +179,7 @@ def count_micro_steps(examples: int, rows: int, options: TrainOptions) -> int:
     updates = options.max_steps
     if updates < 0:
         updates = math.ceil(options.num_train_epochs * max(1, math.ceil(examples / rows) // together))
-    if updates * together > MOST:
+    if updates * together > INT32_MAX:
         raise ValueError(f"{updates * together:.3g} steps are too many; lower --num_train_epochs or --max_steps")
     return updates * together
 

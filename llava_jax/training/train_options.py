@@ -20,8 +20,8 @@ STAGES = {
     "finetune": r"mm_projector/.*|image_newline|language_model/.*",
     "lora": r"mm_projector/.*",  # peft freezes all the rest, image_newline too
 }
-MOST = 2**31 - 1  # steps are counted in int32
-LARGEST = float(np.finfo(np.float32).max)
+INT32_MAX = 2**31 - 1  # steps are counted in int32
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Range:
     def __str__(self) -> str:
         least = f"{'at least' if self.closed[0] == '[' else 'above'} {self.least}"
         most = f"{'at most' if self.closed[1] == ']' else 'under'} {self.most:,}"
-        return f"{least} and {'finite' if self.most == LARGEST else most}"
+        return f"{least} and {'finite' if self.most == FLOAT32_MAX else most}"
 
 
-POSITIVE, NOT_NEGATIVE, SHARE = Range(0, LARGEST, "(]"), Range(0, LARGEST), Range(0, 1, "[)")
-COUNT = Range(1, MOST)
+POSITIVE, NOT_NEGATIVE, SHARE = Range(0, FLOAT32_MAX, "(]"), Range(0, FLOAT32_MAX), Range(0, 1, "[)")
+COUNT = Range(1, INT32_MAX)
 
 
 def option(default: Any, help: str = "", range: Range | None = None) -> Any:
@@ -86,7 +86,7 @@ class TrainOptions:
     lora_alpha: int = option(16, range=COUNT)
     lora_dropout: float = option(0.05, range=SHARE)
     num_train_epochs: float = option(1.0, range=POSITIVE)
-    max_steps: int = option(-1, "updates, instead of whole epochs", Range(-1, MOST))
+    max_steps: int = option(-1, "updates, instead of whole epochs", Range(-1, INT32_MAX))
     per_device_train_batch_size: int = option(8, "rows for each device of the data and fsdp axes", COUNT)
     model_max_length: int = option(2048, "positions, images included; what is longer is cut off on the right", COUNT)
     group_by_modality_length: bool = option(False)
@@ -98,7 +98,7 @@ class TrainOptions:
     save_steps: int = option(500, "updates between saved states", COUNT)
     save_total_limit: int = option(1, "how many saved states are kept", COUNT)
     logging_steps: int = option(1, range=COUNT)
-    dataloader_num_workers: int = option(4, range=Range(0, MOST))
+    dataloader_num_workers: int = option(4, range=Range(0, INT32_MAX))
     seed: int = option(42, range=Range(0, 2**32 - 1))  # as transformers' set_seed
     mesh: tuple[tuple[str, int], ...] = option((), "devices, like data=2,fsdp=4 (one device)")
 

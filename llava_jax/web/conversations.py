@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llava_jax.inference.chat import Chat
     from llava_jax.inference.llava import Llava
 
-KEPT = 4  # conversations whose caches are kept, and answers that are made at the same time
+MAX_CACHED_CONVERSATIONS = 4  # conversations whose caches are kept, and answers that are made at the same time
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Conversation:
 
 
 class Conversations:
-    """Those of all tabs. The KEPT that were asked last keep their caches, the others what was said."""
+    """Those of all tabs. The MAX_CACHED_CONVERSATIONS that were asked last keep their caches, the others what was said."""
 
     def __init__(self, llava: Llava, params: dict, conv_mode: str | None = None):
         self.llava, self.params, self.conv_mode = llava, params, conv_mode
@@ -128,6 +128,6 @@ class Conversations:
         chat = conversation.chat
         if self.by_tab.get(tab) is conversation:
             self.by_tab[tab] = self.by_tab.pop(tab)
-        for other in list(self.by_tab.values())[:-KEPT]:
+        for other in list(self.by_tab.values())[:-MAX_CACHED_CONVERSATIONS]:
             other.chat = None
         return chat

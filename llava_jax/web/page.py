@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.helpers import Examples
 
-from llava_jax.web.conversations import KEPT, Conversations
+from llava_jax.web.conversations import MAX_CACHED_CONVERSATIONS, Conversations
 
 SUGGESTED = (
     "Describe the image in detail.",
@@ -150,7 +150,7 @@ def _connect(page: gr.Blocks, parts: Parts, events: Events, with_pictures: bool)
     numbers = [parts.temperature, parts.top_p, parts.max_new_tokens]
     private: dict[str, Any] = {"api_visibility": "private"}
     answers: dict[str, Any] = {
-        "concurrency_limit": KEPT,
+        "concurrency_limit": MAX_CACHED_CONVERSATIONS,
         "concurrency_id": "answers",
         "show_progress": "minimal",
         **private,
