@@ -31,6 +31,6 @@ def reason_of(error: object) -> str:
     if len(said) > 2 * READABLE:
         said = shortened(lines[0], 2 * READABLE)
     kind = type(error).__name__
-    if isinstance(error, OSError | ValueError | MemoryError | str) or said.startswith(kind):
+    if isinstance(error, OSError | ValueError | str) or said.startswith(kind):
         return said or kind
     return f"{kind}: {said}" if said else kind
