@@ -10,12 +10,10 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["LLAVA_JAX_CACHE_DIR"] = ""  # nothing comes from an earlier run, but where a test says so
-if os.environ["JAX_PLATFORMS"] == "cpu":  # a third of the time to compile; `XLA_FLAGS= pytest` compiles as users do
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-    )
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
+    # Compiling takes a third of the time. `XLA_FLAGS= pytest` compiles as users do.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
@@ -157,7 +155,16 @@ def programs(monkeypatch):
 
 
 @pytest.fixture
-def no_tpu(monkeypatch):
+def optimized():
+    """What is compiled while the test runs is compiled well."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def no_tpu(monkeypatch, optimized):
     """For programs compiled for TPUs that are not there: libtpu looks for none, and sees no flags that it lacks."""
     from llava_jax.capacity.report import NO_TPU
 

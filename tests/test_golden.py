@@ -165,8 +165,10 @@ def test_greedy_tokens(golden, pictures, model, variant):
         assert_tokens(recorded, f"image/{name}", tokens)
 
 
-def test_hidden_states_and_attentions(golden, pictures, model):
+def test_hidden_states_and_attentions(golden, pictures, model, optimized):
+    """Optimized: a sum that is not vectorized is off by up to 3.1e-4 here."""
     llava, params = model("vicuna")
+    llava = Llava(llava.config, llava.tokenizer)  # with programs of its own
     recorded = golden("vicuna")
     path = [pictures["sliver_4000x20"]]
     more = {"output_hidden_states": True, "output_attentions": True}
