@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import odd
 import pytest
-from test_generate import tiny
+from small import small_model
 from test_prompt import CONFIG, TOKENIZER
 
 from llava_jax.config import GenerationDefaults
@@ -132,7 +132,7 @@ def test_chat_templates(tmp_path, numbers):
 @odd.cases(2, long=60)
 def test_answers(numbers):
     """Compiles a few programs of a tiny model, at two seconds each."""
-    llava, params = tiny()
+    llava, params = small_model()
 
     def an_answer(rng):
         asked = odd_prompt(rng)
