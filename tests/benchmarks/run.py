@@ -3,6 +3,7 @@
     python tests/benchmarks/run.py                        # everything but the 1B decoder, about an hour on 2 cores
     python tests/benchmarks/run.py ttft decode            # some of ttft decode pope vqa host memory
     python tests/benchmarks/run.py ttft decode --model 1b # a decoder of 1.1B parameters; 24 GiB of memory
+    python tests/benchmarks/run.py ttft decode pope --before ../older  # another checkout instead of transformers
 
 Both sides compute in float32 on two threads. They take turns, so that a busy machine is as busy for both: a ratio is
 the median over the turns, with the smallest and largest in brackets. What compiles is called once before, and the
@@ -25,7 +26,7 @@ from pathlib import Path
 import checkpoint
 import numpy as np
 from PIL import Image
-from sides import Ours, Process, Theirs
+from sides import Before, Ours, Process, Theirs
 
 BENCHMARKS = ("ttft", "decode", "pope", "vqa", "host", "memory")
 QUESTION = "What is in this picture?"
@@ -80,11 +81,13 @@ def middle(values, digits: int = 2) -> str:
 class Table:
     """Rows of: what, ours, theirs, ratio, target, whether it is met, notes."""
 
-    def __init__(self):
+    def __init__(self, targets: bool = True):
+        self.targets = targets  # they are of ours against transformers
         self.rows = [("benchmark", "ours", "theirs", "ratio", "target", "", "notes")]
 
     def add(self, what: str, ours: str, theirs: str, ratios, target: str, met: bool | None, notes: str = "") -> None:
         ratio = middle(ratios) if ratios else ""
+        target, met = (target, met) if self.targets else ("", None)
         self.rows.append((what, ours, theirs, ratio, target, {None: "", True: "met", False: "MISSED"}[met], notes))
         print("  ".join(self.rows[-1]), file=sys.stderr, flush=True)
 
@@ -144,7 +147,7 @@ def decode(table: Table, ours: Process, theirs: Process, turns: int) -> None:
 
 
 def shared(table: Table, ours: Process, theirs: Process, turns: int, name: str, questions, new: int, target) -> None:
-    """Questions a second, all pictures in one call of ours; theirs is timed on one of the pictures at a time."""
+    """Questions a second, all pictures in one call of ours; transformers is timed on one of the pictures at a time."""
     asked = [(picture(size, seed), questions) for seed, size in enumerate(PHOTOS)]
     first = ours.time("answer_all", asked, new)
     sizes = theirs.call("fastest_rows", asked[0][0], questions, new)
@@ -153,6 +156,8 @@ def shared(table: Table, ours: Process, theirs: Process, turns: int, name: str, 
         return len(asked) * len(questions) / side.time("answer_all", asked, new)
 
     def other(side: Process, turn: int) -> float:
+        if not table.targets:
+            return mine(side, turn)
         return len(questions) / side.time("answer_all", [asked[turn % len(asked)]], new)
 
     speed, their_speed, ratios, busy = take_turns(turns, ours, theirs, mine, other)
@@ -165,15 +170,18 @@ def shared(table: Table, ours: Process, theirs: Process, turns: int, name: str, 
 
 def pope(table: Table, ours: Process, theirs: Process, turns: int) -> None:
     shared(table, ours, theirs, turns, "pope, 18 x 8 images", POPE, 3, (15, 20))
+
+
+def bare(table: Table, ours: Process, turns: int) -> None:
     asked = [(picture(size, seed), POPE) for seed, size in enumerate(PHOTOS)]
 
     def whole(side: Process, _) -> float:
         return side.time("answer_all", asked, 3)
 
-    def bare(side: Process, _) -> float:
+    def programs_alone(side: Process, _) -> float:
         return side.call("programs_alone", asked, 3)
 
-    mine, least, ratios, busy = take_turns(turns, ours, ours, whole, bare)
+    mine, least, ratios, busy = take_turns(turns, ours, ours, whole, programs_alone)
     met = statistics.median(ratios) <= 1.3
     notes = f"`theirs`: ours' bare cost, one prefill an image and the questions' own tokens, nothing padded; {busy}"
     table.add("pope over its bare cost, s", middle(mine), middle(least), ratios, "<= 1.3", met, notes)
@@ -214,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmarks", nargs="*", help=f"some of {' '.join(BENCHMARKS)} (all)")
     parser.add_argument("--model", choices=checkpoint.DECODERS, default="scale", help="which decoder (scale)")
+    parser.add_argument("--before", type=Path, help="time another checkout instead of transformers (not host, memory)")
     parser.add_argument("--turns", type=int, default=5, help="how often each side is timed (5)")
     parser.add_argument("--images", type=int, default=200, help="how many pictures `host` takes (200)")
     parser.add_argument("--rows", type=int, default=4, help="theirs in `memory`: questions at a time (4)")
@@ -228,17 +237,20 @@ def main() -> None:
 
 def run(args, asked_for, directory: Path) -> Table:
     their_directory, our_directory = checkpoint.write(directory, args.model)
-    table = Table()
+    table = Table(targets=not args.before)
     with Process(Ours, our_directory) as ours:
         template = ours.call("template")
-        with Process(Theirs, their_directory, template) as theirs:
+        them = (Before, args.before, our_directory) if args.before else (Theirs, their_directory, template)
+        with Process(*them) as theirs:
             check_agreement(ours, theirs)
             for name in ("ttft", "decode", "pope", "vqa"):
                 if name in asked_for:
                     globals()[name](table, ours, theirs, args.turns)
-        if "host" in asked_for:
+        if "pope" in asked_for and not args.before:
+            bare(table, ours, args.turns)
+        if "host" in asked_for and not args.before:
             host(table, ours, args.images)
-    if "memory" in asked_for:
+    if "memory" in asked_for and not args.before:
         memory(table, ((Ours, our_directory), (Theirs, their_directory, template)), args.rows)
     return table
 

@@ -1,9 +1,10 @@
-"""The two sides of every benchmark, `Ours` and `Theirs`, with the same methods, each in a process of its own."""
+"""The sides of a benchmark, `Ours` and `Theirs` or `Before`, with the same methods, each in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -93,6 +94,22 @@ class Ours:
         whole = seconds(self.answer_all, asked, new)
         vars(self.llava.engine).update(programs)
         return whole - compiling, inside
+
+
+class Before(Ours):
+    """`Ours`, of another checkout of this package. What is timed is called by names that both have."""
+
+    def __init__(self, checkout: Path, directory: Path):
+        sys.path.insert(0, str(checkout.resolve()))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llava_jax"]:
+            del sys.modules[name]  # a new process imports the script that started it, and what that imports
+        super().__init__(directory)
+        if not Path(sys.modules["llava_jax"].__file__).is_relative_to(checkout.resolve()):
+            raise ValueError(f"--before {checkout}: no checkout of llava_jax")
+
+    def fastest_rows(self, image, questions, new: int) -> dict[int, float]:
+        """There is one way only: all of a picture's questions."""
+        return {len(questions): seconds(self.answer_all, [(image, questions)], new) / len(questions)}
 
 
 class Theirs:
