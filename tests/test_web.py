@@ -311,15 +311,14 @@ def bundled(scenes_model, gate):
     import llava_jax
 
     llava, params = llava_jax.load(scenes_model)
-    straight = llava.decode
+    straight = llava.engine.decode
 
-    def decode(*args):
-        for i, piece in enumerate(straight(*args)):
-            if i == 4:
-                gate.wait(PATIENCE / 1000)
-            yield piece
+    def decode(params, prefix, state, options, max_new_tokens):
+        if max_new_tokens == 5:
+            gate.wait(PATIENCE / 1000)
+        return straight(params, prefix, state, options, max_new_tokens)
 
-    llava.decode = decode
+    llava.engine.decode = decode
     return llava, params
 
 
