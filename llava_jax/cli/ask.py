@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers one question about each picture. Of several, those that cannot be asked about are named, and make it 3.
+    """Answer one question about each picture. Of several, those that cannot be asked about are named on stderr, and the
+    exit status is 3.
 
     Raises:
         FileNotFoundError, ValueError: the only picture is missing or none, seen before the model is loaded; or the
