@@ -449,7 +449,10 @@ class _NoProcesses:
         future.set_result(self.work(*task))
         return future
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 

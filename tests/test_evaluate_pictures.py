@@ -34,7 +34,10 @@ class InThisProcess:
             future.set_exception(error)
         return future
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 

@@ -72,6 +72,15 @@ class AnswerFile:
     def parts(self) -> list[epath.Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
 
+    def check_shared(self, process: int, processes: int) -> None:
+        """ValueError if a process does not see the parts of all of them."""
+        seen = {path.name.removeprefix(f"{self.path.name}.part-").split("-")[0] for path in self.parts()}
+        if missing := {str(number) for number in range(processes)} - seen:
+            raise ValueError(
+                f"--answers-file {self.path}: process {process} does not see what process {min(missing)} writes; name "
+                "a place that all hosts share, such as gs://…"
+            )
+
     def answered(self) -> dict[str, str]:
         """Answer id → line, of the questions that are answered, well or with an error.
 

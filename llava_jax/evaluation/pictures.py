@@ -76,9 +76,8 @@ Loaded = dict[Picture, list[ProcessedImage] | ValueError]
 
 def load_ahead(config: LlavaConfig, rgb: bool, batches: Iterable[PrefixBatch]) -> Generator[tuple[PrefixBatch, Loaded]]:
     """Each batch with its groups' pictures, which processes load `AHEAD` batches before they are asked for."""
-    workers = Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1))
     waiting: deque[tuple[PrefixBatch, dict[Picture, Future | None]]] = deque()
-    try:
+    with Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1)) as workers:
         for batch in batches:
             pictures = dict.fromkeys(group.images for group in batch.groups)
             waiting.append((batch, {p: None if p.source is None else workers.submit(p.source) for p in pictures}))
@@ -86,8 +85,6 @@ def load_ahead(config: LlavaConfig, rgb: bool, batches: Iterable[PrefixBatch]) -
                 yield _finish(*waiting.popleft())
         while waiting:
             yield _finish(*waiting.popleft())
-    finally:
-        workers.close()
 
 
 def _finish(batch: PrefixBatch, futures: dict[Picture, Future | None]) -> tuple[PrefixBatch, Loaded]:

@@ -107,7 +107,7 @@ class Layout:
         read: (path, flags) → the file's questions, in its order.
         max_new_tokens: what the program generates at most.
         rgb: whether it converts pictures to RGB before everything else.
-        ending: of the files that are taken for its own where no task is named; "" is none.
+        ending: a file's, by which this layout is picked where no task is named; or "".
         single_pred_prompt, all_rounds: whether it has these flags.
     """
 
@@ -140,7 +140,7 @@ def read_questions(path, layout: Layout, flags: PromptFlags = PromptFlags()) -> 
 
 
 def checked_question(where: str, question: Question) -> Question:
-    """The question with the error, if its text cannot be asked, or with the place of the error that it has."""
+    """The question, with an error that names its place if it has a problem or its text cannot be asked."""
     problem = question.error or _text_problem(question.text)
     return replace(question, error=f"{where}: {problem}") if problem else question
 

@@ -48,9 +48,6 @@ class Job:
     generation: GenerationOptions
     file: AnswerFile
 
-    def line(self, question: Question, text: str) -> str:
-        return answer_line(question, text, self.config.name)
-
     def failure(self, question: Question, error: str) -> str:
         """The line of a question that cannot be asked.
 
@@ -89,7 +86,7 @@ def evaluate(options: EvaluateOptions) -> list[str]:
         answered = job.file.answered()
         shard = AnswerShard(job.file.part(jax.process_index()))
         multihost.barrier("every process has its part")
-        _check_shared(job.file)
+        job.file.check_shared(jax.process_index(), jax.process_count())
         done = {answer_id for answer_id, line in answered.items() if not failure_of(line)}
         try:
             if len(done) < len(job.file.questions):
@@ -147,15 +144,6 @@ def _conv_mode(asked: str | None, config: LlavaConfig) -> str:
     return mode
 
 
-def _check_shared(file: AnswerFile) -> None:
-    seen = {path.name.removeprefix(f"{file.path.name}.part-").split("-")[0] for path in file.parts()}
-    if missing := {str(process) for process in range(jax.process_count())} - seen:
-        raise ValueError(
-            f"--answers-file {file.path}: process {jax.process_index()} does not see what process {min(missing)} "
-            "writes; name a place that all hosts share, such as gs://…"
-        )
-
-
 def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
     """Answer those questions of this process's share whose answers are not done yet."""
     shares = by_image(job.file.questions)[jax.process_index() :: jax.process_count()]
@@ -199,7 +187,7 @@ def _answer_batch(job: Job, llava: Llava, params, batch: PrefixBatch, loaded: Lo
     if images:
         batch = replace(batch, groups=tuple(group for group in batch.groups if group.images in images))
         for question, tokens in batching.generate(llava.engine, params, batch, images, job.generation):
-            lines.append(job.line(question, llava.decode(tokens)))
+            lines.append(answer_line(question, llava.decode(tokens), job.config.name))
     return lines
 
 

@@ -25,8 +25,9 @@ class Files:
 
 @dataclass(frozen=True)
 class Scorer:
-    """How answers are scored, after all files are read and checked; the reference's own scripts score answers that are
-    too few, too many, out of order or of other questions without a word.
+    """How answers are scored, once all files are read and checked.
+
+    The reference's scripts score answers that are too few, too many, out of order or to other questions without a word.
 
     Attributes:
         read: files → the annotations, checked.
@@ -34,7 +35,7 @@ class Scorer:
         annotations: what the annotations are, as they lie in LLaVA's playground/data/eval.
         keys: what an answer line must have besides question_id and text.
         questions: what the question file is, where `read` takes it.
-        table: the figures that are dicts and yet belong into a short table.
+        table: figures that are dicts, and are printed all the same.
     """
 
     read: Callable[[Files], Any]
@@ -90,9 +91,9 @@ class Benchmark:
         langs: what `--lang` may be.
         scorer: None where GPT judges the answers.
         judged: what then becomes of the answers; {answers} is their file.
-        submission: None where the answers are handed to nobody.
+        submission: None where there is no server or evaluator to write the answers for.
         published: figure → what was published for it.
-        editions: what was published for other editions, which are known by a part of the annotations' name.
+        editions: a part of the annotations' file name → what was published for that edition instead.
         workload: for the roofline's table.
     """
 

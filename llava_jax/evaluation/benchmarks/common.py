@@ -1,4 +1,4 @@
-"""What several benchmarks do with answers and annotations."""
+"""What several benchmarks check and compute alike."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Row:
 
 
 def read_rows(path) -> tuple[list[str], list[Row]]:
-    """The columns and rows of MMBench's table; they are read here for questions and for scores.
+    """The columns and rows of MMBench's table.
 
     Raises:
         FileNotFoundError, ValueError: as `read_table`; or there is no column index.

@@ -53,10 +53,10 @@ def vqa_answer(text: str) -> str:
 
 
 def check_annotated(entries: object, kinds: Mapping[str, Kind], path: str) -> list[dict]:
-    """`entries` themselves, once they are seen to have `kinds`, PEOPLE's answers among them.
+    """`entries` themselves, checked: a list of objects of these kinds, each with at least one person's answer.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they are not.
     """
     checked = check_objects(entries, kinds, path, SERVER, "entry")
     if not checked or not all(entry["answers"] for entry in checked):
