@@ -299,7 +299,7 @@ def test_a_bucket_that_takes_nothing_is_named(in_memory, monkeypatch):
 
     monkeypatch.setattr(_Bucket, "_open", refuse)
     with pytest.raises(
-        OSError, match=r"^gs://full/a.jsonl.part-0: cannot be written \(429, rate limit\); what is answ"
+        OSError, match=r"^gs://full/a.jsonl.part-0: cannot be written \(RuntimeError: 429, rate limit\); what is answ"
     ):
         part.append(["{}\n"])
 
