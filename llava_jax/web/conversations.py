@@ -32,7 +32,7 @@ class Conversation:
 
 
 class Conversations:
-    """Those of all tabs. MAX_CACHED_CONVERSATIONS, the last asked, keep their caches, the others what was said."""
+    """The conversations of all tabs. Only the MAX_CACHED_CONVERSATIONS asked last keep their caches."""
 
     def __init__(self, llava: Llava, params: dict, conv_mode: str | None = None):
         self.llava, self.params, self.conv_mode = llava, params, conv_mode
