@@ -27,7 +27,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.config_schema import FILES, read_checked, read_if_there
 from llava_jax.constants import DTYPES
 from llava_jax.errors import listed, reason_of
-from llava_jax.fields import check_of, refuse
+from llava_jax.fields import require
 from llava_jax.inputs.conversation import check_conv_mode
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
@@ -41,9 +41,9 @@ PARAMS = "params"
 CHECKSUMS = "checksums.json"  # of what a conversion, or a training run, wrote
 ADAPTERS, TRAIN_OPTIONS = "lora", "train_options.json"  # what a training run leaves beside them
 BATCH_BYTES = 512 << 20  # of tensors that are read, or written, at once while streaming
-CHUNK_BYTES = 8 << 20  # of a stored array: a device reads about what it holds, and no more
-WRITE_BYTES = 128 << 20  # in flight while saving: more is memory beside the parameters, and is no faster
-READ_BYTES = 128 << 20  # in flight while loading: more is slower, and is memory beside the parameters
+CHUNK_BYTES = 8 << 20  # of a stored array: so small that a device reads little more than its own shard
+WRITE_BYTES = 128 << 20  # in flight while saving: more takes memory, and is no faster
+READ_BYTES = 128 << 20  # in flight while loading: more takes memory, and is slower
 
 
 def _context() -> ocp.Context:
@@ -83,7 +83,7 @@ def stream_params(path: str | Path, leaves: Iterable[tuple[str, np.ndarray]]) ->
 
 
 def _batches(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """As many as fit in a buffer. One of two, in turn: memory that is used again costs a third of what new one does."""
+    """Batches that fit in a buffer. Two buffers take turns, for reused memory costs a third of what new memory does."""
     buffers, end = [np.empty(BATCH_BYTES, np.uint8) for _ in range(2)], 0
     held: dict[str, np.ndarray] = {}
     for name, array in leaves:
@@ -105,7 +105,7 @@ def _copy(array: np.ndarray, room: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _writable(path: str | Path):
-    """A failed write's exception as the OSError that it was before tensorstore made it a text."""
+    """Raises as an OSError again what tensorstore tells of a failed write as text."""
     try:
         yield
     except ValueError as error:
@@ -137,7 +137,7 @@ def read_manifest(directory: Path) -> dict:
             f"{directory}: version {manifest.get('version')!r}, and this llava_jax reads version {VERSION}; "
             f"update llava_jax, or convert the checkpoint again with `{convert}`"
         )
-    refuse(check_of(FILES[MANIFEST]).problems("", manifest), directory / MANIFEST, CONVERT_AGAIN)
+    require(manifest, FILES[MANIFEST], directory / MANIFEST, CONVERT_AGAIN)
     if not (directory / PARAMS).is_dir():
         raise ValueError(
             f"{directory}: half-written (it has no {PARAMS}); delete it and convert again with `{convert}`"
@@ -165,10 +165,9 @@ def load_config(directory: str | Path) -> LlavaConfig:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """What tells a checkpoint's weights from any others.
+    """What tells a checkpoint's weights from any others: a conversion or a training run writes it down.
 
-    A conversion and a training run write it down. Of a checkpoint that is older it is what its files under params are
-    called and how long they are: Orbax names them at random.
+    For an older checkpoint it is made of the names and sizes of the files under params, which Orbax names at random.
 
     Raises:
         FileNotFoundError, ValueError: not a finished checkpoint of this version.
@@ -189,8 +188,9 @@ def _names_and_sizes(directory: epath.Path) -> Iterator[tuple[str, int]]:
 
 
 def check_small_files(directory: str | Path) -> None:
-    """Compare the small files with their SHA-256 that the conversion recorded, where it did: a warning names JSON that
-    differs, for somebody may have edited it.
+    """Compare the small files with the SHA-256 that the conversion recorded, if it did.
+
+    JSON that differs is warned about, for somebody may have edited it.
 
     Raises:
         ValueError: the tokenizer's model differs, which nobody edits.
@@ -209,7 +209,7 @@ def check_small_files(directory: str | Path) -> None:
 
 
 def sha256(path) -> str:
-    """Of a file."""
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -267,7 +267,7 @@ def load_params(
 
 
 def _load_quantized(path: Path, wanted: dict, also, remedy: str) -> dict:
-    """The parameters with int8 kernels, as few of which as belong to one layer are ever there in another dtype."""
+    """The parameters with int8 kernels; those of one layer at a time are in memory in another dtype."""
 
     def load_some(some: dict) -> dict:
         tree = {name: some.get(name, ocp.PLACEHOLDER) for name in wanted}
@@ -286,7 +286,7 @@ def _load_quantized(path: Path, wanted: dict, also, remedy: str) -> dict:
 
 
 def stored_tree(path: Path, remedy: str) -> dict:
-    """What an Orbax directory holds, a leaf with `shape` and `dtype` for each array; nothing is read.
+    """What an Orbax directory holds: a leaf with `shape` and `dtype` for each array; no array is read.
 
     Raises:
         ValueError: it is damaged, and the remedy.

@@ -18,6 +18,7 @@ from llava_jax.config_parts import (
     VisionConfig,
     has_row,
 )
+from llava_jax.fields import require
 
 __all__ = [
     "KNOWN_TOWERS",
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def one_of(key: str, value: Any, supported) -> None:
-    schema.refuse(schema.one_of(*supported).problems(key, value), "config")
+    require(value, schema.one_of(*supported), "config", name=key)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_jax import config_parts as parts
 from llava_jax import config_schema as schema
-from llava_jax.fields import shown
+from llava_jax.fields import refuse, require, shown
 from llava_jax.records import read_json_object
 
 
@@ -37,7 +37,7 @@ def check(config: dict, vision: dict | None, preprocessor: dict | None, generati
         problems += schema.PREPROCESSOR.problems("preprocessor_config", preprocessor)
     if generation is not None:
         problems += schema.GENERATION.problems("generation_config", generation)
-    schema.refuse(problems, "config")
+    refuse(problems, "config")
 
 
 def tower_of(vision_config: Any) -> Any:
@@ -59,7 +59,7 @@ def read_vision(vision_config: dict | None, tower: str | None) -> parts.VisionCo
             return parts.VisionConfig()  # mm_hidden_size is checked against it
         vision_config = read_json_object(path)
     inner = tower_of(vision_config)
-    schema.refuse(schema.CLIP.problems("vision_config", inner), tower or "config")
+    require(inner, schema.CLIP, tower or "config", name="vision_config")
     known = {f.name for f in dataclasses.fields(parts.VisionConfig)}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
     return dataclasses.replace(_CLIP_DEFAULTS, **values)

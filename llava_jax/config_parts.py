@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava_jax import config_schema as schema
+from llava_jax.fields import require
 
 PINPOINTS_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -71,7 +72,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        schema.refuse(schema.ROPE_TYPE.problems("rope_scaling.type", self.rope_type), "config")
+        require(self.rope_type, schema.ROPE_TYPE, "config", name="rope_scaling.type")
         schema.check_fields(self, schema.ROPE, "rope_scaling")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(

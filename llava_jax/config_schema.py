@@ -18,14 +18,13 @@ from llava_jax.fields import (
     a_list,
     a_map,
     an_object,
-    check_of,
     either,
     number,
     one_of,
     optional,
     or_null,
     problem_of,
-    refuse,
+    require,
     simple,
     whole,
 )
@@ -255,7 +254,7 @@ FILES: dict[str, Kind] = {
 
 def check_fields(value: Any, table: Mapping[str, Kind], prefix: str = "") -> None:
     """ValueError unless a dataclass's fields are what a table says."""
-    refuse(check_of(table).problems(prefix, vars(value)), "config")
+    require(vars(value), table, "config", name=prefix)
 
 
 def read_if_there(path, remedy: str = "") -> dict | None:
@@ -276,5 +275,5 @@ def read_checked(path, remedy: str = "") -> dict:
     """
     value = read_json_object(path, remedy)
     if kind := FILES.get(path.name):
-        refuse(check_of(kind).problems("", value), path, remedy)
+        require(value, kind, path, remedy)
     return value

@@ -156,7 +156,12 @@ def problem_of(value: object, kind: Kind) -> str | None:
     return listed(check_of(kind).problems("", value), "; ") or None
 
 
+def require(value: object, kind: Kind, where: object, remedy: str = "", name: str = "") -> None:
+    """ValueError unless the value, called `name`, is of this kind: at `where`, what is wrong, and the remedy."""
+    refuse(check_of(kind).problems(name, value), where, remedy)
+
+
 def refuse(problems: Iterable[str], where: object, remedy: str = "") -> None:
-    """ValueError if there are any, the first of them in one line."""
+    """ValueError if there are any problems, the first of them in one line."""
     if lines := list(problems):
         raise ValueError(f"{where}: {listed(lines, '; ')}{remedy and '; ' + remedy}")

@@ -13,7 +13,7 @@ from llava_jax.errors import reason_of
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """All of it, safe on the disk, or what was there before, whenever the process is killed."""
+    """Write a file that, whenever the process is killed, has all of its new content or all of the old."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # a full disk is not to stay full of it
+    except BaseException:  # nothing is left on a full disk
         temporary.unlink(missing_ok=True)
         raise
 
@@ -36,7 +36,7 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.Path, remedy: str) -> Iterator[None]:
-    """Turns whatever fails within it into one OSError that names the file; object stores raise errors of their own."""
+    """Whatever fails in this block is one OSError that names the file; object stores raise errors of their own."""
     try:
         yield
     except Exception as error:

@@ -137,7 +137,7 @@ def _published(tensor: Written, param: np.ndarray) -> np.ndarray:
 
 
 def quiet_orbax() -> None:
-    """For a command: where Orbax fails it raises, and its threads no longer print that too, nor what comes of it."""
+    """For a command: what fails in Orbax is raised, so what its threads print about that is dropped."""
     before = sys.unraisablehook
 
     def hook(unraisable):

@@ -44,15 +44,15 @@ class Choice:
 
 
 def choose_template(directory: Path, name: str, asked: str | None = None) -> Choice:
-    """As asked; or a published checkpoint's model card has it; or the directory's `chat_template`; or the name, as in
-    the original.
+    """The template that is asked for; or that of a published checkpoint's model card; or the one that writes what the
+    directory's `chat_template` writes; or the one that the name picks, as in the original.
 
     Args:
         directory: the published checkpoint's.
         name: its name, from `checkpoint_name`.
 
     Raises:
-        ValueError: nobody knows what is asked for.
+        ValueError: there is no template of the name that is asked for.
     """
     if asked is not None:
         check_conv_mode(asked)
@@ -105,7 +105,8 @@ def recognised(chat_template: str, file: str, by_name: str | None) -> Choice:
     theirs = [_plain(_rendered(chat_template, turns, file)) for turns in SAMPLE_TURNS]
     modes = (*((by_name,) if by_name else ()), *RECOGNISED)
     exact = [mode for mode in modes if [_plain(text) for text in _ours(mode)] == theirs]
-    alike = [mode for mode in modes if _ends(theirs, [_plain(text) for text in _ours(mode, without_system=True)])]
+    ends = {mode: map(_plain, _ours(mode, without_system=True)) for mode in modes}
+    alike = [mode for mode, ours in ends.items() if all(map(str.endswith, theirs, ours))]
     if not exact and not alike:
         raise ValueError(f"its {file} is written like none of the templates here")
     mode, doubt = (exact or alike)[0], None
@@ -114,10 +115,6 @@ def recognised(chat_template: str, file: str, by_name: str | None) -> Choice:
     elif by_name not in (None, mode):
         doubt = f"its {file} is written like {mode}, and its name suggests {by_name}"
     return Choice(mode, f"recognised by its {file}", doubt)
-
-
-def _ends(theirs: list[str], ours: list[str]) -> bool:
-    return all(text.endswith(end) for text, end in zip(theirs, ours, strict=True))
 
 
 def _ours(mode: str, without_system: bool = False) -> Iterator[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from llava_jax.config_schema import HEADER, read_checked, read_if_there
 from llava_jax.conversion.key_table import TensorInfo
 from llava_jax.errors import listed, reason_of
-from llava_jax.fields import refuse
+from llava_jax.fields import require
 from llava_jax.files import write_atomically
 from llava_jax.records import parse_json
 
@@ -192,7 +192,7 @@ def _read_entries(header: Any) -> dict[str, tuple[str, tuple[int, ...], int, int
     """
     if isinstance(header, dict):
         header = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    refuse(HEADER.problems("", header), "header")
+    require(header, HEADER, "header")
     entries, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])

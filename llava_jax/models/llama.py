@@ -1,4 +1,4 @@
-"""The Llama-family decoder. It keeps no cache: each layer is told how to attend, and hands back what that gave.
+"""The Llama-family decoder. It keeps no cache: the caller gives each layer its attention, and gets back its state.
 
 Layers work on [..., L, E] with any leading axes: [B, L, E] in prefill and training, [G, R, L, E] in decode.
 """

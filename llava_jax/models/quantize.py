@@ -13,16 +13,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 SCALE = "kernel_scale"  # beside an int8 kernel [in, out]: float32 [out], for the product
-# The linear layers that are made int8, and those that are only if they are asked for.
+# The linear layers that are always quantized, and those that are only when asked for.
 LAYERS = r"(language_model|vision_tower)/layers_\d+/.*"
 OTHERS = {"lm_head": r"language_model/lm_head", "mm_projector": r"mm_projector/linear_\d+"}
 
 
 class Int8(NamedTuple):
-    """Numbers as int8 and what they are to be multiplied by."""
+    """Numbers as int8, and the scale to multiply them by."""
 
     values: jax.Array
-    scale: jax.Array  # float32, without the axis that it is the same along
+    scale: jax.Array  # float32, without the axis that shares one scale
 
 
 @partial(jax.jit, static_argnums=1)

@@ -24,7 +24,7 @@ from llava_jax.training.data import images_of, name_of, tokenized, why_unlabelle
 from llava_jax.training.preprocess import ROLES, asked_turns, rounds_of
 
 MAX_NAMED_SAMPLES = 3  # samples that are named for each kind of problem
-PICTURE_THREADS, PICTURES_PER_TASK = 16, 64  # that open pictures, and how many each opens before it says so
+PICTURE_THREADS, PICTURES_PER_TASK = 16, 64  # threads that open pictures, and how many one opens in a task
 MAX_TOKENIZED = 2000  # samples that are tokenized before the first step; some 3 seconds
 # How a whole file ends: JPEG, PNG, GIF. One that ends otherwise is decoded, to see.
 FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82", b";")

@@ -50,7 +50,7 @@ def check_output(options: TrainOptions) -> None:
     Raises:
         FileExistsError: it holds something else, a finished run, or a run with other options, data or checkpoint.
     """
-    output, told = Path(options.output_dir), _told(options)
+    output, told = Path(options.output_dir), _resume_options(options)
     if (output / checkpoint.MANIFEST).exists():
         raise FileExistsError(f"{output}: trained already; give another --output-dir")
     if (output / checkpoint.TRAIN_OPTIONS).exists():
@@ -82,19 +82,19 @@ def claim_output(options: TrainOptions) -> None:
     multihost.barrier("the output directory has been checked")
     if multihost.is_primary() and not told.exists():
         told.parent.mkdir(parents=True, exist_ok=True)
-        write_json(told, _told(options) | {FINGERPRINTS: fingerprints(options)})
+        write_json(told, _resume_options(options) | {FINGERPRINTS: fingerprints(options)})
     multihost.barrier("the output directory is taken")
 
 
-def _told(options: TrainOptions) -> dict:
-    """What a run must be told again to go on, as JSON gives it back."""
+def _resume_options(options: TrainOptions) -> dict:
+    """The options that must be the same again to go on with a run, as JSON gives them back."""
     told = dataclasses.asdict(options) | {"mesh": [list(axis) for axis in options.mesh]}
     return {name: value for name, value in told.items() if name not in FREE_TO_CHANGE}
 
 
 def fingerprints(options: TrainOptions) -> dict[str, str]:
-    """The SHA-256 of the data file, of the starting checkpoint's small files (what its weights are is told by its
-    manifest and its checksums), and of the projector that is started from. Pictures count by their names alone."""
+    """The SHA-256 of the data file, of the starting checkpoint's small files (its manifest and checksums tell its
+    weights), and of the projector that is started from. Pictures count by their names alone."""
     files = _small_files("model_path", options.model_path) | {"data_path": Path(options.data_path)}
     if options.pretrain_mm_mlp_adapter is not None:
         files |= _small_files("pretrain_mm_mlp_adapter", options.pretrain_mm_mlp_adapter)

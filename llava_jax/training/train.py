@@ -58,8 +58,8 @@ def train(options: TrainOptions) -> Path:
     check_tree(options.model_path, stored, param_shapes(config))
     template = options.version or ("plain" if options.stage == "pretrain" else pick_conv_mode(config))
     check_output(options)
-    tokenizer = load_tokenizer(options.model_path, config.name, config.reading)
-    examples = _checked_examples(options, config, training_tokenizer(tokenizer), template)
+    tokenizer = training_tokenizer(load_tokenizer(options.model_path, config.name, config.reading))
+    examples = _checked_examples(options, config, tokenizer, template)
     rows = options.per_device_train_batch_size * num_batch_shards(mesh)
     micro_steps = count_micro_steps(len(examples), rows, options)
     optimizer = make_optimizer(options, micro_steps // options.gradient_accumulation_steps)
@@ -84,10 +84,9 @@ def train(options: TrainOptions) -> Path:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             num_workers=options.dataloader_num_workers,
         )
-        pad_id = training_tokenizer(tokenizer).pad_token_id
         with stop_signals() as stopped, loader as loaded:
-            batches = _batches(loaded, options, config, pad_id, mesh, stopped)
-            state = _run(options, state, partial(_advance, step, frozen), batches, states, micro_steps)
+            batches = _batches(loaded, options, config, tokenizer.pad_token_id, mesh, stopped)
+            state = _run(options, state, frozen, step, batches, states, micro_steps)
     return write_result(options, config, state.trained, frozen)
 
 
@@ -134,12 +133,10 @@ def _next(samples: Iterator[list[Loaded]]) -> list[Loaded] | Exception:
         return error
 
 
-def _advance(step, frozen: dict, state: TrainState, batch) -> tuple[TrainState, dict]:
-    return step(state, frozen, *batch)
-
-
-def _run(options: TrainOptions, state: TrainState, advance, batches, states: States, micro_steps: int) -> TrainState:
-    """The loop: what is on the device, what is being loaded, and what is being saved overlap."""
+def _run(
+    options: TrainOptions, state: TrainState, frozen: dict, step, batches, states: States, micro_steps: int
+) -> TrainState:
+    """The loop; loading, computing and saving overlap."""
     done, every = int(state.step), options.save_steps * options.gradient_accumulation_steps
     steps = range(done + 1, micro_steps + 1)
     progress = tqdm(steps, initial=done, total=micro_steps, disable=not multihost.is_primary())
@@ -150,7 +147,7 @@ def _run(options: TrainOptions, state: TrainState, advance, batches, states: Sta
                 states.save(number - 1, state)
                 states.wait()
                 raise type(batch)(f"{batch}; saved after step {number - 1}, start again to go on") from batch
-            state, values = advance(state, batch)
+            state, values = step(state, frozen, *batch)
             metrics.add(number, values)
             if number == micro_steps or number % every == 0:
                 metrics.write()
@@ -235,7 +232,10 @@ def make_batch(samples, config: LlavaConfig, rows: int, shards: int, pad_id: int
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list]:
-    """A list that is empty until SIGTERM or SIGINT comes; a second one is the usual interruption."""
+    """A list that is empty until SIGTERM or SIGINT comes; a second one is the usual interruption.
+
+    JAX's own preemption sync point knows SIGTERM alone, and exists only where there are several processes.
+    """
     came: list[int] = []
 
     def note(number, _frame):
