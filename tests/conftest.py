@@ -111,6 +111,15 @@ def scenes_model(made_once):
 
 
 @pytest.fixture(scope="session")
+def small_training(made_once):
+    """(a checkpoint that trains in seconds, the folder of its data.json and pictures)"""
+    from small import write_training
+
+    folder, model = made_once("small-training", write_training)
+    return folder / model, folder
+
+
+@pytest.fixture(scope="session")
 def loads():
     """`llava_jax.load`, but what it has loaded once it gives again, with the programs that were compiled for it."""
     import llava_jax

@@ -1,12 +1,16 @@
-"""A model that compiles in a second or two, and random weights of any configuration without a compiled program."""
+"""Models that compile in a second or two, and random weights of any configuration without a compiled program."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from llava_jax.config import PINPOINTS_336, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.demo.model import convert_published, scenes_config, write_published, write_tokenizer
 from llava_jax.inference.llava import Llava
 from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.models.llava_llama import param_shapes
@@ -52,3 +56,28 @@ def random_params(config, seed=0):
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / np.float32(inputs) ** 0.5)
 
     return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
+
+
+def write_training(root):
+    """A checkpoint that trains in seconds, and beside it eight pictures and data.json, all batches of one shape.
+
+    Returns:
+        the checkpoint's path within `root`
+    """
+    (root / "tokenizer").mkdir(parents=True)
+    write_tokenizer(root / "tokenizer")
+    config = scenes_config(len(load_tokenizer(root / "tokenizer")), image_aspect_ratio="pad")
+    config = config.replace(
+        vision=dataclasses.replace(config.vision, num_hidden_layers=2),
+        text=dataclasses.replace(config.text, num_hidden_layers=1),
+    )
+    published = write_published(root / "published" / config.name, config, random_params(config), "float32")
+    model = convert_published(published, root / "m")
+    rng, examples = np.random.default_rng(0), []
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(root / f"{i}.png")
+        turns = [("human", "<image>\nWhat colour is the star?"), ("gpt", ("red", "blue", "green")[i % 3])]
+        turns = [{"from": role, "value": value} for role, value in turns]
+        examples.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (root / "data.json").write_text(json.dumps(examples))
+    return str(model.relative_to(root))

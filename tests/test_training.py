@@ -1,6 +1,7 @@
 """Ten steps of training against the original's, in float32; and what a run promises about being killed and resumed."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -36,13 +37,12 @@ def recorded():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, pictures):
-    """The JSON file of the recorded examples, of the first few, or of those with a picture (batches of one shape)."""
+    """The JSON file of the recorded examples."""
     folder = tmp_path_factory.mktemp("training")
 
-    def write(plain=False, count=None, pictured=False):
-        path = folder / f"{plain}-{count}-{pictured}.json"
-        examples = training_data.examples(plain)[:count]
-        examples = [example for example in examples if "image" in example or not pictured]
+    def write(plain=False):
+        path = folder / f"{plain}.json"
+        examples = training_data.examples(plain)
         for example in examples:
             if "image" in example:
                 example["image"] = os.path.abspath(pictures[example["image"]])
@@ -146,16 +146,23 @@ def run_options(model_path, data_path, output_dir, **others):
     return TrainOptions(
         **options | others,
         model_path=str(model_path),
-        data_path=data_path,
+        data_path=str(data_path),
         output_dir=str(output_dir),
         per_device_train_batch_size=2,
     )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, converted, data):
+def small_options(small_training):
+    """Of a run of the small model."""
+    model, folder = small_training
+    return functools.partial(run_options, model, folder / "data.json", image_folder=str(folder))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_options):
     """(options, output directory) of a run that nobody disturbed."""
-    options = run_options(converted("llava15"), data(pictured=True), tmp_path_factory.mktemp("runs") / "whole")
+    options = small_options(tmp_path_factory.mktemp("runs") / "whole")
     return options, train(options)
 
 
@@ -233,12 +240,13 @@ def test_a_killed_run_resumed_gives_what_it_would_have_given(how, step, finished
     assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
 
-def test_lora_trains_its_adapters_and_merges_them(converted, data, tmp_path, pictures):
+def test_lora_trains_its_adapters_and_merges_them(small_options, tmp_path):
     more = dict(stage="lora", lora_r=4, lora_alpha=8, lora_dropout=0.1, max_steps=3, warmup_ratio=0.0)
-    output = train(run_options(converted("llava15"), data(count=2), tmp_path / "lora", **more))
+    options = small_options(tmp_path / "lora", **more)
+    output = train(options)
     assert logged(output)[-1]["loss"] < logged(output)[0]["loss"]
     params = flatten_dict(llava_jax.load(output)[1], sep="/")
-    before = flatten_dict(llava_jax.load(converted("llava15"))[1], sep="/")
+    before = flatten_dict(llava_jax.load(options.model_path)[1], sep="/")
     changed = {path for path in params if not np.array_equal(params[path], before[path])}
     assert {path.split("/")[-2] for path in changed if "layers_0" in path} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -247,11 +255,9 @@ def test_lora_trains_its_adapters_and_merges_them(converted, data, tmp_path, pic
     assert not kept and (output / "lora").is_dir()
 
 
-def test_pretrain_gives_a_projector_to_start_from(converted, data, tmp_path):
-    first = train(
-        run_options(converted("llava15"), data(True), tmp_path / "1", stage="pretrain", version="plain", max_steps=2)
-    )
-    options = run_options(converted("llava15"), data(), tmp_path / "2", pretrain_mm_mlp_adapter=str(first))
+def test_pretrain_gives_a_projector_to_start_from(small_options, tmp_path):
+    first = train(small_options(tmp_path / "1", stage="pretrain", version="plain", max_steps=2))
+    options = small_options(tmp_path / "2", pretrain_mm_mlp_adapter=str(first))
     state, _ = initial_state(options, training_config(options), None, make_optimizer(options, 8))
     projector = flatten_dict(llava_jax.load(first)[1]["mm_projector"], sep="/")
     taken = flatten_dict(state.trained["mm_projector"], sep="/")
@@ -321,22 +327,38 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def by_one_device(converted, data, tmp_path_factory):
-    """The options of a short run of four rows a step, which has been made."""
-    output = tmp_path_factory.mktemp("runs") / "one"
-    # In this seed's order one step's first half has no picture: two processes then must agree on the larger shapes.
-    options = run_options(converted("llava15"), data(), output, max_steps=4, learning_rate=1e-4, seed=48)
-    train(options := dataclasses.replace(options, per_device_train_batch_size=4))
-    return options
+def by_one_device(converted, data, small_options, tmp_path_factory):
+    """The options of a short run of four rows a step, which has been made: of one shape, or of several."""
+
+    @functools.cache
+    def run(shapes):
+        output, more = tmp_path_factory.mktemp("runs") / shapes, dict(max_steps=4, learning_rate=1e-4)
+        if shapes == "several":
+            # In this seed's order one step's first half has no picture: two processes must agree on the larger shapes.
+            options = run_options(converted("llava15"), data(), output, seed=48, **more)
+        else:
+            options = small_options(output, **more)
+        train(options := dataclasses.replace(options, per_device_train_batch_size=4))
+        return options
+
+    return run
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes):
+@pytest.mark.parametrize(
+    "processes, shapes",
+    [
+        (1, "one"),
+        pytest.param(1, "several", marks=pytest.mark.long),
+        pytest.param(2, "several", marks=pytest.mark.long),
+    ],
+)
+def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes, shapes):
     """Rows over data and fsdp, weights and moments over fsdp and tensor: losses within 1e-5 of one device's. The
     devices are those of one process, or of two, each of which loads its own rows."""
+    undivided = by_one_device(shapes)
     mesh = (("data", 2), ("fsdp", 2), ("tensor", 2))
     divided = dataclasses.replace(
-        by_one_device, per_device_train_batch_size=1, mesh=mesh, output_dir=str(tmp_path / "eight")
+        undivided, per_device_train_batch_size=1, mesh=mesh, output_dir=str(tmp_path / "eight")
     )
     script = tmp_path / "run.py"
     script.write_text(PARALLEL)
@@ -354,8 +376,8 @@ def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes):
         for process in started:
             process.kill()
     assert checksums.check(divided.output_dir) == []  # one process read back what both wrote
-    ours, theirs = ([line["loss"] for line in logged(o.output_dir)] for o in (divided, by_one_device))
+    ours, theirs = ([line["loss"] for line in logged(o.output_dir)] for o in (divided, undivided))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    one, eight = (flatten_dict(llava_jax.load(o.output_dir)[1], sep="/") for o in (by_one_device, divided))
+    one, eight = (flatten_dict(llava_jax.load(o.output_dir)[1], sep="/") for o in (undivided, divided))
     differences = {path: np.linalg.norm(eight[path] - x) / np.linalg.norm(x) for path, x in one.items()}
     assert max(differences[path] for path in one if "k_proj/bias" not in path) < 1e-3

@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from PIL import Image
 
 import llava_jax
-from llava_jax.demo.model import convert_published, first_params, scenes_config, write_published, write_tokenizer
-from llava_jax.inputs.tokenizer import load_tokenizer
 from llava_jax.training.data import sample_order
 from llava_jax.training.output import Metrics, write_result
 from llava_jax.training.states import States, survey
@@ -143,26 +140,11 @@ def test_every_bit_is_in_the_checksum():
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """(the checkpoint, a folder with eight pictures and data.json)."""
-    root = tmp_path_factory.mktemp("small")
-    (root / "tokenizer").mkdir()
-    write_tokenizer(root / "tokenizer")
-    config = scenes_config(len(load_tokenizer(root / "tokenizer")), image_aspect_ratio="pad")
-    config = config.replace(
-        vision=dataclasses.replace(config.vision, num_hidden_layers=2),
-        text=dataclasses.replace(config.text, num_hidden_layers=1),
-    )
-    params = first_params(config, seed=0)
-    model = convert_published(write_published(root / "published" / config.name, config, params, "float32"), root / "m")
-    rng, examples = np.random.default_rng(0), []
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(root / f"{i}.png")
-        turns = [("human", "<image>\nWhat colour is the star?"), ("gpt", ("red", "blue", "green")[i % 3])]
-        turns = [{"from": role, "value": value} for role, value in turns]
-        examples.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
-    (root / "data.json").write_text(json.dumps(examples))
-    return model, root
+def start(small_training, tmp_path_factory):
+    """(the checkpoint, a folder with eight pictures and data.json), to change."""
+    model, folder = small_training
+    root = shutil.copytree(folder, tmp_path_factory.mktemp("small") / "training")
+    return root / model.relative_to(folder), root
 
 
 def options_of(start, output, **changes):
