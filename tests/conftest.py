@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import inspect
 import json
 import os
@@ -34,6 +35,13 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """What earlier modules imported, compiled and cached is not looked through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
