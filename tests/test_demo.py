@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from small import random_params
 
 from llava_jax.demo import dataset, pretrain, recipe, truths
 from llava_jax.demo.held_out import is_right, questions_about, score, table
-from llava_jax.demo.model import first_params, scenes_config, write_tokenizer
+from llava_jax.demo.model import scenes_config, write_tokenizer
 from llava_jax.demo.scene_questions import KINDS, NUMBERS, PLURALS, ask, conversation, describe, described, is_detail
 from llava_jax.demo.scenes import COLORS, SIGN, draw, make_scene, outline_of
 from llava_jax.inputs.anyres import num_image_tokens
@@ -241,7 +242,8 @@ def test_a_step_of_the_towers_pretraining_and_one_more(tmp_path, config, monkeyp
     monkeypatch.setattr(pretrain, "SCENES", 2)
     monkeypatch.setattr(pretrain, "TILES", 6)
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
-    tower = first_params(config, 0)["vision_tower"]
+    config = config.replace(vision=replace(config.vision, num_hidden_layers=2))
+    tower = random_params(config)["vision_tower"]
     settings = dict(learning_rate=1e-3, seed=0)
     whole = pretrain.pretrain_tower(tower, config, tmp_path / "whole", steps=2, **settings)
     kernel = whole["embeddings"]["patch_embedding"]["kernel"]

@@ -37,6 +37,8 @@ sys.argv = ["llava-jax", "demo"]
 sys.exit(cli.main())
 """
 
+SLOWLY = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
 
 def test_an_interruption_while_xla_compiles(tmp_path):
     """Some 4 seconds. The interpreter's own way out ends in SIGSEGV here."""
@@ -44,7 +46,7 @@ def test_an_interruption_while_xla_compiles(tmp_path):
         [sys.executable, "-c", COMPILING],
         capture_output=True,
         text=True,
-        env={**os.environ, "LLAVA_JAX_CACHE_DIR": "", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "LLAVA_JAX_CACHE_DIR": "", "JAX_PLATFORMS": "cpu"} | SLOWLY,
         cwd=tmp_path,
     )
     assert done.returncode == 130 and "not interrupted" not in done.stdout
