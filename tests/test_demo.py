@@ -239,8 +239,8 @@ def test_every_character_is_seen_in_the_grid(config):
 
 
 def test_a_step_of_the_towers_pretraining_and_one_more(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(pretrain, "SCENES", 2)
-    monkeypatch.setattr(pretrain, "TILES", 6)
+    monkeypatch.setattr(pretrain, "SCENES_PER_STEP", 2)
+    monkeypatch.setattr(pretrain, "TILES_PER_STEP", 6)
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
     config = config.replace(vision=replace(config.vision, num_hidden_layers=2))
     tower = random_params(config)["vision_tower"]
@@ -258,8 +258,8 @@ def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, mon
     from llava_jax.conversion.checksums import check
     from llava_jax.conversion.from_hf import convert
 
-    monkeypatch.setattr(pretrain, "SCENES", 2)
-    monkeypatch.setattr(pretrain, "TILES", 6)
+    monkeypatch.setattr(pretrain, "SCENES_PER_STEP", 2)
+    monkeypatch.setattr(pretrain, "TILES_PER_STEP", 6)
     assert {(phase.stage, phase.style) for phase in recipe.PHASES} == {
         ("finetune", "captions"), ("pretrain", "captions"), ("finetune", "questions")
     }  # fmt: skip
