@@ -24,6 +24,7 @@ from llava_jax.conversion.prompt_template import choose_template
 from llava_jax.conversion.published_files import Location, Tensor, write_json
 from llava_jax.conversion.safetensors_files import DTYPE_NAMES, in_order, write_safetensors
 from llava_jax.conversion.small_files import (
+    BUFFERS_FILE,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
     check_small_files,
@@ -34,8 +35,6 @@ from llava_jax.inputs.text import check_text
 from llava_jax.models.llava_llama import flat_param_shapes
 from llava_jax.models.quantize import check_quantize, quantize_leaves
 from llava_jax.records import naming
-
-BUFFERS = "buffers.safetensors"  # what the published checkpoint holds beside its parameters, for the way back
 
 
 @dataclass(frozen=True)
@@ -331,9 +330,8 @@ def _write_small_files(directory: Path, published: Published, plan: Plan, conv_m
     if published.new_projector:
         write_json(directory / "config.json", published.config.to_hf())
     if plan.buffers:
-        write_safetensors(
-            directory / BUFFERS, plan.buffers, lambda names: (plan.buffers[name].read() for name in names)
-        )
+        file, buffers = directory / BUFFERS_FILE, plan.buffers
+        write_safetensors(file, buffers, lambda names: (buffers[name].read() for name in names))
     manifest = {
         "version": checkpoint.VERSION,
         "name": published.name,

@@ -145,5 +145,5 @@ def quiet_orbax() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -16,6 +16,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.json",
 )
+BUFFERS_FILE = "buffers.safetensors"  # what a published checkpoint holds beside its parameters, for the way back
 PROCESSOR_FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja")  # llava-hf's, for the way back
 
 

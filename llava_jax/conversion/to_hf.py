@@ -14,11 +14,10 @@ from tqdm import tqdm
 from llava_jax.config_schema import read_checked
 from llava_jax.conversion import key_table, other_layout, published_files
 from llava_jax.conversion.atomic_directory import check_output, new_directory
-from llava_jax.conversion.from_hf import BUFFERS
 from llava_jax.conversion.orbax_reader import Converted, Written, as_tensor, open_converted, read_tensors
 from llava_jax.conversion.published_files import Tensor, write_json
 from llava_jax.conversion.safetensors_files import write_checkpoint
-from llava_jax.conversion.small_files import PROCESSOR_FILES, TOKENIZER_FILES
+from llava_jax.conversion.small_files import BUFFERS_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers has long had it
 EMBEDDING, HEAD = "language_model/embed_tokens/embedding", "language_model/lm_head/kernel"
@@ -63,7 +62,8 @@ def export(
     same = layout == converted.layout
     config = published_config(converted, layout, vision_tower)
     tensors = make_plan(converted, layout, config, dtype)
-    buffers = published_files.open_file(converted.directory / BUFFERS) if same and _has(converted, BUFFERS) else {}
+    beside = converted.directory / BUFFERS_FILE
+    buffers = published_files.open_file(beside) if same and beside.is_file() else {}
     config = with_dtype(config, converted, tensors, same)
     infos: dict[str, Written | Tensor] = {**tensors, **buffers}
     nbytes = sum(info.nbytes for info in infos.values())
@@ -83,10 +83,6 @@ def _check_arguments(layout: str, dtype: str | None, vision_tower: str | None) -
     key_table.check_dtype(dtype)
     if vision_tower is not None and layout != "liuhaotian":
         raise ValueError(f"--vision-tower is for the liuhaotian layout; this is {layout}")
-
-
-def _has(converted: Converted, name: str) -> bool:
-    return (converted.directory / name).is_file()
 
 
 # ---- which parameter becomes which tensor
@@ -167,7 +163,7 @@ def _write_small_files(directory: Path, converted: Converted, layout: str, confi
     else:
         write_json(directory / "config.json", config)
     for name in names:
-        if _has(converted, name):
+        if (converted.directory / name).is_file():
             shutil.copyfile(converted.directory / name, directory / name)
     if layout == "llava-hf" and not same:
         other_layout.add_image_token(directory, config["image_token_index"])

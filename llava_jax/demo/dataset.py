@@ -40,8 +40,8 @@ def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, fol
     room = length - int(num_image_tokens(scene.width, scene.height, config))
     if style == "captions":
         text = describe(scene) if rng.random() < 0.5 else statements(scene, rng, room - 4)
-        return caption_sample(name, scene, file, text)
-    return sample(name, scene, _fitting(scene, rng, room), file)
+        return caption_sample(name, file, text)
+    return sample(name, file, _fitting(scene, rng, room))
 
 
 def _fitting(scene: Scene, rng, room: int) -> list[Question]:

@@ -70,13 +70,10 @@ def conversation(scene: Scene, rng, turns: int = 10) -> list[Question]:
     return questions
 
 
-def sample(name: str, scene: Scene, questions: list[Question], image: str) -> dict:
+def sample(name: str, image: str, questions: list[Question]) -> dict:
     """One entry of LLaVA's JSON, about the picture file `image`."""
-    turns = []
-    for question in questions:
-        turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
-    turns[0]["value"] = f"{DEFAULT_IMAGE_TOKEN}\n{turns[0]['value']}"
-    return {"id": name, "image": image, "conversations": turns}
+    first, *texts = [text for question in questions for text in (question.text, question.answer)]
+    return _entry(name, image, [f"{DEFAULT_IMAGE_TOKEN}\n{first}", *texts])
 
 
 def statements(scene: Scene, rng, length: int = 90) -> str:
@@ -108,10 +105,14 @@ def _stated(question: Question) -> str | None:
     return None
 
 
-def caption_sample(name: str, scene: Scene, image: str, text: str) -> dict:
+def caption_sample(name: str, image: str, text: str) -> dict:
     """One entry for a plain template: a picture and a text about it."""
-    turns = [("human", DEFAULT_IMAGE_TOKEN), ("gpt", text)]
-    return {"id": name, "image": image, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    return _entry(name, image, [DEFAULT_IMAGE_TOKEN, text])
+
+
+def _entry(name: str, image: str, texts: list[str]) -> dict:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": name, "image": image, "conversations": turns}
 
 
 # ---- one function for each kind
