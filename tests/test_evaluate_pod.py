@@ -22,7 +22,7 @@ if __name__ == "__main__":
     address, processes, number, killed, flags = map(json.loads, sys.argv[1:])
     if processes > 1:
         jax.distributed.initialize(address, processes, number)
-    multihost.BEAT, multihost.HEARTBEAT_TIMEOUT = 0.5, 6
+    multihost.HEARTBEAT_INTERVAL, multihost.HEARTBEAT_TIMEOUT = 0.5, 6
     if killed:
         append = AnswerShard.append
 

@@ -64,7 +64,7 @@ def test_tiles_are_those_of_the_plain_way(numbers, monkeypatch):
         rng = generator("pixels", number)
         image = random_image(rng, "RGB", random_size(rng, 1200))
         config = SMALL.replace(image_aspect_ratio=rng.choice(ASPECTS))
-        monkeypatch.setattr(pixels, "LARGE", rng.choice((0, 10_000, 2**24)))  # with and without the whole canvas
+        monkeypatch.setattr(pixels, "LARGE_PIXELS", rng.choice((0, 10_000, 2**24)))  # with and without the whole canvas
         (tiles,) = process_images([image], config)
         where = f"case {number}: {image.size}, {config.image_aspect_ratio}"
         assert tiles.dtype == np.uint8 and tiles.shape == (num_tiles(image.size, config), SIDE, SIDE, 3), where
