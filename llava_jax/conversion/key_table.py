@@ -187,7 +187,7 @@ def llava_hf_rules(config: LlavaConfig) -> tuple[Rule, ...]:
 
 
 def clip_rules() -> tuple[Rule, ...]:
-    """A CLIP directory (CLIPModel or CLIPVisionModel); what is not the vision tower is not needed."""
+    """A CLIP directory (CLIPModel or CLIPVisionModel), of which only the vision tower is needed."""
     return (
         *_tower_rules("vision_model."),
         *_tower_rules(""),

@@ -23,7 +23,7 @@ from llava_jax.models.llava_llama import param_shapes
 
 @dataclass(frozen=True)
 class Stored:
-    """An Orbax directory, and what it holds of each parameter."""
+    """An Orbax directory, and each parameter's shape and dtype in it."""
 
     path: Path
     infos: dict[str, TensorInfo]
@@ -31,8 +31,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Written(TensorInfo):
-    """A tensor to write: what its header is to say, and the parameter that it is, before `transform` is undone. Where
-    it has more rows than the parameter, the new ones are the mean of the others."""
+    """A tensor to write: its header, and the parameter that becomes it once `transform` is undone. Where it has more
+    rows than the parameter, the new ones are the mean of the others."""
 
     path: str
     transform: str

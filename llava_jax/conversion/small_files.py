@@ -39,7 +39,7 @@ def check_small_files(location: Location, text: Location, config: LlavaConfig) -
 
 
 def check_rows(tokenizer, rows: int, what: str) -> None:
-    """ValueError naming the tokens whose ids are beyond an embedding table of so many rows.
+    """ValueError that names the tokens whose ids have no row in an embedding table of this size.
 
     LLaVA's own tokens that the tokenizer lacks are not among them: loading adds those, and their rows.
     """

@@ -200,7 +200,7 @@ def _tokens_stage(ours: np.ndarray, theirs: np.ndarray, gaps: np.ndarray, slack:
 
 
 def as_json(stages: list[Stage]) -> list[dict]:
-    """The stages for `--json`; what is infinite, or no number, is null."""
+    """The stages for `--json`, with null for infinities and NaN."""
     return [{k: None if v != v or v == math.inf else v for k, v in asdict(stage).items()} for stage in stages]
 
 

@@ -168,9 +168,9 @@ def expand2square(image: Image.Image, background_color) -> Image.Image:
 
 
 def _is_wasteful(image: Image.Image, made: int) -> bool:
-    """Whether making so many pixels takes far more memory than the picture; `resample` then makes those that count.
+    """Whether making that many pixels takes far more memory than the picture does.
 
-    It is some five times slower for each pixel that it reads.
+    Then `resample` makes only the pixels that are kept, though five times slower for each pixel that it reads.
     """
     return made > max(LARGE_PIXELS, 2 * image.width * image.height)
 

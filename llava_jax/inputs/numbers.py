@@ -1,4 +1,4 @@
-"""Numbers that a caller gives as options, Python's or NumPy's, checked: what is wrong is one error with its name."""
+"""Checks of numbers that a caller gives as options, Python's or NumPy's; an error names the option."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _heads_last(out):
 
 
 def _over_chunks(q, k, v, valid):
-    """Heads first, in and out. The backward pass has each chunk's scores anew."""
+    """Heads first, in and out. The backward pass computes each chunk's scores again."""
     out = []
     for start in range(0, q.shape[-2], QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, q.shape[-2])

@@ -116,7 +116,7 @@ def flat_positions(shape: tuple[int, ...]) -> jax.Array:
 
 
 def label_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """log softmax of logits [..., V] at labels [...]; what it gives where a label is -100 means nothing."""
+    """log softmax of logits [..., V] at labels [...]; meaningless where a label is -100."""
     picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 

@@ -142,7 +142,7 @@ def _problems_of_images(texts: list[str], num_images: int) -> Iterator[str]:
 
 
 def _open_images(paths: Mapping[str, object], image_folder: str) -> dict[str, tuple[int, int] | str]:
-    """Of each path, in their order: its (width, height), or what is wrong with it."""
+    """Path → the picture's (width, height), or what is wrong with it, in the order of the paths."""
     if paths and image_folder and not os.path.isdir(image_folder):
         raise FileNotFoundError(f"image_folder {image_folder!r}: no such directory")
     named = list(paths)

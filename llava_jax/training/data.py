@@ -101,7 +101,7 @@ def get_length_grouped_indices(lengths: Sequence[int], batch_size: int, world_si
 
 
 def get_modality_length_grouped_indices(lengths: Sequence[int], batch_size: int, world_size: int, rng) -> list[int]:
-    """The same, with images and text-only samples in batches of their own; what is left of both comes last.
+    """The same, but a batch has samples with images or text-only ones; the last batch is what is left of both.
 
     Args:
         lengths: from `modality_lengths`.

@@ -29,7 +29,7 @@ def trainable_pattern(stage: str, config: LlavaConfig, tune_tower: bool = False)
 
 
 def split_params(params: dict, pattern: str) -> tuple[dict, dict]:
-    """(what is trained, what is frozen): the parameters whose path the regex matches, and the others."""
+    """(trained, frozen): the parameters whose path the regex matches, and the others."""
     flat = flatten_dict(params, sep="/")
     trained = {path: x for path, x in flat.items() if re.fullmatch(pattern, path)}
     frozen = {path: x for path, x in flat.items() if path not in trained}

@@ -71,7 +71,7 @@ def check_output(options: TrainOptions) -> None:
 
 
 def _changed(before: dict, now: dict[str, str]) -> list[str]:
-    """The files that are not what they were when the run began; one that is new since then is none of them."""
+    """The files that have changed since the run began; a new file does not count."""
     recorded = before.get(FINGERPRINTS)
     return [name for name, was in recorded.items() if now.get(name) != was] if isinstance(recorded, dict) else []
 
@@ -102,7 +102,7 @@ def fingerprints(options: TrainOptions) -> dict[str, str]:
 
 
 def _small_files(name: str, given: str) -> dict[str, Path]:
-    """A file, or those of a checkpoint directory that say what it is, by the names that an error calls them."""
+    """A file, or the small files of a checkpoint directory, by the names that errors use."""
     path = Path(given).expanduser()
     if not path.is_dir():
         return {name: path}

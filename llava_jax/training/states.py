@@ -44,11 +44,11 @@ class States:
         return self
 
     def __exit__(self, *_) -> None:
-        """Wait for what is being saved."""
+        """Wait for the last save."""
         self._orbax.close()
 
     def newest(self, state):
-        """The newest state that is whole, or `state` itself, which says what it looks like, where none was saved.
+        """The newest whole state; `state` itself, which gives its structure, where none was saved.
 
         Newer ones that are damaged are named on stderr and moved out of the way.
 
@@ -73,7 +73,7 @@ class States:
         return state
 
     def save(self, step: int, state) -> None:
-        """Begin to save; what is still being saved is waited for. The step that was saved last is not saved again.
+        """Begin to save, after a save that is still going on. The step that was saved last is not saved again.
 
         Raises:
             ValueError: something in the state is not finite. It is not saved, and what was saved before stays.
@@ -89,11 +89,11 @@ class States:
         self._saved = step
 
     def wait(self) -> None:
-        """Until what is being saved is on the disk."""
+        """Wait until the last save is on the disk."""
         self._orbax.wait()
 
     def _read(self, step: int, state):
-        """The state of a step; ValueError, in every process, that says what is wrong with it."""
+        """The state of a step; a ValueError in every process if any cannot read it."""
         wanted = {"state": state, "checksums": np.zeros(len(jax.tree.leaves(state)), np.uint32)}
         found: Any = None
         problem = "cannot be read in another process"
@@ -155,7 +155,7 @@ def _is_finite(array: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what asyncio says of the tasks that Orbax leaves behind when one of them fails."""
+    """Silence what asyncio prints about the tasks that Orbax leaves behind when one fails."""
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

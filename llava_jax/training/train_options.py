@@ -1,4 +1,4 @@
-"""What a training run is told; the names are those of the reference's arguments."""
+"""A training run's options, under the names of the reference's arguments."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class TrainOptions:
 
     @property
     def dtype(self) -> str:
-        """Of the arithmetic and of what is frozen."""
+        """The dtype of the arithmetic and of the frozen parameters."""
         return "bfloat16" if self.bf16 else "float32"
 
     @property
