@@ -12,12 +12,7 @@ from llava_jax.evaluation.questions import ID, LOADER
 from llava_jax.fields import Kind, problem_of
 from llava_jax.records import check_objects, read_json, read_json_key
 
-KINDS: dict[str, Kind] = {
-    "question_id": (str, int),
-    "question_type_id": (int,),
-    "data_type": (str,),
-    "answer": (str,),
-}
+KINDS: dict[str, Kind] = {"question_id": (str, int), "question_type_id": (int,), "data_type": (str,), "answer": (str,)}
 
 
 def read_truth(files: Files) -> dict:

@@ -66,10 +66,7 @@ def convert(answers_file, question_file) -> bytes:
 BENCHMARK = Benchmark(
     LOADER,
     scorer=Scorer(
-        read_truth,
-        _score,
-        "v2_mscoco_val2014_annotations.json (test splits: by their server)",
-        table=("answer_type",),
+        read_truth, _score, "v2_mscoco_val2014_annotations.json (test splits: by their server)", table=("answer_type",)
     ),
     submission=Submission(convert, "question_file", "llava_vqav2_mscoco_test2015.jsonl, all that the server asks"),
     published={"accuracy": Published(81.8, "test-dev, by its server")},
