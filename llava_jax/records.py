@@ -1,7 +1,7 @@
-"""JSON, lines of JSON and tables as other people write them, local or gs://: what is wrong is one error that names the
-place.
+"""JSON, lines of JSON and tables as other people write them, local or gs://.
 
-Imports neither JAX nor torch.
+A file that is not there or cannot be read is a FileNotFoundError, one that is not as it should be a ValueError; either
+names the place, and ends with `remedy` where there is one, such as "get the file again".
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how what git clones
 
 
 def read_file(path, remedy: str = "") -> bytes:
-    """A file's bytes.
-
-    Raises:
-        FileNotFoundError: it is not there, or cannot be read.
-    """
     try:
         return epath.Path(path).read_bytes()
     except Exception as error:  # a NUL in its name is a ValueError, and object stores have kinds of their own
@@ -39,12 +34,7 @@ def read_file(path, remedy: str = "") -> bytes:
 
 
 def read_lines(path) -> list[bytes]:
-    """A file's lines without their ends, as Python reads a text file; blank ones at the end are left out.
-
-    Raises:
-        FileNotFoundError: it is not there, or cannot be read.
-        ValueError: it is UTF-16 or UTF-32, as a whole.
-    """
+    """A file's lines without their ends, as Python reads a text file; blank ones at the end are left out."""
     data = read_file(path)
     if data.startswith(UTF_16):
         raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
@@ -52,15 +42,7 @@ def read_lines(path) -> list[bytes]:
 
 
 def parse_json(data: bytes | str, where: str, remedy: str = "") -> Any:
-    """What a piece of JSON says.
-
-    Args:
-        where: what an error calls it: a file, or a file and a line.
-        remedy: the end of an error's sentence, such as "get the file again".
-
-    Raises:
-        ValueError: not UTF-8, not JSON, or nested too deep.
-    """
+    """What a piece of JSON says. `where` is what an error calls it: a file, or a file and a line."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -72,21 +54,10 @@ def parse_json(data: bytes | str, where: str, remedy: str = "") -> Any:
 
 
 def read_json(path, remedy: str = "") -> Any:
-    """A JSON file's content.
-
-    Raises:
-        FileNotFoundError: it is not there, or cannot be read.
-        ValueError: as `parse_json`.
-    """
     return parse_json(read_file(path, remedy), str(path), remedy)
 
 
 def read_json_object(path, remedy: str = "") -> dict:
-    """`read_json` for a file that must hold an object.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_json`, or it holds something else.
-    """
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         got = type(value).__name__
@@ -95,14 +66,7 @@ def read_json_object(path, remedy: str = "") -> dict:
 
 
 def read_json_key(path, key: str, what: str) -> Any:
-    """What the JSON object in a file has under a key.
-
-    Args:
-        what: what the file should be, for an error.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_json`, or it holds no object with this key.
-    """
+    """What the JSON object in a file has under a key. `what` is what an error says that the file should be."""
     content = read_json(path)
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"{path}: is not {what}")
@@ -119,11 +83,7 @@ def naming(what: object) -> Iterator[None]:
 
 
 def json_lines(path) -> Iterator[tuple[str, Any]]:
-    """Of each line of a file its place and what it says; where it is not JSON, the ValueError about it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_lines`.
-    """
+    """Of each line of a file its place and what it says; where it is not JSON, the ValueError about it."""
     for n, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {n}"
         try:
@@ -133,11 +93,7 @@ def json_lines(path) -> Iterator[tuple[str, Any]]:
 
 
 def read_objects(path, kinds: Mapping[str, Kind], remedy: str = "") -> list[dict]:
-    """A file of JSON objects, one a line, each with these keys, of these kinds.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_lines` and `parse_json`, or a line is no such object.
-    """
+    """A file of JSON objects, one a line, each with these keys, of these kinds."""
     lines = enumerate(read_lines(path), 1)
     return check_objects([parse_json(line, f"{path}, line {n}", remedy) for n, line in lines], kinds, path, remedy)
 
@@ -145,14 +101,7 @@ def read_objects(path, kinds: Mapping[str, Kind], remedy: str = "") -> list[dict
 def check_objects(
     entries: object, kinds: Mapping[str, Kind], path, remedy: str = "", called: str = "line"
 ) -> list[dict]:
-    """`entries` themselves, once they are seen to be a list of objects with these keys, of these kinds.
-
-    Args:
-        called: what an error calls one of them.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """`entries`, if they are a list of objects with these keys, of these kinds. An error calls one of them `called`."""
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of entries, got {shown(entries)}{remedy and '; ' + remedy}")
     check = check_of(kinds)
@@ -166,17 +115,9 @@ def check_objects(
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table.
-
-    Attributes:
-        line: on which it starts.
-        cells: None is an empty one.
-        written: the cells as they stand in the file.
-    """
-
-    line: int
-    cells: Sequence[str | None]
-    written: Sequence[str]
+    line: int  # on which it starts
+    cells: Sequence[str | None]  # None is an empty one
+    written: Sequence[str]  # the cells as they stand in the file
 
 
 # What pandas takes for an empty cell.
@@ -190,10 +131,6 @@ def read_table(path) -> tuple[list[str], list[TableRow]]:
     """The columns and rows of a table with tabs, as pandas' `read_table` reads it, but with all cells as text.
 
     A row that is too short is filled with empty cells; one that is too long is left so.
-
-    Raises:
-        FileNotFoundError: the file cannot be read.
-        ValueError: it is not UTF-8, has no columns, or a quotation mark is never closed.
     """
     try:
         text = read_file(path).decode("utf-8-sig")
@@ -203,8 +140,7 @@ def read_table(path) -> tuple[list[str], list[TableRow]]:
     limit = csv.field_size_limit(len(text) + len(sentinel) + 1)  # the process's own; pictures are longer
     try:
         lines = [*io.StringIO(text, newline=""), sentinel]
-        reader = csv.reader(lines, delimiter="\t")
-        rows, line = [], 1
+        reader, rows, line = csv.reader(lines, delimiter="\t"), [], 1
         for cells in reader:
             rows.append((line, cells))
             line = reader.line_num + 1
@@ -234,19 +170,14 @@ def typed(column: Sequence[str | None]) -> list[int | float | str | None]:
     """A column's cells as pandas types them: all integers, or all numbers (an empty one is NaN), or all text."""
     filled = [cell for cell in column if cell is not None]
     if filled and all(map(_INTEGER.fullmatch, filled)):
-        if not _fit(filled):
+        if any(len(text) > _LONGEST for text in filled):
+            return list(column)
+        integers = [int(text) for text in filled]
+        low, high = min(integers), max(integers)
+        if low < -(1 << 63) or high >= 1 << (63 if low < 0 else 64):  # neither int64 nor uint64 has room for them
             return list(column)
         if len(filled) == len(column):
-            return [int(cell) for cell in filled]
+            return list(integers)
     if all(map(_NUMBER.fullmatch, filled)):
         return [math.nan if cell is None else float(cell) for cell in column]
     return list(column)
-
-
-def _fit(integers: Sequence[str]) -> bool:
-    """Whether they have room in int64 or, all of them, in uint64."""
-    if any(len(text) > _LONGEST for text in integers):
-        return False
-    numbers = [int(text) for text in integers]
-    low, high = min(numbers), max(numbers)
-    return high < 1 << (63 if low < 0 else 64) and low >= -(1 << 63)

@@ -28,26 +28,18 @@ ID = (str, int, float, bool, type(None))  # the reference repeats whatever an id
 class Question:
     """One question: what is asked, and what its answer's line repeats.
 
-    Attributes:
-        question_id: as it stands in the file; None where a malformed entry has none that can be read.
-        text: what is asked, without `<image>`; `user_turn` puts the image in front.
-        prompt: echoed in the answer's "prompt"; it is not always the text (MMBench: without the single-pred sentence).
-        image: a file's name within the image folder, or what stands for itself (see `inputs.image.image_source`); an
-            image file's bytes (MMBench), or None.
-        fields: further fields of the answer's line, in the reference's order (MMBench: round_id, options, option_char).
-        error: why it cannot be asked, naming file and line.
-        note: what of its row is not asked, as in the reference, though it stands in the file (MMBench).
-        answer_id: what its answer is known by, in this run and when it is started again; given by `prepare`.
+    `image` is a file's name within the image folder, or what stands for itself (see `inputs.image.image_source`); an
+    image file's bytes (MMBench), or None.
     """
 
-    question_id: str | int | float | None
-    text: str
-    prompt: str
+    question_id: str | int | float | None  # as in the file; None where a malformed entry has none that can be read
+    text: str  # what is asked, without `<image>`; `user_turn` puts the image in front
+    prompt: str  # the answer's "prompt"; not always the text (MMBench: without the single-pred sentence)
     image: str | bytes | None
-    fields: Mapping[str, object] = field(default_factory=dict)
-    error: str | None = None
-    note: str | None = None
-    answer_id: str = ""
+    fields: Mapping[str, object] = field(default_factory=dict)  # more of the answer's line, in the reference's order
+    error: str | None = None  # why it cannot be asked, naming file and line
+    note: str | None = None  # what of its row is not asked, as in the reference, though it stands in the file (MMBench)
+    answer_id: str = ""  # what its answer is known by, in this run and when it is started again; given by `prepare`
 
 
 def user_turn(question: Question, mm_use_im_start_end: bool = False) -> str:
@@ -67,9 +59,6 @@ def get_chunk(questions: list[Question], n: int, k: int) -> list[Question]:
     """Chunk k of n, as the reference's function of this name; empty where there are too few questions for it to exist.
 
     The reference divides MMBench's rows, so the rounds of one row stay together.
-
-    Raises:
-        ValueError: k is not one of 0 … n-1.
     """
     if not 0 <= k < n:
         raise ValueError(f"chunk {k} of {n}: --chunk-idx must be from 0 to --num-chunks - 1")
@@ -85,39 +74,24 @@ def get_chunk(questions: list[Question], n: int, k: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class PromptFlags:
-    """Flags of the reference's science and mmbench programs.
+    """Flags of the reference's science and mmbench programs."""
 
-    Attributes:
-        single_pred_prompt: ask for the option's letter.
-        all_rounds: one question for each rotation of the options.
-        lang: in which language the letter is asked for.
-    """
-
-    single_pred_prompt: bool = False
-    all_rounds: bool = False
-    lang: str = "en"
+    single_pred_prompt: bool = False  # ask for the option's letter
+    all_rounds: bool = False  # one question for each rotation of the options
+    lang: str = "en"  # in which the letter is asked for
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of the reference's programs reads its question file and asks.
+    """How one of the reference's programs reads its question file and asks."""
 
-    Attributes:
-        name: the program's, without `model_vqa_`.
-        read: (path, flags) → the file's questions, in its order.
-        max_new_tokens: what the program generates at most.
-        rgb: whether it converts pictures to RGB before everything else.
-        ending: a file's, by which this layout is picked where no task is named; or "".
-        single_pred_prompt, all_rounds: whether it has these flags.
-    """
-
-    name: str
-    read: Callable[[Any, PromptFlags], list[Question]]
+    name: str  # the program's, without `model_vqa_`
+    read: Callable[[Any, PromptFlags], list[Question]]  # (path, flags) → the file's questions, in its order
     max_new_tokens: int
-    rgb: bool
-    ending: str = ""
-    single_pred_prompt: bool = False
-    all_rounds: bool = False
+    rgb: bool  # whether it converts pictures to RGB before everything else
+    ending: str = ""  # a file's, by which this layout is picked where no task is named
+    single_pred_prompt: bool = False  # whether it has this flag
+    all_rounds: bool = False  # and this one
 
 
 def read_questions(path, layout: Layout, flags: PromptFlags = PromptFlags()) -> list[Question]:

@@ -1,37 +1,16 @@
-"""The benchmarks, by the names that `--task` has for them; to add one: a file here, and its line in this table."""
+"""The benchmarks, by the names that `--task` has for them; to add one: a file here, and its name in this list."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import PurePath
 
-from llava_jax.evaluation.benchmarks import (
-    gqa,
-    llava_bench,
-    mm_vet,
-    mmbench,
-    mme,
-    pope,
-    scienceqa,
-    seed,
-    textvqa,
-    vizwiz,
-    vqav2,
-)
 from llava_jax.evaluation.benchmarks.benchmark import Benchmark
 from llava_jax.evaluation.questions import Layout
 
+TASKS = ("pope", "textvqa", "vqav2", "gqa", "vizwiz", "scienceqa", "mmbench", "mme", "seed", "llava-bench", "mm-vet")
 BENCHMARKS: dict[str, Benchmark] = {
-    "pope": pope.BENCHMARK,
-    "textvqa": textvqa.BENCHMARK,
-    "vqav2": vqav2.BENCHMARK,
-    "gqa": gqa.BENCHMARK,
-    "vizwiz": vizwiz.BENCHMARK,
-    "scienceqa": scienceqa.BENCHMARK,
-    "mmbench": mmbench.BENCHMARK,
-    "mme": mme.BENCHMARK,
-    "seed": seed.BENCHMARK,
-    "llava-bench": llava_bench.BENCHMARK,
-    "mm-vet": mm_vet.BENCHMARK,
+    task: import_module(f"{__name__}.{task.replace('-', '_')}").BENCHMARK for task in TASKS
 }
 
 

@@ -28,37 +28,25 @@ class Scorer:
     """How answers are scored, once all files are read and checked.
 
     The reference's scripts score answers that are too few, too many, out of order or to other questions without a word.
-
-    Attributes:
-        read: files → the annotations, checked.
-        score: (answers, annotations, files) → figures: numbers, None, or dicts of them; and perhaps NOTES.
-        annotations: what the annotations are, as they lie in LLaVA's playground/data/eval.
-        keys: what an answer line must have besides question_id and text.
-        questions: what the question file is, where `read` takes it.
-        table: figures that are dicts, and are printed all the same.
     """
 
-    read: Callable[[Files], Any]
+    read: Callable[[Files], Any]  # → the annotations, checked
+    # (answers, annotations, files) → figures: numbers, None, or dicts of them; and perhaps NOTES
     score: Callable[[Sequence[Mapping], Any, Files], dict]
-    annotations: str
-    keys: Mapping[str, Kind] = field(default_factory=dict)
-    questions: str = ""
-    table: tuple[str, ...] = ()
+    annotations: str  # what they are, as they lie in LLaVA's playground/data/eval
+    keys: Mapping[str, Kind] = field(default_factory=dict)  # of an answer line, besides question_id and text
+    questions: str = ""  # what the question file is, where `read` takes it
+    table: tuple[str, ...] = ()  # figures that are dicts, and are printed all the same
 
 
 @dataclass(frozen=True)
 class Submission:
-    """How answers are written for the benchmark's server or evaluator.
+    """How answers are written for the benchmark's server or evaluator."""
 
-    Attributes:
-        convert: (answers file, the other file that is needed) → the file's bytes, or {file's name: bytes} of a folder.
-        needs: the flag that names the other file, or None.
-        what: the other file.
-    """
-
+    # (answers file, the other file that is needed) → the file's bytes, or {file's name: bytes} of a folder
     convert: Callable[..., bytes | dict[str, bytes]]
-    needs: str | None = None
-    what: str = ""
+    needs: str | None = None  # the flag that names the other file
+    what: str = ""  # the other file
 
 
 @dataclass(frozen=True)
@@ -83,26 +71,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of LLaVA's eval folder, as its script in `scripts/v1_5/eval` runs it: greedy, with vicuna_v1.
+    """A benchmark of LLaVA's eval folder, as its script in `scripts/v1_5/eval` runs it: greedy, with vicuna_v1."""
 
-    Attributes:
-        layout: of its question file.
-        single_pred_prompt: its script passes `--single-pred-prompt`.
-        langs: what `--lang` may be.
-        scorer: None where GPT judges the answers.
-        judged: what then becomes of the answers; {answers} is their file.
-        submission: None where there is no server or evaluator to write the answers for.
-        published: figure → what was published for it.
-        editions: a part of the annotations' file name → what was published for that edition instead.
-        workload: for the roofline's table.
-    """
-
-    layout: Layout
-    single_pred_prompt: bool = False
-    langs: tuple[str, ...] = ("en",)
-    scorer: Scorer | None = None
-    judged: str = ""
-    submission: Submission | None = None
-    published: Mapping[str, Published] = field(default_factory=dict)
+    layout: Layout  # of its question file
+    single_pred_prompt: bool = False  # whether its script passes `--single-pred-prompt`
+    langs: tuple[str, ...] = ("en",)  # what `--lang` may be
+    scorer: Scorer | None = None  # None where GPT judges the answers
+    judged: str = ""  # what then becomes of the answers; {answers} is their file
+    submission: Submission | None = None  # None where there is no server or evaluator to write the answers for
+    published: Mapping[str, Published] = field(default_factory=dict)  # by figure
+    # a part of the annotations' file name → what was published for that edition instead
     editions: Mapping[str, Mapping[str, Published]] = field(default_factory=dict)
-    workload: Workload | None = None
+    workload: Workload | None = None  # for the roofline's table
