@@ -9,7 +9,7 @@ from llava_jax.cli.flags import add_distributed_argument, add_model_arguments, i
 from llava_jax.cli.score import print_scores
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
-from llava_jax.evaluation.questions import LANGUAGES
+from llava_jax.evaluation.questions import SINGLE_PRED_PROMPT
 from llava_jax.evaluation.scoring import check_annotations
 
 DESCRIPTION = (
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-idx", type=int, default=0, help="answer this chunk only, to a file of its own")
     parser.add_argument("--single-pred-prompt", action="store_true", help="science, mmbench: ask for the letter alone")
     parser.add_argument("--all-rounds", action="store_true", help="mmbench: once for each rotation of the options")
-    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="mmbench (%(default)s)")
+    parser.add_argument("--lang", choices=SINGLE_PRED_PROMPT, default="en", help="mmbench (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
     parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
     add_distributed_argument(parser)

@@ -24,10 +24,8 @@ KEPT = "what is answered is kept; make room for the rest, and start it again to 
 def answer_id(weights: str, settings: Sequence, number: int, question: Question) -> str:
     """What the reference's shortuuid.uuid() looks like, but the same for the same question asked in the same way.
 
-    Args:
-        weights: the checkpoint's fingerprint.
-        settings: whatever else the answer depends on, as JSON has it.
-        number: the question's place in the file, where the same question may stand twice.
+    `weights` is the checkpoint's fingerprint, `settings` whatever else the answer depends on, as JSON has it, and
+    `number` the question's place in the file, where the same question may stand twice.
     """
     image = question.image if isinstance(question.image, str | None) else hashlib.sha256(question.image).hexdigest()
     asked = [question.question_id, question.text, question.prompt, image, dict(question.fields)]
@@ -55,15 +53,10 @@ def answer_line(question: Question, text: str, model_id: str, error: str | None 
 
 @dataclass(frozen=True)
 class AnswerFile:
-    """An answer file in the making, local or gs://.
+    """An answer file in the making, local or gs://."""
 
-    Attributes:
-        path: of the merged file; the parts stand beside it.
-        questions: all of this run's, with their answer ids, in order.
-    """
-
-    path: epath.Path
-    questions: Sequence[Question]
+    path: epath.Path  # of the merged file; the parts stand beside it
+    questions: Sequence[Question]  # all of this run's, with their answer ids, in order
 
     def part(self, process: int) -> epath.Path:
         """What that process appends to; where nothing can be appended to, the beginning of its parts' names."""
@@ -91,7 +84,9 @@ class AnswerFile:
         known = {question.answer_id for question in self.questions}
         lines: dict[str, str] = {}
         for path in [*([self.path] if self.path.exists() else []), *self.parts()]:
-            for n, line in enumerate(_whole_lines(path), 1):
+            data = read_file(path)
+            for n, written in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+                line = written.decode("utf-8", "replace")
                 answer_id = str(_answer(line).get("answer_id"))
                 if answer_id not in known:
                     raise ValueError(
@@ -141,7 +136,9 @@ class AnswerShard:
         self.path, self._objects = path, 0
         with writing(path, KEPT):
             if is_local(path):
-                self._repair()
+                with open(path, "a+b") as file:  # a last line that was not written to its end is cut off
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
             else:
                 self._write_object(b"")  # so that the others see it
 
@@ -165,23 +162,12 @@ class AnswerShard:
             self._objects += 1
         path.write_bytes(text)
 
-    def _repair(self) -> None:
-        """Cut off a last line that was not written to its end."""
-        with open(self.path, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
 
 def failure_of(line: str) -> str | None:
     """Why the question of an answer's line could not be asked."""
     metadata = _answer(line).get("metadata")
     error = metadata.get("error") if isinstance(metadata, dict) else None
     return str(error) if error else None
-
-
-def _whole_lines(path: epath.Path) -> list[str]:
-    data = read_file(path)
-    return [line.decode("utf-8", "replace") for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True)]
 
 
 def _answer(line: str) -> dict:

@@ -11,37 +11,25 @@ from llava_jax.parallel.mesh_axes import check_axes
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of a run. Paths may be local or gs://.
-
-    Attributes:
-        task: a name in `benchmarks.BENCHMARKS`; None goes by the question file's ending.
-        conv_mode: None is the checkpoint's.
-        temperature: 0 is greedy; top_p: None is the checkpoint's.
-        max_new_tokens: None is what the reference's program for this task takes.
-        single_pred_prompt, all_rounds, lang: as the reference's science and mmbench programs have them; the tasks whose
-            scripts pass the first have it anyway.
-        strict: stop at the first question that cannot be asked.
-        mesh: of each process's own devices; empty is all of them.
-        dtype, quantize, int8_prefix: see `llava_jax.load`.
-    """
+    """The options of a run. Paths may be local or gs://; `dtype` and what follows it are as `llava_jax.load` has them."""
 
     model_path: str
     question_file: str
     answers_file: str
     image_folder: str = ""
-    task: str | None = None
-    conv_mode: str | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
+    task: str | None = None  # a name in `benchmarks.BENCHMARKS`; None goes by the question file's ending
+    conv_mode: str | None = None  # None is the checkpoint's
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float | None = None  # None is the checkpoint's
     seed: int = 0
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = None  # None is what the reference's program for this task takes
     num_chunks: int = 1
     chunk_idx: int = 0
-    single_pred_prompt: bool = False
+    single_pred_prompt: bool = False  # the tasks whose scripts pass it have it anyway
     all_rounds: bool = False
     lang: str = "en"
-    strict: bool = False
-    mesh: tuple[tuple[str, int], ...] = ()
+    strict: bool = False  # stop at the first question that cannot be asked
+    mesh: tuple[tuple[str, int], ...] = ()  # of each process's own devices; empty is all of them
     dtype: str | None = None
     quantize: str | None = None
     int8_prefix: bool = False
@@ -55,7 +43,6 @@ class EvaluateOptions:
 
     @property
     def layout(self) -> Layout:
-        """Of the question file."""
         return layout_for(self.task, self.question_file)
 
     @property

@@ -24,17 +24,11 @@ AHEAD = 2  # batches whose pictures are being loaded while the device works
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that questions share, before it is loaded; or that they have none.
+    """A picture that questions share, before it is loaded; or that they have none."""
 
-    Attributes:
-        source: what `load_image` takes, or None.
-        sizes: its (width, height), for which prompts and batches are planned: one or none.
-        error: why it cannot be read.
-    """
-
-    source: str | bytes | None
-    sizes: tuple[tuple[int, int], ...] = ()
-    error: str | None = None
+    source: str | bytes | None  # what `load_image` takes
+    sizes: tuple[tuple[int, int], ...] = ()  # its (width, height), for which prompts and batches are planned, or none
+    error: str | None = None  # why it cannot be read
 
 
 def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Picture]:
@@ -52,10 +46,7 @@ def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Pic
 
 
 def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> ProcessedImage:
-    """One picture, as the original's evaluation programs see it: EXIF is ignored.
-
-    Args:
-        rgb: convert to RGB before everything else; see `Layout`.
+    """One picture, as the original's evaluation programs see it: EXIF is ignored, `rgb` is the `Layout`'s.
 
     Raises:
         ValueError: what is wrong with the picture.

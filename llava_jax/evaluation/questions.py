@@ -16,8 +16,7 @@ from llava_jax.fields import problem_of
 from llava_jax.inputs.text import text_problem
 from llava_jax.records import json_lines
 
-LANGUAGES = ("en", "cn")
-SINGLE_PRED_PROMPT = {
+SINGLE_PRED_PROMPT = {  # by language
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
@@ -105,8 +104,8 @@ def read_questions(path, layout: Layout, flags: PromptFlags = PromptFlags()) -> 
         raise ValueError(f"single_pred_prompt: the {layout.name} layout has none, its questions say it themselves")
     if flags.all_rounds and not layout.all_rounds:
         raise ValueError(f"all_rounds: the {layout.name} layout has none, only mmbench rotates its options")
-    if flags.lang not in LANGUAGES:
-        raise ValueError(f"lang={flags.lang!r} is not known; use one of {', '.join(LANGUAGES)}")
+    if flags.lang not in SINGLE_PRED_PROMPT:
+        raise ValueError(f"lang={flags.lang!r} is not known; use one of {', '.join(SINGLE_PRED_PROMPT)}")
     questions = layout.read(path, flags)
     if not questions:
         raise ValueError(f"{path}: has no questions")

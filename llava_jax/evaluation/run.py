@@ -35,18 +35,13 @@ TEXT_ONLY = 16  # questions without a picture that share a prefix
 
 @dataclass(frozen=True)
 class Job:
-    """What every process knows before any work.
-
-    Attributes:
-        conv_mode: the template's name.
-        file: all questions, and where their answers go.
-    """
+    """What every process knows before any work."""
 
     options: EvaluateOptions
     config: LlavaConfig
-    conv_mode: str
+    conv_mode: str  # the template's name
     generation: GenerationOptions
-    file: AnswerFile
+    file: AnswerFile  # all questions, and where their answers go
 
     def failure(self, question: Question, error: str) -> str:
         """The line of a question that cannot be asked.
@@ -123,15 +118,11 @@ def prepare(options: EvaluateOptions) -> Job:
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config)
     of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
-    settings = (config.name, _digest(config), conv_mode, options.new_tokens, *of_options)
+    digest = hashlib.sha256(repr(config).encode(errors="backslashreplace")).hexdigest()
+    settings = (config.name, digest, conv_mode, options.new_tokens, *of_options)
     weights = fingerprint(options.model_path)
     questions = [replace(q, answer_id=answer_id(weights, settings, n, q)) for n, q in enumerate(questions)]
     return Job(options, config, conv_mode, generation, AnswerFile(path, questions))
-
-
-def _digest(config: LlavaConfig) -> str:
-    """What tells this config from others, of the same weights: how pictures are cut, where answers end."""
-    return hashlib.sha256(repr(config).encode(errors="backslashreplace")).hexdigest()
 
 
 def _conv_mode(asked: str | None, config: LlavaConfig) -> str:
@@ -160,7 +151,10 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
 
     options, lines = job.options, []
     groups: list[Group] = []
-    mesh = mesh_for(options, job.config)
+    devices, axes = jax.local_devices(), dict(options.mesh)
+    if not axes and len(devices) > 1:  # all of them, dividing the heads as far as they can be divided
+        axes = default_axes(len(devices), job.config.text.num_key_value_heads)
+    mesh = make_mesh(devices, **axes) if axes else None
     llava, params = llava_jax.load(
         options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
     )
@@ -198,14 +192,6 @@ def by_image(questions: Sequence[Question]) -> list[list[Question]]:
         together.setdefault(question.image, []).append(question)
     without = together.pop(None, [])
     return [*together.values(), *(without[i : i + TEXT_ONLY] for i in range(0, len(without), TEXT_ONLY))]
-
-
-def mesh_for(options: EvaluateOptions, config: LlavaConfig):
-    """Over this process's own devices: as asked, or all of them, dividing the heads as far as they can be divided."""
-    devices, axes = jax.local_devices(), dict(options.mesh)
-    if not axes and len(devices) > 1:
-        axes = default_axes(len(devices), config.text.num_key_value_heads)
-    return make_mesh(devices, **axes) if axes else None
 
 
 def described(question: Question, why: str) -> str:

@@ -7,14 +7,7 @@ from collections.abc import Collection, Mapping
 from etils import epath
 
 from llava_jax.evaluation.benchmarks import BENCHMARKS
-from llava_jax.evaluation.benchmarks.benchmark import (
-    PUBLISHED_MODEL,
-    PUBLISHED_SOURCE,
-    Benchmark,
-    Files,
-    Published,
-    Scorer,
-)
+from llava_jax.evaluation.benchmarks.benchmark import PUBLISHED_IN, Benchmark, Files, Published, Scorer
 from llava_jax.evaluation.questions import ID
 from llava_jax.fields import Kind
 from llava_jax.records import read_objects
@@ -42,22 +35,13 @@ def check_scorable(task: str | None, answers_file: str, annotations: str | None)
 
 
 def check_annotations(task: str | None, answers_file: str, annotations: str | None, question_file: str | None) -> None:
-    """See that answers can be scored, before there are any: annotations that are damaged are named now.
-
-    Raises:
-        FileNotFoundError, ValueError: as `check_scorable`, or the annotations are malformed.
-    """
+    """`check_scorable`, before there are any answers: annotations that are damaged are named now."""
     scorer, path = check_scorable(task, answers_file, annotations)
     scorer.read(Files(answers_file, path, question_file))
 
 
 def read_answers(path: str, keys: Mapping[str, Kind]) -> list[dict]:
-    """Answer lines, each with question_id, a text and `keys`.
-
-    Raises:
-        FileNotFoundError: the file cannot be read.
-        ValueError: it is empty, or a line is not such an answer.
-    """
+    """Answer lines, each with question_id, a text and `keys`; ValueError if there is none, or one is not so."""
     kinds = {"question_id": ID, "text": (str,), **keys}
     answers = read_objects(path, kinds, "let llava-jax evaluate finish it, or give this task's answers")
     if not answers:
@@ -84,7 +68,7 @@ def table(title: str, figures: Mapping, published: Mapping[str, Published], grou
     for name, value, beside in rows:
         theirs = "" if beside is None else f"{beside.score:>10}  on {beside.measured_on}"
         lines.append(f"{name:<{width}} {_shown(value):>9} {theirs}".rstrip())
-    return "\n".join([*lines, f"published: {PUBLISHED_MODEL}, {PUBLISHED_SOURCE}"])
+    return "\n".join([*lines, f"published: {PUBLISHED_IN}"])
 
 
 def _shown(value: float | int | Mapping | None) -> str:

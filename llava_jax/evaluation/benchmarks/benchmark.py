@@ -9,8 +9,7 @@ from typing import Any
 from llava_jax.evaluation.questions import Layout
 from llava_jax.fields import Kind
 
-PUBLISHED_MODEL = "llava-v1.6-vicuna-7b"
-PUBLISHED_SOURCE = "docs/MODEL_ZOO.md of github.com/haotian-liu/LLaVA"
+PUBLISHED_IN = "llava-v1.6-vicuna-7b, docs/MODEL_ZOO.md of github.com/haotian-liu/LLaVA"
 NOTES = "notes"  # among a score's figures, what to know about them: a list of lines
 
 
@@ -51,7 +50,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Published:
-    """A figure that LLaVA's authors published for PUBLISHED_MODEL, in the unit of ours, and what it was measured on."""
+    """A figure that LLaVA's authors published (PUBLISHED_IN), in the unit of ours, and what it was measured on."""
 
     score: float
     measured_on: str

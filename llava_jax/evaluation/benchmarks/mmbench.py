@@ -19,14 +19,7 @@ from dataclasses import dataclass
 
 from llava_jax.evaluation.benchmarks.benchmark import NOTES, Benchmark, Files, Published, Scorer, Submission
 from llava_jax.evaluation.benchmarks.common import SERVER, check_ids, check_once, percent, question_ids, read_texts
-from llava_jax.evaluation.questions import (
-    LANGUAGES,
-    SINGLE_PRED_PROMPT,
-    Layout,
-    PromptFlags,
-    Question,
-    checked_question,
-)
+from llava_jax.evaluation.questions import SINGLE_PRED_PROMPT, Layout, PromptFlags, Question, checked_question
 from llava_jax.evaluation.workbook import workbook
 from llava_jax.records import naming, read_table, typed
 
@@ -51,31 +44,15 @@ PREDICTION_AT = 6  # the sheet's column
 
 @dataclass(frozen=True)
 class Row:
-    """A row.
-
-    Attributes:
-        where: file and line, for errors.
-        index: the row's, as pandas types the column; None where it is empty.
-        cells: column → text; None is an empty one.
-        options: what is asked: the options before the first empty one.
-        problem: why the row cannot be asked, or None.
-        lost: which options stand in the file and are not asked, and by which cell; None where all are.
-    """
-
-    where: str
-    index: int | float | str | None
-    cells: Mapping[str, str | None]
-    options: list[str]
-    problem: str | None
-    lost: str | None
+    where: str  # file and line, for errors
+    index: int | float | str | None  # as pandas types the column; None where it is empty
+    cells: Mapping[str, str | None]  # by column; None is an empty one
+    options: list[str]  # what is asked: those before the first empty one
+    problem: str | None  # why the row cannot be asked
+    lost: str | None  # which options stand in the file and are not asked, and by which cell
 
 
 def read_rows(path) -> tuple[list[str], list[Row]]:
-    """The columns and rows of MMBench's table.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_table`; or there is no column index.
-    """
     columns, rows = read_table(path)
     _check_has_index(path, columns)
     at = columns.index("index")
@@ -350,7 +327,7 @@ def convert(answers_file, question_file) -> bytes:
 BENCHMARK = Benchmark(
     MMBENCH,
     single_pred_prompt=True,
-    langs=LANGUAGES,
+    langs=tuple(SINGLE_PRED_PROMPT),
     scorer=Scorer(
         read_truth,
         _score,

@@ -44,20 +44,22 @@ def evalai_answer(text: str) -> str:
     """A text as EvalAI compares it; LLaVA's EvalAIAnswerProcessor."""
     # Quirk: every comma and question mark goes here, so the punctuation step never sees 1,000.
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return _digits_and_articles(_punctuation(one_line(text)))
+    return vqa_answer(text)
 
 
 def vqa_answer(text: str) -> str:
     """A text as the VQA challenge compares it; processPunctuation and processDigitArticle of vqaEval.py."""
-    return _digits_and_articles(_punctuation(one_line(text)))
+    text = out = one_line(text)
+    for mark in PUNCTUATION:
+        # Quirk: one mark that touches a space, or 1,000 anywhere, and marks vanish instead of becoming spaces.
+        vanishes = mark + " " in text or " " + mark in text or COMMA.search(text) is not None
+        out = out.replace(mark, "" if vanishes else " ")
+    words = [DIGITS.get(word, word) for word in PERIOD.sub("", out, count=POINTS).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def check_annotated(entries: object, kinds: Mapping[str, Kind], path: str) -> list[dict]:
-    """`entries` themselves, checked: a list of objects of these kinds, each with at least one person's answer.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """`entries`, if they are a list of objects of these kinds, each with at least one person's answer."""
     checked = check_objects(entries, kinds, path, SERVER, "entry")
     if not checked or not all(entry["answers"] for entry in checked):
         raise ValueError(f"{path}: a question has no annotated answers; {SERVER}")
@@ -101,17 +103,3 @@ def submitted_answers(path) -> dict:
 
 def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def _punctuation(text: str) -> str:
-    out = text
-    for mark in PUNCTUATION:
-        # Quirk: one mark that touches a space, or 1,000 anywhere, and marks vanish instead of becoming spaces.
-        vanishes = mark + " " in text or " " + mark in text or COMMA.search(text) is not None
-        out = out.replace(mark, "" if vanishes else " ")
-    return PERIOD.sub("", out, count=POINTS)
-
-
-def _digits_and_articles(text: str) -> str:
-    words = [DIGITS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
