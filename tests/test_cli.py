@@ -25,8 +25,13 @@ from llava_jax.training.train_options import TrainOptions
 pytestmark = pytest.mark.usefixtures("load_once")
 
 
-def test_ask_prints_what_generate_returns(converted, pictures, capsys):
-    folder, image = converted("vicuna"), pictures["chelsea"]
+@pytest.fixture(scope="module")
+def folder(small_training):
+    return str(small_training[0])
+
+
+def test_ask_prints_what_generate_returns(folder, pictures, capsys):
+    image = pictures["chelsea"]
     llava, params = llava_jax.load(folder)
     wanted = llava.generate(params, image, "What is it?", max_new_tokens=8)
     command = ["ask", "--model-path", folder, "--image-file", image, "--query", "What is it?", "--max_new_tokens", "8"]
@@ -37,8 +42,8 @@ def test_ask_prints_what_generate_returns(converted, pictures, capsys):
     assert capsys.readouterr().out != wanted + "\n"
 
 
-def test_several_images_and_none(converted, pictures, capsys):
-    ask = ["ask", "--model-path", converted("llava15"), "--query", "Compare", "--max_new_tokens", "4"]
+def test_several_images_and_none(folder, pictures, capsys):
+    ask = ["ask", "--model-path", folder, "--query", "Compare", "--max_new_tokens", "4"]
     assert main([*ask, "--image-file", f"{pictures['chelsea']},{pictures['chelsea']}"]) == 0
     assert main(ask) == 0
     assert main([*ask, "--image-file", f"{pictures['chelsea']};{pictures['chelsea']}", "--sep", ";"]) == 0
@@ -46,8 +51,8 @@ def test_several_images_and_none(converted, pictures, capsys):
     assert len(outs) >= 3
 
 
-def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, capsys):
-    folder, damaged = converted("vicuna"), tmp_path / "damaged.jpg"
+def test_many_files_are_asked_about_one_by_one(folder, pictures, tmp_path, capsys):
+    damaged = tmp_path / "damaged.jpg"
     damaged.write_bytes(Path(pictures["chelsea"]).read_bytes()[:2000])
     files = [pictures["chelsea"], str(damaged), f"{pictures['chelsea']},{pictures['coffee']}", "/nowhere.jpg"]
     ask = ["ask", "--model-path", folder, "--query", "What?", "--max_new_tokens", "8", "--image-file", *files]
@@ -69,9 +74,9 @@ def test_many_files_are_asked_about_one_by_one(converted, pictures, tmp_path, ca
     assert r"error: \udc80.jpg: " in err and "is damaged" in err and max(map(len, err.splitlines())) < 600
 
 
-def test_files_that_are_all_missing_are_named_before_the_model_is_loaded(converted, monkeypatch, capsys):
+def test_files_that_are_all_missing_are_named_before_the_model_is_loaded(folder, monkeypatch, capsys):
     monkeypatch.setattr(llava_jax, "load", lambda *args, **options: pytest.fail("loaded"))
-    command = ["ask", "--model-path", converted("vicuna"), "--query", "What?", "--image-file"]
+    command = ["ask", "--model-path", folder, "--query", "What?", "--image-file"]
     capsys.readouterr()  # the fixture's own
     assert main([*command, "/nowhere.jpg", "data:,no picture", "foo://a.jpg,/nowhere.jpg", __file__]) == 3
     assert [line.startswith("llava-jax: error: ") for line in capsys.readouterr().err.splitlines()] == [True] * 4
@@ -82,8 +87,8 @@ def typed(monkeypatch, *lines):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
-def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch, capsys):
-    folder, options = converted("vicuna"), dict(max_new_tokens=8)
+def test_chat_says_what_the_conversation_gives(folder, pictures, monkeypatch, capsys):
+    options = dict(max_new_tokens=8)
     llava, params = llava_jax.load(folder)
     talk = llava.chat(params, pictures["chelsea"], **options)
     wanted = [talk.send("What is it?"), talk.send("And behind it?"), llava.chat(params, [], **options).send("Hi")]
@@ -105,8 +110,7 @@ def test_chat_says_what_the_conversation_gives(converted, pictures, monkeypatch,
     assert out.count("/quit or Ctrl-D ends") == 2
 
 
-def test_bytes_that_are_no_text_cost_their_question(converted, monkeypatch, capsys):
-    folder = converted("vicuna")
+def test_bytes_that_are_no_text_cost_their_question(folder, monkeypatch, capsys):
     typed = io.TextIOWrapper(io.BytesIO(b"Hi \xff\nHi\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", typed)
     capsys.readouterr()
@@ -118,8 +122,7 @@ def test_bytes_that_are_no_text_cost_their_question(converted, monkeypatch, caps
     assert "--query: has '\\udcff'" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(converted, monkeypatch, capsys):
-    folder = converted("vicuna")
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, capsys):
     stream, given = Chat.stream, []
 
     def pressed(talk, question, **options):
@@ -148,8 +151,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(converted, monkeypatch
         ({"--temperature": "-1"}, "temperature=-1.0 must be more than 0; 0 is greedy"),
     ],
 )
-def test_errors_are_one_line(converted, pictures, capsys, change, message):
-    flags = {"--model-path": converted("vicuna"), "--image-file": pictures["chelsea"], "--query": "Hi", **change}
+def test_errors_are_one_line(folder, pictures, capsys, change, message):
+    flags = {"--model-path": folder, "--image-file": pictures["chelsea"], "--query": "Hi", **change}
     capsys.readouterr()  # the fixtures' own
     assert main(["ask", *(word for pair in flags.items() for word in pair)]) == 1
     error = capsys.readouterr().err
