@@ -33,7 +33,7 @@ def torch():
 def reference(checkpoint, converted, pictures):
     """What transformers computes with vicuna's published weights, and with what: (llava, prompt, picture, record)."""
     llava, _ = load(converted("vicuna"), reading="llava-hf")
-    text, picture = llava.conversation(verify.QUESTION, 1).get_prompt(), load_image(pictures["wide_1200x400"])
+    text, picture = llava.conversation(verify.QUESTION, 1).get_prompt(), load_image(pictures["wide_1200x200"])
     published = read_published(checkpoint("vicuna")[0])
     return llava, text, picture, verify.record_llava_hf(published, text, [picture])[0]
 
