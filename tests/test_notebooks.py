@@ -35,6 +35,7 @@ def execute(notebook, folder):
     """
     done = copy.deepcopy(notebook)
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
+    env |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # compiled as users do, to the same digits
     kernels = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # of no other environment
     client = NotebookClient(done, km=kernels, timeout=300, record_timing=False)
     client.execute(cwd=str(folder), env=env, cleanup_kc=True)
