@@ -9,28 +9,10 @@ from typing import Any
 
 from llava_jax import config_layouts as layouts
 from llava_jax import config_schema as schema
-from llava_jax.config_parts import (
-    KNOWN_TOWERS,
-    PINPOINTS_336,
-    GenerationDefaults,
-    RopeScaling,
-    TextConfig,
-    VisionConfig,
-    has_row,
-)
+from llava_jax.config_parts import KNOWN_TOWERS as KNOWN_TOWERS
+from llava_jax.config_parts import PINPOINTS_336, GenerationDefaults, TextConfig, VisionConfig, has_row
+from llava_jax.config_parts import RopeScaling as RopeScaling
 from llava_jax.fields import require
-
-__all__ = [
-    "KNOWN_TOWERS",
-    "PINPOINTS_336",
-    "PRESETS",
-    "GenerationDefaults",
-    "LlavaConfig",
-    "RopeScaling",
-    "TextConfig",
-    "VisionConfig",
-    "one_of",
-]
 
 
 def one_of(key: str, value: Any, supported) -> None:
@@ -178,8 +160,7 @@ class LlavaConfig:
                 (`llava`, `llava_next` with nested `text_config` and `vision_config`).
             vision_config: the tower's own `config.json` (or its `vision_config`). The liuhaotian layout names
                 the tower only; the published towers are known, and a local directory is read.
-            preprocessor_config: the tower's `preprocessor_config.json`, for the pixel mean and deviation.
-            generation_config: `generation_config.json`.
+            preprocessor_config: the tower's, for the pixel mean and deviation.
             name: the checkpoint's name, from which the conversation template is picked.
 
         Raises:
@@ -229,35 +210,16 @@ def _preset(name: str, text: dict, **mm) -> LlavaConfig:
     return LlavaConfig(text=TextConfig(**fields), generation=generation, name=name, **mm)
 
 
-_V15 = dict(image_aspect_ratio="pad")
-_V16 = dict(
-    image_aspect_ratio="anyres",
-    mm_patch_merge_type="spatial_unpad",
-    image_grid_pinpoints=PINPOINTS_336,
-    tokenizer_model_max_length=4096,
-    unfreeze_mm_vision_tower=True,
-)
+_V15: dict[str, Any] = dict(image_aspect_ratio="pad")
+_V16: dict[str, Any] = dict(image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad")
+_V16 |= dict(image_grid_pinpoints=PINPOINTS_336, tokenizer_model_max_length=4096, unfreeze_mm_vision_tower=True)
 _13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-_MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1e6)
-_YI_34B = dict(
-    hidden_size=7168,
-    intermediate_size=20480,
-    num_hidden_layers=60,
-    num_attention_heads=56,
-    num_key_value_heads=8,
-    vocab_size=64000,
-    rope_theta=5e6,
-    eos_token_id=7,
-)
-_LLAMA3 = dict(
-    intermediate_size=14336,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rope_theta=5e5,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
+_GQA: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8)
+_MISTRAL = dict(**_GQA, max_position_embeddings=32768, rope_theta=1e6)
+_LLAMA3 = dict(**_GQA, vocab_size=128256, max_position_embeddings=8192, rope_theta=5e5)
+_LLAMA3 |= dict(bos_token_id=128000, eos_token_id=128001)
+_YI_34B = dict(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56)
+_YI_34B |= dict(num_key_value_heads=8, vocab_size=64000, rope_theta=5e6, eos_token_id=7)
 
 PRESETS = {
     "1.5-7b": _preset("llava-v1.5-7b", {}, **_V15),

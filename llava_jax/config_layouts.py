@@ -204,12 +204,8 @@ def write_new(fields: dict) -> dict:
     if not out["s2"]:
         del out["s2"], out["s2_scales"]
     if "mistral" in fields["name"]:
-        return {
-            "architectures": ["LlavaMistralForCausalLM"],
-            "model_type": "llava_mistral",
-            **out,
-            "sliding_window": None,
-        }
+        out["sliding_window"] = None
+        return {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", **out}
     return {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", **out}
 
 

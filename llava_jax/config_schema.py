@@ -265,10 +265,6 @@ def read_if_there(path, remedy: str = "") -> dict | None:
 def read_checked(path, remedy: str = "") -> dict:
     """A JSON object out of a checkpoint's directory; what `FILES` says of its name is checked.
 
-    Args:
-        path: local or gs://.
-        remedy: the end of an error's sentence, such as "get the file again".
-
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is no JSON object, or keys of it are wrong: all of them, together.
