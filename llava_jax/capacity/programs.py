@@ -9,15 +9,13 @@ import math
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +73,6 @@ class Collectives:
 
 # ---- compiling
 
-Result = TypeVar("Result")
-
 
 def slice_mesh(where: Slice, **axes: int) -> Mesh:
     """A mesh over a slice's chips, e.g. `slice_mesh(SLICES["v5e-8"], data=1, tensor=8)`."""
@@ -112,8 +108,9 @@ class Compiled(NamedTuple):
 
 def compile_for(mesh: Mesh, function, *arguments, **options) -> Compiled:
     """`jax.jit(function)` for abstract arguments."""
+    thread = ThreadPoolExecutor(1)  # of its own: the compiler holds the one that calls it for minutes, deaf to Ctrl-C
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        return _in_a_thread(lambda: _compile_for(folder, mesh, function, *arguments, **options))
+        return thread.submit(_compile_for, folder, mesh, function, *arguments, **options).result()
 
 
 def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Compiled:
@@ -126,20 +123,6 @@ def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Co
         text = dumped.read_text()
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
     return Compiled(compiled, text, out, time.perf_counter() - began)
-
-
-def _in_a_thread(work: Callable[[], Result]) -> Result:
-    """`work()`, and Ctrl-C is heard meanwhile: the compiler holds the thread that calls it for minutes."""
-    done: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done.result()
 
 
 def compile_if_it_fits(*args, **options) -> Compiled | None:
@@ -185,10 +168,8 @@ class Programs:
         return {"encode": _read("encode", encoded), "prefill": _read("prefill", prefilled)}, prefilled.out
 
     def answer(self, groups: int, prefixes) -> Program | None:
-        """What evaluation runs for a wave of that many of those prefixes: question prefill and decode in one.
-
-        None where the compiler finds that a chip has no room for it.
-        """
+        """What evaluation runs for a wave of that many of those prefixes: question prefill and decode; None where
+        the compiler finds that a chip has no room for it."""
         answer = partial(generate.generate_from_prefix, self.model, self.shapes.slots)
         answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
         return answered and _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
@@ -196,10 +177,8 @@ class Programs:
     def halves(self, groups: int, prefixes) -> dict[str, Program]:
         """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
         arguments, out = self._asked(groups, prefixes), {}
-        asked = compile_if_it_fits(
-            self.mesh, partial(generate.sample_first_token, self.model, self.shapes.slots), *arguments
-        )
-        if asked:
+        ask = partial(generate.sample_first_token, self.model, self.shapes.slots)
+        if asked := compile_if_it_fits(self.mesh, ask, *arguments):
             out["question"] = _read("question", asked)
             params, prefix, *_, sampling = arguments
             run, decoding = partial(generate.decode_loop, self.model), (params, prefix, asked.out, sampling, _LIMIT)
@@ -286,11 +265,8 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
 
 def search(compiled, room: float, params: int, bound: int) -> dict[int, Wave]:
     """Waves of up to `bound` prefixes, the largest that fits among them: first the usual one, then again and again
-    where the line through the two that are nearest to the room meets it.
-
-    Args:
-        compiled: number of prefixes → their Wave, or None where the compiler itself finds no room.
-    """
+    where the line through the two that are nearest to the room meets it. `compiled` makes a number of prefixes into
+    their Wave, or None where the compiler itself finds no room."""
     size = min(MAX_GROUPS, bound)
     tried: dict[int, Wave] = {}
     while size not in tried and len(tried) < TRIES:
@@ -352,10 +328,8 @@ def _collective(line: str) -> tuple[str, str] | None:
 def whole_writes(text: str, parts: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """How many times the loops of a program write an array of a part's shape, whole, to HBM at each step.
 
-    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read.
-
-    Args:
-        parts: name → what a chip holds of one array of it.
+    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. `parts` are the
+    shapes of what a chip holds of one array, by name.
     """
     computations = _computations(text)
     bodies = re.findall(r" while\(.*?body=%?([\w.-]+)", text)

@@ -1,12 +1,10 @@
-"""Batch evaluation on TPU slices that are not there. What fits, what is copied, how fast at best.
-
-Everything it says is compiled or computed, and nothing is measured.
-"""
+"""Batch evaluation on TPU slices that are not there, compiled and computed, not measured: what fits, what is copied,
+how fast it is at best."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import asdict
 
 from llava_jax.capacity import roofline
 from llava_jax.capacity.roofline import GIB, SLICES, WORKLOADS, Precision, Slice
@@ -43,14 +41,8 @@ def measure(
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
     shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
     fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, precision), where.chip.hbm)
-    report = dict(
-        topology=name,
-        mesh=axes,
-        shapes=dataclasses.asdict(shapes),
-        **dataclasses.asdict(precision),
-        hbm=where.chip.hbm,
-        **dataclasses.asdict(fit),
-    )
+    report = dict(topology=name, mesh=axes, shapes=asdict(shapes), **asdict(precision), hbm=where.chip.hbm)
+    report |= asdict(fit)
     if fit.groups:
         usual = min(MAX_GROUPS, fit.groups // data)
         report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, precision))

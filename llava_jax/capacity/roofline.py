@@ -99,10 +99,6 @@ def layer_weights(text: TextConfig) -> int:
     return 2 * text.hidden_size * text.head_dim * heads + 3 * text.hidden_size * text.intermediate_size
 
 
-def head_weights(text: TextConfig) -> int:
-    return text.hidden_size * text.vocab_size
-
-
 def position_bytes(text: TextConfig) -> int:
     """Keys and values of one position in every layer."""
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * BF16
@@ -145,10 +141,10 @@ def extend(
 ) -> Work:
     """`length` new positions in each of groups x rows, after that many positions: a question, or a step of decoding."""
     text, new = config.text, groups * rows * length
-    kernels = text.num_hidden_layers * layer_weights(text)
+    kernels, head = text.num_hidden_layers * layer_weights(text), text.hidden_size * text.vocab_size
     flops = 2 * new * kernels + 4 * new * (prefix + suffix) * _attention_width(text)
-    flops += 2 * groups * rows * head_weights(text)  # of the last position alone
-    read = precision.kernel * kernels + BF16 * head_weights(text)
+    flops += 2 * groups * rows * head  # of the last position alone
+    read = precision.kernel * kernels + BF16 * head
     read += groups * (prefix * precision.prefix(text) + rows * suffix * position_bytes(text))
     return Work(flops / tensor, read / tensor, _reduced(text, new))
 

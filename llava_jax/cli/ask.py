@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 
 from llava_jax.cli.flags import add_model_arguments, add_sampling_arguments, answer_options, check_options, load_model
 from llava_jax.errors import shortened
@@ -33,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question about each picture. Of several, those that cannot be asked about are named on stderr, and the
-    exit status is 3.
-
-    Raises:
-        FileNotFoundError, ValueError: the only picture is missing or none, seen before the model is loaded; or the
-            only prompt cannot be asked.
-    """
+    exit status is 3; an only one is an error, if possible before the model is loaded."""
     check_text(args.query, "--query")
     check_options(args)
     shown = args.image_file or [None]
@@ -70,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"image_file": entry, "query": args.query, "answer": "".join(pieces)}), flush=True)
         else:
             print(f"{_printable(entry)}: " if several else "", end="", flush=True)
-            _print_stream(pieces)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
         answered += 1
     return 3 if answered < len(shown) else 0
 
@@ -90,9 +86,3 @@ def _image_files(entry: str | None, sep: str) -> list[str]:
         return []
     whole = os.path.exists(entry) or (sep == "," and scheme_of(entry) == "data")
     return [entry] if whole else entry.split(sep)
-
-
-def _print_stream(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()

@@ -34,12 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compile for each slice and print.
-
-    Raises:
-        ValueError: a number is not positive, the mesh is none of a slice's, or libtpu is missing.
-        FileNotFoundError: there is no checkpoint at --model-path.
-    """
     for name in ("prefix", "rows", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")

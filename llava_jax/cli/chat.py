@@ -27,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """A conversation of several turns, read from standard input.
-
-    Raises:
-        FileNotFoundError, ValueError: the first picture or the model cannot be read.
-    """
+    """A conversation of several turns, read from standard input."""
     images = [load_image(path) for path in args.image_file or ()]
     check_options(args)
     llava, params = load_model(args)

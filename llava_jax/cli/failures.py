@@ -20,15 +20,12 @@ AGAIN = 0.05  # seconds until an interruption that was lost comes again
 
 
 def exit_status(program: str, run: Callable[[], int | None], own_process: bool = False) -> int:
-    """Run a command, whatever comes of it.
+    """Run a command; the exit status that it returns (None is 0), or 1 for an error, 130 for Ctrl-C, 141 where nobody
+    reads what is printed any more.
 
     Args:
         program: how its errors begin: "PROGRAM: error: …"; "" is "error: …".
-        run: the command; what it returns is its exit status, None is 0.
         own_process: there is nothing else in this process, which Ctrl-C then ends here.
-
-    Returns:
-        the exit status; 1 for an error, 130 for Ctrl-C, 141 where nobody reads what is printed any more.
     """
     _take_any_text()
     try:

@@ -24,11 +24,7 @@ def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def options_from(kind: type, args: argparse.Namespace):
-    """The dataclass of a command's options, of the flags that are named like its fields.
-
-    Raises:
-        ValueError: one of them is wrong.
-    """
+    """The dataclass of a command's options, of the flags that are named like its fields; ValueError if one is wrong."""
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 

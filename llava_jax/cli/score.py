@@ -34,12 +34,7 @@ def run(args: argparse.Namespace) -> None:
 def print_scores(
     task: str, answers_file: str, annotations: str | None, question_file: str | None = None, as_json: bool = False
 ) -> None:
-    """The scores of an answer file: a table, or one line of JSON.
-
-    Raises:
-        FileNotFoundError: a file cannot be read.
-        ValueError: a file is malformed, the answers are not those of the annotations, or the task is judged by GPT.
-    """
+    """The scores of an answer file: a table, or one line of JSON."""
     scorer, path = check_scorable(task, answers_file, annotations)
     answers, files = read_answers(answers_file, scorer.keys), Files(answers_file, path, question_file)
     figures = scorer.score(answers, scorer.read(files), files)

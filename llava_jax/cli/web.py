@@ -18,12 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
-
-    Raises:
-        ValueError: the address cannot be had, or gradio is missing: seen before the model is loaded.
-        FileNotFoundError, ValueError: the model cannot be read.
-    """
+    """Serve the page until Ctrl-C or SIGTERM."""
     check_address(args.host, args.port)
     check_gradio()
     llava, params = load_model(args)

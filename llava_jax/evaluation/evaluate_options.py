@@ -11,7 +11,7 @@ from llava_jax.parallel.mesh_axes import check_axes
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The options of a run. Paths may be local or gs://; `dtype` and what follows it are as `llava_jax.load` has them."""
+    """The options of a run. Paths may be local or gs://; `dtype` and what follows it are those of `llava_jax.load`."""
 
     model_path: str
     question_file: str
