@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from llava_jax.inputs.types import Batch, Questions
 
-CACHE_VARIABLE = "LLAVA_JAX_CACHE_DIR"
-
 
 class LoggedJit:
     """A jitted function that says on stderr when it meets shapes for the first time, and how long that took.
@@ -31,18 +29,15 @@ class LoggedJit:
         self.compiled_for: set = set()
 
     def __call__(self, *args):
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return self._call(*args)
-
-    def _call(self, *args):
         shapes = tuple(map(_shapes, args))
-        if shapes in self.compiled_for:
-            return self.jitted(*args)
-        with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes way
-            print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
-            began = time.perf_counter()
-            out = jax.block_until_ready(self.jitted(*args))
-            print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            if shapes in self.compiled_for:
+                return self.jitted(*args)
+            with tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes way
+                print(f"compiling {self.name} {_describe(args)}…", end="", file=sys.stderr, flush=True)
+                began = time.perf_counter()
+                out = jax.block_until_ready(self.jitted(*args))
+                print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
         self.compiled_for.add(shapes)
         return out
 
@@ -64,14 +59,10 @@ def _shapes(arg):
 
 def _describe(args) -> str:
     """The shapes that differ between programs: of the planned batch, or of the questions."""
-    for arg in args:
-        if isinstance(arg, Batch):
-            rows, length = arg.gather_indices.shape
-            return f"for {len(arg.tiles)} tiles, {rows} x {length} positions "
-    for arg in args:
-        if isinstance(arg, Questions):
-            return "for {} prefixes x {} questions of up to {} tokens ".format(*arg.ids.shape)
-    return ""
+    shown = next((arg for kind in (Batch, Questions) for arg in args if isinstance(arg, kind)), None)
+    if isinstance(shown, Batch):
+        return "for {} tiles, {} x {} positions ".format(len(shown.tiles), *shown.gather_indices.shape)
+    return "for {} prefixes x {} questions of up to {} tokens ".format(*shown.ids.shape) if shown else ""
 
 
 def enable_compilation_cache() -> None:
@@ -80,6 +71,6 @@ def enable_compilation_cache() -> None:
     What JAX has been told already, by its own flag or JAX_COMPILATION_CACHE_DIR, is left as it is.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = os.environ.get(CACHE_VARIABLE, str(home / "llava_jax" / "compiled"))
+    directory = os.environ.get("LLAVA_JAX_CACHE_DIR", str(home / "llava_jax" / "compiled"))
     if directory and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,12 +35,7 @@ def memory_budget(params) -> int:
 def plan(
     engine: Engine, params, groups: Sequence[Group], output_capacity: int, budget: int | None = None
 ) -> list[PrefixBatch]:
-    """The batches that answer the groups, and a line about them on stderr.
-
-    Args:
-        output_capacity: slots for new tokens in each row.
-        budget: bytes of one device; None is most of what is free.
-    """
+    """`plan_prefix_batches`, with a line on stderr. `budget` is bytes of one device; None is most of those free."""
     budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
     batches = plan_prefix_batches(groups, engine.config, engine.cache_layout(params), output_capacity, budget)
     if batches:
@@ -57,16 +53,14 @@ def generate(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """(question, its tokens int32 [output_capacity]) of every question of a batch, as the caller has them."""
 
-    def answer(prefix, last_hidden, questions):
-        return engine.generate_from_prefix(params, prefix, last_hidden, questions, options)
-
+    answer = partial(engine.generate_from_prefix, params, options=options)
     return _over_rows(engine, params, batch, images, answer)
 
 
 def score(engine: Engine, params, batch: PrefixBatch, images: Images) -> Iterator[tuple[Any, np.ndarray]]:
     """(question, log-probability of each token of its suffix but the first, float32 [Q - 1]) of every question."""
 
-    def answer(prefix, _, questions):
+    def answer(prefix, last_hidden, questions):
         return engine.score(params, prefix, questions)
 
     return _over_rows(engine, params, batch, images, answer)
@@ -91,14 +85,10 @@ def prefill(engine: Engine, params, batch: PrefixBatch, images: Images):
     """(Prefix, last hidden states [G, E]) of a batch, `prefill_batch_size` prefixes of each shard after another."""
     size, each, shards, parts = batch.prefill_batch_size, batch.groups_per_shard, engine.num_shards, []
     for first in range(0, each, size):
-        of_shards = [
-            _pack_groups(engine.config, batch.groups[start : start + size], size, images)
-            for start in range(first, each * shards, each)
-        ]
-        packed = of_shards[0]
-        if shards > 1:
-            packed = stack_shards(of_shards, room_for(of_shards), engine.config)
-        parts.append(engine.prefill(params, engine.place(packed)))
+        starts = range(first, each * shards, each)
+        packed = [_pack_groups(engine.config, batch.groups[i : i + size], size, images) for i in starts]
+        whole = packed[0] if shards == 1 else stack_shards(packed, room_for(packed), engine.config)
+        parts.append(engine.prefill(params, engine.place(whole)))
     return engine.concat_prefixes(parts)
 
 

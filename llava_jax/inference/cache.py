@@ -33,7 +33,6 @@ class Suffix:
 
 
 def empty_suffix(config: TextConfig, groups: int, rows: int, slots: int, dtype) -> Suffix:
-    """A suffix of `slots` empty slots."""
     shape = (groups, rows, slots, config.num_key_value_heads, config.head_dim)
     keys_values = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
     return Suffix(keys_values, jnp.zeros(shape[:3], bool))
@@ -54,8 +53,7 @@ def append_to_prefix(
 ) -> Prefix:
     """One row's suffix written behind its prefix, G = R = 1: the question without its padding, then the new tokens.
 
-    Args:
-        capacity: positions of the new prefix. None of them is marked as valid: the caller knows which tokens it keeps.
+    The new prefix has `capacity` positions, none of them marked as valid: the caller knows which tokens it keeps.
     """
     start = prefix.lengths[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.cache import Prefix
 from llava_jax.inference.generate import DecodeState
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
-from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference.sampling import Sampling
 from llava_jax.inference.streaming import stream_text
 from llava_jax.inputs.batch import bucket_length, merged_length, pack
 from llava_jax.inputs.groups import common_length, pack_questions
@@ -33,19 +33,15 @@ class CachedIds:
 
 
 class Chat:
-    """Made by `Llava.chat`. `turns` holds what has been said: question, answer, question, answer, …
+    """Made by `Llava.chat`. `turns` holds what has been said: question, answer, question, answer, …"""
 
-    Attributes:
-        cached: what of the conversation need not be prefilled again; None before the first turn.
-    """
-
-    def __init__(self, llava: Llava, params, image, conv_mode: str | None, options: Mapping[str, Any]):
+    def __init__(self, llava: Llava, params, image, conv_mode: str | None, options: dict[str, Any]):
         self.llava, self.params, self.conv_mode = llava, params, conv_mode
         generation_options(llava.config.generation, **options)  # for its errors
         self._options = options
         self.images = llava.load_images(image)
         self.turns: list[str] = []
-        self.cached: CachedIds | None = None
+        self.cached: CachedIds | None = None  # what need not be prefilled again
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -61,21 +57,12 @@ class Chat:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> str:
         """The answer to the next question. Options are as `Llava.generate` has them; None is as the chat was made."""
-        pieces = self.stream(
-            question,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            sampling=sampling,
-            stop=stop,
-        )
-        return "".join(pieces)
+        numbers: dict[str, Any] = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        return "".join(self.stream(question, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, **numbers))
 
     def stream(
         self,
@@ -86,7 +73,7 @@ class Chat:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Generator[str]:
         """`send`, as it comes. If it is not read to its end, what was read is the answer.
@@ -97,7 +84,7 @@ class Chat:
         given: dict[str, Any] = dict(max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
         given |= dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         asked = {name: value for name, value in given.items() if value is not None}
-        options = generation_options(self.llava.config.generation, **{**self._options, **asked})
+        options = generation_options(self.llava.config.generation, **self._options | asked)
         (question,) = as_turns([question], self.llava.config.mm_use_im_start_end).texts
         ids = np.asarray(self.llava.prompt_ids([*self.turns, question], self.sizes, self.conv_mode))
         self.cached = cached = self._reuse(ids)

@@ -35,9 +35,8 @@ class ForwardArrays(NamedTuple):
 def _forward(model, output_hidden_states: bool, output_attentions: bool, params, batch: Batch) -> ForwardArrays:
     logits, hidden, attentions = model.apply({"params": params}, batch, output_attentions)
     loss = None if batch.labels is None else causal_lm_loss(logits, batch.labels)
-    return ForwardArrays(
-        logits, loss, tuple(hidden) if output_hidden_states else None, tuple(attentions) if output_attentions else None
-    )
+    hidden_states = tuple(hidden) if output_hidden_states else None
+    return ForwardArrays(logits, loss, hidden_states, tuple(attentions) if output_attentions else None)
 
 
 def _call(method: str, model, params, *args):
@@ -116,16 +115,9 @@ class Engine:
         self, params, prefix: Prefix, last_hidden, questions: Questions, options: GenerationOptions
     ) -> np.ndarray:
         """Questions to tokens, int32 [G, R, output_capacity]. last_hidden: as `prefill` gave it."""
-        tokens = self._generate_from_prefix(
-            options.output_capacity,
-            params,
-            prefix,
-            last_hidden,
-            questions,
-            options.sampling,
-            np.int32(options.max_new_tokens),
-        )
-        return np.asarray(tokens)
+        how = options.sampling, np.int32(options.max_new_tokens)
+        arrays = params, prefix, last_hidden, questions
+        return np.asarray(self._generate_from_prefix(options.output_capacity, *arrays, *how))
 
     def score(self, params, prefix: Prefix, questions: Questions) -> np.ndarray:
         """Log-probability of each question's next token at each of its positions but the last, [G, R, Q - 1]."""
@@ -140,8 +132,8 @@ class Engine:
 
     def cache_layout(self, params) -> CacheLayout:
         """How keys and values lie on this mesh, in the dtype of these parameters."""
-        itemsize = params["language_model"]["embed_tokens"]["embedding"].dtype.itemsize
         tensor = 1 if self.mesh is None else self.mesh.shape.get("tensor", 1)
+        itemsize = generate.activation_dtype(params).itemsize
         return CacheLayout(itemsize, self.num_shards, tensor, self.model.int8_prefix)
 
     def place(self, arrays):
@@ -174,26 +166,14 @@ class Engine:
         return self._embed_multimodal(params, batch)
 
     def attention_rows(self, params, batch: Batch, positions, mean_heads: bool = False) -> np.ndarray:
-        """Some rows of every decoder layer's attention: those of `forward(…, output_attentions=True)`.
+        """Of every decoder layer's attention, what the positions, int [A], look at: float32 [layers, B, H, A, L].
 
-        Args:
-            positions: int [A], those that look, the same in each row of the batch.
-
-        Returns:
-            float32 [layers, B, H, A, L], or [layers, B, A, L] with `mean_heads`.
+        The same positions in each row of the batch; `mean_heads` leaves H out.
         """
         padded = np.pad(np.asarray(positions, np.int32), (0, -len(positions) % ATTENTION_ROWS), mode="edge")
         weights = self._attention_rows(params, batch, padded, bool(mean_heads))
         return np.asarray(weights)[..., : len(positions), :]
 
     def tower_attention(self, params, tiles: np.ndarray, layer: int) -> np.ndarray:
-        """The attention of one layer of the CLIP tower; those after it are not run.
-
-        Args:
-            tiles: uint8 [T, S, S, 3].
-            layer: from 0; those from the selected one (`mm_vision_select_layer`) on play no part in LLaVA.
-
-        Returns:
-            float32 [T, H, 1 + N, 1 + N], the class token first; over the last axis they sum to 1.
-        """
+        """uint8 tiles [T, S, S, 3] → the attention of one layer of the CLIP tower, float32 [T, H, 1 + N, 1 + N]."""
         return np.asarray(self._tower_attention(params, tiles, layer))

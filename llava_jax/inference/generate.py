@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
-from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference.sampling import Sampling
 from llava_jax.inputs.types import Batch, Questions
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.models.ops import label_log_probs
@@ -30,7 +30,7 @@ class DecodeState:
     step: jax.Array  # int32, tokens so far
 
 
-def _append_token(state: DecodeState, logits: jax.Array, sampling: Greedy | Sample, config) -> DecodeState:
+def _append_token(state: DecodeState, logits: jax.Array, sampling: Sampling, config) -> DecodeState:
     """Choose each row's next token from logits [G, R, V]; a finished row gets padding."""
     token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, state.tokens, state.step))
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.step, axis=2)
@@ -38,36 +38,27 @@ def _append_token(state: DecodeState, logits: jax.Array, sampling: Greedy | Samp
     return replace(state, tokens=tokens, done=state.done | ended, step=state.step + 1)
 
 
-def _apply(model, params, *args, method: str):
-    """What a method of the model gives with these parameters."""
+def _apply(model: LlavaLlamaForCausalLM, params, *args, method: str):
     return model.apply({"params": params}, *args, method=method)
 
 
-def prefill(model: LlavaLlamaForCausalLM, params, batch: Batch) -> tuple[Prefix, jax.Array]:
+def prefill(model, params, batch: Batch) -> tuple[Prefix, jax.Array]:
     """Encode, merge and prefill right-padded prompts: (Prefix, G = B; last hidden states [G, E])."""
     last_hidden, keys_values = _apply(model, params, batch, method="prefill")
     return Prefix(keys_values, batch.attention_mask, batch.lengths), last_hidden
 
 
-def _activation_dtype(params):
+def activation_dtype(params):
     return params["language_model"]["embed_tokens"]["embedding"].dtype
 
 
 def prefill_questions(
-    model: LlavaLlamaForCausalLM, output_capacity: int, params, prefix: Prefix, questions: Questions
+    model, output_capacity: int, params, prefix: Prefix, questions: Questions
 ) -> tuple[Suffix, jax.Array]:
-    """Prefill each row's question after its prefix.
-
-    Args:
-        output_capacity: slots for new tokens.
-
-    Returns:
-        (the suffix with Q + output_capacity slots, hidden states [G, R, Q, E])
-    """
+    """Prefill each row's question after its prefix: (Suffix, Q + output_capacity slots; hidden states [G, R, Q, E])."""
     groups, rows, length = questions.ids.shape
-    suffix = empty_suffix(model.config.text, groups, rows, length + output_capacity, _activation_dtype(params))
-    valid = jnp.arange(length + output_capacity) < questions.lengths[..., None]
-    suffix = replace(suffix, valid=valid)
+    suffix = empty_suffix(model.config.text, groups, rows, length + output_capacity, activation_dtype(params))
+    suffix = replace(suffix, valid=jnp.arange(length + output_capacity) < questions.lengths[..., None])
     positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
     arguments = questions.ids, positions, prefix, suffix, jnp.int32(0)
     hidden, keys_values = _apply(model, params, *arguments, method="extend_cache")
@@ -75,13 +66,7 @@ def prefill_questions(
 
 
 def sample_first_token(
-    model,
-    output_capacity: int,
-    params,
-    prefix: Prefix,
-    last_hidden: jax.Array | None,
-    questions: Questions,
-    sampling: Greedy | Sample,
+    model, output_capacity: int, params, prefix: Prefix, last_hidden, questions: Questions, sampling: Sampling
 ) -> DecodeState:
     """The state after each row's first token.
 
@@ -94,23 +79,17 @@ def sample_first_token(
         last_hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
     else:
         groups, rows, _ = questions.ids.shape
-        suffix = empty_suffix(model.config.text, groups, rows, output_capacity, _activation_dtype(params))
-        assert last_hidden is not None
+        suffix = empty_suffix(model.config.text, groups, rows, output_capacity, activation_dtype(params))
         last_hidden = jnp.broadcast_to(last_hidden[:, None], (groups, rows, last_hidden.shape[-1]))
     shape, padding = (*questions.lengths.shape, output_capacity), model.config.generation.pad_token_id
-    state = DecodeState(
-        suffix=suffix,
-        lengths=questions.lengths,
-        tokens=jnp.full(shape, padding, jnp.int32),
-        done=~questions.active,
-        step=jnp.int32(0),
-    )
+    tokens = jnp.full(shape, padding, jnp.int32)
+    state = DecodeState(suffix, questions.lengths, tokens, done=~questions.active, step=jnp.int32(0))
     logits = _apply(model, params, last_hidden, method="logits")
     return _append_token(state, logits, sampling, model.config.generation)
 
 
 def prefill_and_sample(
-    model, output_capacity: int, params, batch: Batch, questions: Questions, sampling: Greedy | Sample
+    model, output_capacity: int, params, batch: Batch, questions: Questions, sampling: Sampling
 ) -> tuple[Prefix, DecodeState]:
     """`prefill` and `sample_first_token` in one."""
     prefix, last_hidden = prefill(model, params, batch)
@@ -118,12 +97,7 @@ def prefill_and_sample(
 
 
 def decode_loop(
-    model: LlavaLlamaForCausalLM,
-    params,
-    prefix: Prefix,
-    state: DecodeState,
-    sampling: Greedy | Sample,
-    max_new_tokens: jax.Array,
+    model, params, prefix: Prefix, state: DecodeState, sampling: Sampling, max_new_tokens: jax.Array
 ) -> DecodeState:
     """Decode until every row is done or has `max_new_tokens` (int32, traced)."""
     question_slots = state.suffix.valid.shape[-1] - state.tokens.shape[-1]
@@ -146,26 +120,15 @@ def decode_loop(
     return jax.lax.while_loop(unfinished, body, state)
 
 
-def generate(model, output_capacity: int, params, batch: Batch, questions, sampling: Greedy | Sample, max_new_tokens):
-    """Tiles to tokens in one program.
-
-    Returns:
-        (tokens int32 [G, R, output_capacity], how many steps were taken: the tokens beyond are padding)
-    """
+def generate(model, output_capacity: int, params, batch: Batch, questions, sampling: Sampling, max_new_tokens):
+    """Tiles to tokens in one program: int32 [G, R, output_capacity], and how many steps were taken; then padding."""
     prefix, state = prefill_and_sample(model, output_capacity, params, batch, questions, sampling)
     state = decode_loop(model, params, prefix, state, sampling, max_new_tokens)
     return state.tokens, state.step
 
 
 def generate_from_prefix(
-    model,
-    output_capacity: int,
-    params,
-    prefix: Prefix,
-    last_hidden: jax.Array | None,
-    questions: Questions,
-    sampling: Greedy | Sample,
-    max_new_tokens,
+    model, output_capacity: int, params, prefix: Prefix, last_hidden, questions, sampling: Sampling, max_new_tokens
 ) -> jax.Array:
     """Questions to tokens after prefixes that are already there: int32 [G, R, output_capacity]."""
     state = sample_first_token(model, output_capacity, params, prefix, last_hidden, questions, sampling)

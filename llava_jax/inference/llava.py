@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from llava_jax.inference import text_requests
 from llava_jax.inference.chat import Chat
 from llava_jax.inference.engine import Engine, ForwardArrays
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
-from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference.sampling import Sampling
 from llava_jax.inference.streaming import stream_text
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
@@ -43,8 +45,7 @@ class Llava:
     def __init__(
         self, config: LlavaConfig, tokenizer, mesh: jax.sharding.Mesh | None = None, int8_prefix: bool = False
     ):
-        self.config = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(config, mesh, int8_prefix)
 
     # ---- one prompt
@@ -60,7 +61,7 @@ class Llava:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] | None = None,
         conv_mode: str | None = None,
     ) -> str:
@@ -90,8 +91,7 @@ class Llava:
         batch = self._pack_prompt(image, prompt, conv_mode)
         if options.stop:
             return "".join(self._stream(params, batch, options))
-        (tokens,) = self.engine.generate(params, batch, options)
-        return self.decode(tokens)
+        return self.decode(self.engine.generate(params, batch, options)[0])
 
     def stream(
         self,
@@ -104,27 +104,22 @@ class Llava:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] | None = None,
         conv_mode: str | None = None,
     ) -> Iterator[str]:
-        """`generate`, yielding text as it comes: never half a character, nor what may still become a stop string.
-
-        The pieces joined are exactly what `generate` returns.
-        """
+        """What `generate` returns, as it comes: never half a character, nor what may still become a stop string."""
         options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling, stop)
         return self._stream(params, self._pack_prompt(image, prompt, conv_mode), options)
 
     def _stream(self, params, batch: Batch, options: GenerationOptions) -> Iterator[str]:
-        prefix, state = self.engine.prefill_and_sample(params, batch, options)
-        for piece in stream_text(self.engine, self.tokenizer, params, prefix, state, options):
-            if piece.text:
-                yield piece.text
+        started = self.engine.prefill_and_sample(params, batch, options)
+        pieces = stream_text(self.engine, self.tokenizer, params, *started, options)
+        yield from (piece.text for piece in pieces if piece.text)
 
     def _options(self, max_new_tokens, temperature, top_p, top_k, seed, sampling, stop=None) -> GenerationOptions:
-        return generation_options(
-            self.config.generation, max_new_tokens, temperature, top_p, top_k, seed, sampling, stop
-        )
+        defaults = self.config.generation
+        return generation_options(defaults, max_new_tokens, temperature, top_p, top_k, seed, sampling, stop)
 
     def _pack_prompt(self, image, prompt, conv_mode: str | None = None) -> Batch:
         images = self.load_images(image)
@@ -136,11 +131,7 @@ class Llava:
         return build_conversation(self.config, prompt, num_images, conv_mode)
 
     def prompt_ids(self, prompt, sizes, conv_mode: str | None = None) -> list[int]:
-        """Token ids of one prompt, -200 where its images, of these (width, height), go.
-
-        Raises:
-            ValueError: the images do not fit the prompt, it is too long for the model, or it is no text.
-        """
+        """Token ids of one prompt, -200 where its images, of these (width, height), go; see `inputs.prompt`."""
         return prompt_ids(self.config, self.tokenizer, prompt, sizes, conv_mode)
 
     def decode(self, tokens: np.ndarray) -> str:
@@ -153,14 +144,14 @@ class Llava:
         question: str = "What is in this picture?",
         max_new_tokens: int = 512,
         temperature: float | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         """Compile what `generate` needs for one picture of any size and a question about this long, before it is asked.
 
         With the cache on disk (on by default) this costs seconds from the second time on. Greedy decoding and sampling
         are two programs; the values of a Sample make no difference.
         """
-        options = self._options(max_new_tokens, temperature, None, None, None, sampling)
+        options = generation_options(self.config.generation, max_new_tokens, temperature, sampling=sampling)
         sides = np.geomspace(8, 4000, 40).astype(int)
         text = len(self.prompt_ids(question, [(1, 1)])) - 1
         sizes: dict[int, tuple[int, int]] = {}  # of each length
@@ -168,8 +159,7 @@ class Llava:
             length = bucket_length(text + int(num_image_tokens(width, height, self.config)), self.config)
             sizes.setdefault(length, (width, height))
         for size in sizes.values():
-            batch = self._pack_prompt(Image.new("RGB", size), question)
-            self.engine.warmup(params, batch, options)
+            self.engine.warmup(params, self._pack_prompt(Image.new("RGB", size), question), options)
 
     # ---- many questions
 
@@ -184,22 +174,18 @@ class Llava:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         conv_mode: str | None = None,
     ) -> list:
         """Answer many questions; each image is encoded and prefilled once for all of its own.
 
         Args:
-            requests: (image, questions) pairs: a picture in any form, a list of them or None, and its prompts, or
-                one prompt.
+            requests: (image, questions) pairs: a picture in any form, a list of them or None; and its prompts, or one.
             memory_budget: bytes for the cache and the activations at any time; None is most of what the device has
-                free (4 GiB on a CPU).
-
-        Other options are as `generate` has them.
+                free (4 GiB on a CPU). Other options are as `generate` has them.
 
         Returns:
-            the answers, in the order of the questions; a ValueError, not raised, where one cannot be asked, for
-            its own sake or for its picture's.
+            the answers, in the questions' order; a ValueError, not raised, where one, or its picture, cannot be asked.
         """
         options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling)
         return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options)
@@ -215,7 +201,7 @@ class Llava:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Chat:
         """A conversation about a picture: `chat.send("…")`, again and again; each turn prefills only what is new."""
@@ -225,13 +211,8 @@ class Llava:
     def score(
         self, params, image, question, candidates, *, memory_budget: int | None = None, conv_mode: str | None = None
     ) -> np.ndarray:
-        """The log-likelihood of each candidate as the answer to a question: the sum over its tokens, its end excluded.
-
-        Args:
-            image, question: as `generate` takes them; candidates: answers, texts, or one.
-
-        Returns:
-            float32 [candidates]. The image and the question are prefilled once.
+        """The log-likelihood of each candidate as the answer to a question, float32 [candidates]: the sum over its
+        tokens, its end excluded. The image and the question, as `generate` takes them, are prefilled once.
 
         Raises:
             ValueError: the question cannot be asked, or a candidate is no text or makes it too long for the model.
@@ -252,7 +233,7 @@ class Llava:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Greedy | Sample | None = None,
+        sampling: Sampling | None = None,
     ) -> np.ndarray:
         """The token-level twin of `generate`, whose options it has.
 
@@ -296,17 +277,12 @@ class Llava:
             host arrays; L there is the longest merged row.
         """
         batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
-        counted = np.broadcast_to(np.arange(batch.gather_indices.shape[1], dtype=np.int32), batch.gather_indices.shape)
-        batch = batch._replace(position_ids=counted)  # the reference counts left padding too
+        batch.position_ids[:] = np.arange(batch.position_ids.shape[1])  # the reference counts left padding too
         out = jax.device_get(self.engine.forward(params, batch, output_hidden_states, output_attentions))
         end = int(batch.lengths.max())
-        hidden_states, attentions = out.hidden_states, out.attentions
-        return ForwardArrays(
-            out.logits[:, :end],
-            out.loss,
-            None if hidden_states is None else tuple(x[:, :end] for x in hidden_states),
-            None if attentions is None else tuple(x[:, :, :end, :end] for x in attentions),
-        )
+        hidden_states = out.hidden_states and tuple(x[:, :end] for x in out.hidden_states)
+        attentions = out.attentions and tuple(x[:, :, :end, :end] for x in out.attentions)
+        return ForwardArrays(out.logits[:, :end], out.loss, hidden_states, attentions)
 
     def prepare_inputs_labels_for_multimodal(
         self, params, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -324,14 +300,8 @@ class Llava:
         embeds = np.asarray(self.engine.embed_multimodal(params, batch))[:, :end]
         positions = None if position_ids is None else batch.position_ids[:, :end]
         mask = None if attention_mask is None else batch.attention_mask[:, :end]
-        return (
-            None,
-            positions,
-            mask,
-            past_key_values,
-            embeds,
-            batch.labels if batch.labels is None else batch.labels[:, :end],
-        )
+        labels = None if batch.labels is None else batch.labels[:, :end]
+        return None, positions, mask, past_key_values, embeds, labels
 
     def _pack_reference(self, input_ids, attention_mask, labels, images, image_sizes) -> Batch:
         if images is None:
@@ -341,18 +311,12 @@ class Llava:
         if image_sizes is not None:
             sizes = _read_sizes(image_sizes, len(shown))
             shown = [replace(image, size=size) for image, size in zip(shown, sizes, strict=True)]
-        return pack(
-            rows,
-            shown,
-            self.config,
-            labels=targets,
-            padding_side=self.config.tokenizer_padding_side,
-            max_length=self.config.tokenizer_model_max_length,
-            attend_to_padding=attention_mask is None,
-        )
+        side, most = self.config.tokenizer_padding_side, self.config.tokenizer_model_max_length
+        layout: dict[str, Any] = dict(padding_side=side, max_length=most, attend_to_padding=attention_mask is None)
+        return pack(rows, shown, self.config, labels=targets, **layout)
 
     def encode_images(self, params, images) -> list[np.ndarray]:
-        """Each image's projected features, [tiles, tokens_per_tile, E], before merging."""
+        """Each image's projected features, [T, tokens_per_tile, E], before merging."""
         return [np.asarray(self.engine.encode_images(params, image.tiles)) for image in self.load_images(images)]
 
     def load_images(self, images) -> list[ProcessedImage]:
@@ -365,8 +329,8 @@ def _read_sizes(image_sizes, count: int) -> list[tuple[int, int]]:
         raise ValueError(f"image_sizes: got {len(image_sizes)} for {count} images")
     if any(np.shape(size) != (2,) for size in image_sizes):
         raise ValueError("image_sizes: expected (width, height) of each image")
-    width, height = ([whole_number("image_sizes", size[i], 1, 2**31 - 1) for size in image_sizes] for i in (0, 1))
-    return list(zip(width, height, strict=True))
+    checked = partial(whole_number, "image_sizes", least=1, most=2**31 - 1)
+    return [(checked(width), checked(height)) for width, height in image_sizes]
 
 
 def load(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.config import GenerationDefaults
 from llava_jax.inputs.numbers import finite_number, whole_number
 
 
@@ -60,6 +59,9 @@ class Sample:
         return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+Sampling = Greedy | Sample
+
+
 def _said(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     """bool [..., V]: which words are among the first `step` of tokens [..., S]."""
     rows = tokens.reshape(-1, tokens.shape[-1])
@@ -73,10 +75,8 @@ LEAST_TEMPERATURE = 1e-30
 PENALTIES = 0.01, 100.0  # the same, with what is divided twice
 
 
-def validate(sampling: Greedy | Sample) -> Greedy | Sample:
-    """The same with its numbers checked and as arrays of fixed types, so that 1 and 1.0 are one program.
-
-    A temperature below LEAST_TEMPERATURE is greedy.
+def validate(sampling: Sampling) -> Sampling:
+    """The same with its numbers checked and of fixed types, so that 1 and 1.0 are one program; too cold is greedy.
 
     Raises:
         ValueError: a number is out of its range, or it is neither a Greedy nor a Sample.
@@ -103,32 +103,5 @@ def validate(sampling: Greedy | Sample) -> Greedy | Sample:
         if penalty == 1:
             return Greedy()
         temperature, top_k = 1.0, 1
-    return Sample(
-        temperature=np.float32(temperature),
-        top_k=np.int32(top_k),
-        top_p=np.float32(top_p),
-        min_p=np.float32(min_p),
-        repetition_penalty=np.float32(penalty),
-        seed=np.uint32(seed),
-    )
-
-
-def sampling_of(
-    defaults: GenerationDefaults,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-) -> Greedy | Sample:
-    """Greedy (temperature 0) or Sample, as the original's command line has it. None is 0, or as the defaults have it.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-    temperature = 0.0 if temperature is None else temperature
-    seed = 0 if seed is None else seed
-    top_p = defaults.top_p if top_p is None else top_p
-    top_k = defaults.top_k if top_k is None else top_k
-    greedy = finite_number("temperature", temperature) == 0
-    sample = validate(Sample(1.0 if greedy else temperature, top_k, top_p, seed=seed))  # wrong is wrong, used or not
-    return Greedy() if greedy else sample
+    f32 = np.float32
+    return Sample(f32(temperature), np.int32(top_k), f32(top_p), f32(min_p), f32(penalty), np.uint32(seed))

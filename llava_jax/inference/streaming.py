@@ -17,7 +17,7 @@ STOP_CHUNK = 16  # tokens decoded between two looks for a stop string
 
 
 class Piece(NamedTuple):
-    """Some text that is final, perhaps empty, and the decode loop's state after it."""
+    """Some text that is final, perhaps empty, and the decode loop's state, which the next piece uses up."""
 
     text: str
     state: DecodeState
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 def stream_text(
     engine: Engine, tokenizer, params, prefix: Prefix, state: DecodeState, options: GenerationOptions
 ) -> Iterator[Piece]:
-    """Decode one row (G = R = 1) to its end, or to a stop string. A piece's state is used up by the next one."""
+    """Decode one row (G = R = 1) to its end, or to a stop string."""
     text = IncrementalDetokenizer(tokenizer, options.stop)
     seen, chunk = 0, STOP_CHUNK if options.stop else 1
     while True:

@@ -31,12 +31,10 @@ def group_questions(
     """Questions on the same images as groups that share a prefix.
 
     Args:
-        asked: (question, prompt) pairs: the caller's own object, which comes back with the answer, and its prompt as
-            `Llava.generate` takes it.
+        asked: (question, prompt) pairs: the caller's own object, and its prompt as `Llava.generate` takes it.
         images: what the caller calls the images; sizes: (width, height) of each.
     """
-    prompts: list[Prompt] = []
-    refused: list[tuple[Any, Exception]] = []
+    prompts, refused = [], []
     for question, prompt in asked:
         try:
             prompts.append(Prompt(question, np.asarray(llava.prompt_ids(prompt, sizes, conv_mode))))
