@@ -28,7 +28,7 @@ def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
         possible_resolutions: (width, height) pairs.
 
     Returns:
-        int64 array of that shape: most effective pixels first, then least waste, then the first listed.
+        int array of that shape: most effective pixels first, then least waste, then the first listed.
 
     Raises:
         ValueError: a size without pixels.
@@ -36,18 +36,12 @@ def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     if np.any(widths < 1) or np.any(heights < 1):
         raise ValueError(f"image size: {widths.min()} x {heights.min()} pixels; both must be above 0")
-    best = np.zeros(np.broadcast(widths, heights).shape, np.int64)
-    most_effective = np.zeros(best.shape, np.int64)
-    least_wasted = np.full(best.shape, np.iinfo(np.int64).max)
-    for i, (width, height) in enumerate(possible_resolutions):
+    scores = []
+    for width, height in possible_resolutions:
         scale = np.minimum(width / widths, height / heights)
         effective = np.minimum(_truncate(widths * scale) * _truncate(heights * scale), widths * heights)
-        wasted = width * height - effective
-        better = (effective > most_effective) | ((effective == most_effective) & (wasted < least_wasted))
-        best = np.where(better, i, best)
-        most_effective = np.where(better, effective, most_effective)
-        least_wasted = np.where(better, wasted, least_wasted)
-    return best
+        scores.append((width * height - effective, -effective))
+    return np.lexsort(np.stack(scores, axis=1), axis=0)[0]  # by the last of a pair first; stable
 
 
 def select_best_resolution(original_size: tuple[int, int], possible_resolutions) -> tuple[int, int]:
@@ -75,8 +69,7 @@ def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints, pat
     `grid_pinpoints` is a list of (width, height) or that list as a string; `patch_size` is a tile's side in pixels
     (llava.mm_utils.get_anyres_image_grid_shape).
     """
-    pairs = read_pinpoints(grid_pinpoints)
-    width, height = select_best_resolution(image_size, pairs)
+    width, height = select_best_resolution(image_size, read_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
@@ -117,14 +110,7 @@ def _grid(widths, heights, config: LlavaConfig):
 
 
 def num_image_tokens(widths, heights, config: LlavaConfig) -> np.ndarray:
-    """How many positions an image takes in the sequence.
-
-    Args:
-        widths, heights: pixels, scalars or arrays of one shape.
-
-    Returns:
-        int array of that shape.
-    """
+    """How many positions an image takes in the sequence: an int array of the shape of widths and heights, in pixels."""
     shape = np.broadcast(np.asarray(widths), np.asarray(heights)).shape
     if config.image_aspect_ratio != "anyres":
         return np.full(shape, config.tokens_per_tile)
@@ -148,11 +134,7 @@ def num_tiles(image_size: tuple[int, int], config: LlavaConfig) -> int:
 def image_index(image_size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
     """Which feature stands at each of an image's positions: the merge of `prepare_inputs_labels_for_multimodal`.
 
-    Args:
-        image_size: (width, height) in pixels.
-
-    Returns:
-        int32 [n], n = `num_image_tokens`: `tile * tokens_per_tile + patch`, or NEWLINE.
+    int32 [n], n = `num_image_tokens`: `tile * tokens_per_tile + patch`, or NEWLINE.
     """
     per_tile = config.tokens_per_tile
     if config.image_aspect_ratio != "anyres" or config.mm_patch_merge_type == "flat":

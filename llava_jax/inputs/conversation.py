@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from enum import Enum, auto
+from enum import Enum
 from typing import Any
 
 from llava_jax.config import LlavaConfig
@@ -17,12 +17,7 @@ from llava_jax.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DE
 class SeparatorStyle(Enum):
     """How the turns of a conversation are written. `LLAMA_3` is LLaVA-NeXT's, the others are LLaVA's."""
 
-    SINGLE = auto()
-    TWO = auto()
-    MPT = auto()
-    PLAIN = auto()
-    LLAMA_2 = auto()
-    LLAMA_3 = auto()
+    SINGLE, TWO, MPT, PLAIN, LLAMA_2, LLAMA_3 = range(6)
 
 
 Message = str | tuple | None
@@ -59,7 +54,23 @@ class Conversation:
         Raises:
             ValueError: the first turn is empty or not the user's (LLAMA_2), or a turn needs a `sep2` that is not set.
         """
-        return _WRITERS[self.sep_style](self, self._turns())
+        turns, sep = self._turns(), self.sep
+        match self.sep_style:
+            case SeparatorStyle.SINGLE:
+                written = [f"{role}: {text}{sep}" if text else f"{role}:" for role, text in turns]
+                return self.system + sep + "".join(written)
+            case SeparatorStyle.TWO:
+                end = self._separator
+                written = [f"{role}: {text}{end(i)}" if text else f"{role}:" for i, (role, text) in enumerate(turns)]
+                return (self.system and self.system + sep) + "".join(written)
+            case SeparatorStyle.MPT:
+                return self.system + sep + "".join(f"{role}{text}{sep}" if text else role for role, text in turns)
+            case SeparatorStyle.PLAIN:
+                return self.system + "".join(text + self._separator(i) for i, (_, text) in enumerate(turns) if text)
+            case SeparatorStyle.LLAMA_2:
+                return _write_llama_2(self, turns)
+            case _:
+                return _write_llama_3(self, turns)
 
     @property
     def stop_str(self) -> str | None:
@@ -82,42 +93,15 @@ class Conversation:
         """What ends turn number `turn`: `sep` after the user's, `sep2` after the model's."""
         separator = self.sep2 if turn % 2 else self.sep
         if separator is None:
-            raise ValueError(
-                f"conversation: turn {turn} ({self.sep_style.name} style) has no separator to end it; "
-                "set sep2, or leave the model's turn None"
-            )
+            problem = f"turn {turn} ({self.sep_style.name} style) has no separator to end it"
+            raise ValueError(f"conversation: {problem}; set sep2, or leave the model's turn None")
         return separator
-
-
-# ---- one writer for each style: (conversation, turns) → text
-
-
-def _write_single(conv: Conversation, turns) -> str:
-    said = [f"{role}: {text}{conv.sep}" if text else f"{role}:" for role, text in turns]
-    return conv.system + conv.sep + "".join(said)
-
-
-def _write_two(conv: Conversation, turns) -> str:
-    said = [f"{role}: {text}{conv._separator(i)}" if text else f"{role}:" for i, (role, text) in enumerate(turns)]
-    system = conv.system and conv.system + conv.sep  # every template of the reference has one
-    return system + "".join(said)
-
-
-def _write_mpt(conv: Conversation, turns) -> str:
-    said = [f"{role}{text}{conv.sep}" if text else role for role, text in turns]
-    return conv.system + conv.sep + "".join(said)
-
-
-def _write_plain(conv: Conversation, turns) -> str:
-    return conv.system + "".join(text + conv._separator(i) for i, (_, text) in enumerate(turns) if text)
 
 
 def _write_llama_2(conv: Conversation, turns) -> str:
     if turns and (not turns[0][1] or turns[0][0] != conv.roles[0]):
-        raise ValueError(
-            f"conversation: the first turn must be a non-empty message of {conv.roles[0]!r} in the LLAMA_2 style, "
-            f"got {turns[0]!r}"
-        )
+        due = f"must be a non-empty message of {conv.roles[0]!r} in the LLAMA_2 style"
+        raise ValueError(f"conversation: the first turn {due}, got {turns[0]!r}")
     prompt = ""
     for i, (_, text) in enumerate(turns):
         if not text:
@@ -136,16 +120,6 @@ def _write_llama_3(conv: Conversation, turns) -> str:
         if text:
             prompt += text.strip() + conv.sep
     return prompt
-
-
-_WRITERS = {
-    SeparatorStyle.SINGLE: _write_single,
-    SeparatorStyle.TWO: _write_two,
-    SeparatorStyle.MPT: _write_mpt,
-    SeparatorStyle.PLAIN: _write_plain,
-    SeparatorStyle.LLAMA_2: _write_llama_2,
-    SeparatorStyle.LLAMA_3: _write_llama_3,
-}
 
 
 # ---- the templates: their wording is what the checkpoints were trained on, so it is the reference's to the letter
@@ -204,14 +178,12 @@ _EXAMPLE_DIALOGUE = (
 
 _NAMES = ("USER", "ASSISTANT")
 _NAMES_V0 = ("Human", "Assistant")
-_CHATML: dict[str, Any] = dict(
-    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
-    sep_style=SeparatorStyle.MPT,
-    sep="<|im_end|>",
-    version="mpt",
-)
+_CHATML_NAMES = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+_CHATML: dict[str, Any] = dict(roles=_CHATML_NAMES, sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
 _V1: dict[str, Any] = dict(roles=_NAMES, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>")
 _LLAMA_2_STYLE: dict[str, Any] = dict(roles=_NAMES, sep_style=SeparatorStyle.LLAMA_2, sep2="</s>", version="llama_v2")
+
+_LLAMA_3_STYLE: dict[str, Any] = dict(sep_style=SeparatorStyle.LLAMA_3, sep="<|eot_id|>", version="llama_v3")
 
 _vicuna_v0 = Conversation(_HUMAN, _NAMES_V0, _EXAMPLE_DIALOGUE, offset=2)
 _vicuna_v1 = Conversation(_USER, version="v1", **_V1)
@@ -238,13 +210,7 @@ conv_templates: dict[str, Conversation] = {
     # Not of the original LLaVA: llava_v1 without a system prompt, as llava-hf's cards of 1.5 and BakLLaVA write it.
     "llava_v1_hf": Conversation("", version="v1", **_V1),
     # Not of the original LLaVA: what LLaVA-NeXT gives llama3-llava-next-8b.
-    "llava_llama_3": Conversation(
-        _LANGUAGE_AND_VISION,
-        ("user", "assistant"),
-        sep_style=SeparatorStyle.LLAMA_3,
-        sep="<|eot_id|>",
-        version="llama_v3",
-    ),
+    "llava_llama_3": Conversation(_LANGUAGE_AND_VISION, ("user", "assistant"), **_LLAMA_3_STYLE),
 }
 
 
@@ -320,9 +286,8 @@ def pick_conv_mode(config: LlavaConfig, conv_mode: str | None = None) -> str:
         return own
     check_conv_mode(conv_mode)
     if conv_mode != own:
-        warnings.warn(
-            f"the checkpoint {config.name!r} has conv_mode={own!r}, using {conv_mode!r} as asked", stacklevel=2
-        )
+        message = f"the checkpoint {config.name!r} has conv_mode={own!r}, using {conv_mode!r} as asked"
+        warnings.warn(message, stacklevel=2)
     return conv_mode
 
 

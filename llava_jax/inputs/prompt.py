@@ -5,7 +5,7 @@ Imports neither JAX nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +13,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.batch import check_ids, merged_length
-from llava_jax.inputs.conversation import (
-    Conversation,
-    SeparatorStyle,
-    conv_templates,
-    pick_conv_mode,
-    user_message,
-)
+from llava_jax.inputs.conversation import Conversation, SeparatorStyle, conv_templates, pick_conv_mode, user_message
 from llava_jax.inputs.text import check_text
 from llava_jax.inputs.tokenizer import join_around_images
 
@@ -90,10 +84,8 @@ def _text_of(turn, i: int, count: int, mm_use_im_start_end: bool) -> str:
     if not isinstance(turn, Mapping):
         return check_text(turn, where)
     if turn.get("role") != role:
-        raise ValueError(
-            f"{where}: its role is {turn.get('role')!r:.40}, and {role!r} is due; user and assistant alternate, the "
-            "user's is first and last, and only a system message may stand before"
-        )
+        rule = "user and assistant alternate, the user's is first and last, and only a system message may stand before"
+        raise ValueError(f"{where}: its role is {turn.get('role')!r:.40}, and {role!r} is due; {rule}")
     return _content(turn, where, role == "user", mm_use_im_start_end)
 
 
@@ -136,24 +128,15 @@ def build_conversation(config: LlavaConfig, prompt, num_images: int = 0, conv_mo
     said = as_turns(prompt, config.mm_use_im_start_end)
     conversation = conv_templates[pick_conv_mode(config, conv_mode)]
     if said.system is not None:
-        conversation = _with_system(conversation, said.system)
-    first = _with_images(said.texts, num_images, config.mm_use_im_start_end)
+        start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
+        conversation = replace(conversation, system=start + said.system)
+    later = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in said.texts[2::2])  # placed by hand
+    if later > num_images:
+        raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
+    first = user_message(said.texts[0], num_images - later, config.mm_use_im_start_end)
     for i, text in enumerate([first, *said.texts[1:], None]):
         conversation = conversation.append_message(conversation.roles[i % 2], text)
     return conversation
-
-
-def _with_system(conversation: Conversation, system: str) -> Conversation:
-    start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
-    return replace(conversation, system=start + system)
-
-
-def _with_images(texts: Sequence[str], num_images: int, mm_use_im_start_end: bool) -> str:
-    """The first turn with the images that none of the user's later turns has placed by hand."""
-    later = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts[2::2])
-    if later > num_images:
-        raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
-    return user_message(texts[0], num_images - later, mm_use_im_start_end)
 
 
 # ---- a conversation → ids
@@ -180,7 +163,13 @@ def prompt_ids(
     placed = ids.count(IMAGE_TOKEN_INDEX)
     if placed != len(sizes):
         raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
-    _check_length(ids, sizes, config)
+    length, most = merged_length(ids, sizes, config), config.context_length
+    if length > most:
+        bound = "max_position_embeddings" if config.tokenizer_model_max_length is None else "tokenizer_model_max_length"
+        positions = f"{length} positions ({length - len(ids) + len(sizes)} of them images)"
+        raise ValueError(
+            f"prompt: {positions} are more than this model's {bound}={most}; shorten it or give fewer images"
+        )
     check_ids("prompt", np.array(ids, np.int64), config.text.vocab_size, IMAGE_TOKEN_INDEX)
     return ids
 
@@ -204,16 +193,3 @@ def _written(conversation: Conversation, answer: str | None) -> str:
 
 def _in_words(text: str) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, _IMAGE_IN_WORDS)
-
-
-def _check_length(ids: list[int], sizes, config: LlavaConfig) -> None:
-    """ValueError if these ids, with images of these (width, height), are more than the model's context."""
-    length = merged_length(ids, sizes, config)
-    if length > config.context_length:
-        own = config.tokenizer_model_max_length is not None
-        images = length - len(ids) + len(sizes)
-        raise ValueError(
-            f"prompt: {length} positions ({images} of them images) are more than this model's "
-            f"{'tokenizer_model_max_length' if own else 'max_position_embeddings'}={config.context_length}; "
-            "shorten it or give fewer images"
-        )

@@ -8,6 +8,7 @@ prompts that tests/golden recorded from the reference. It needs sentencepiece on
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -44,11 +45,8 @@ def join_around_images(chunks: Sequence[str], tokenizer, image_token_index: int 
     tokenizer's dummy prefix, as the checkpoints were trained.
     """
     first, *others = [tokenizer.encode(chunk) for chunk in chunks]
-    ids = list(first)
     skip = 1 if first and first[0] == tokenizer.bos_token_id else 0
-    for chunk in others:
-        ids += [image_token_index, *chunk[skip:]]
-    return ids
+    return [*first, *(i for chunk in others for i in (image_token_index, *chunk[skip:]))]
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ class AddedToken:
     @classmethod
     def parse(cls, token: str | dict) -> AddedToken:
         """As the JSON files write one."""
-        given = {"content": token} if isinstance(token, str) else token
-        return cls(given["content"], *(bool(given.get(key)) for key in ("lstrip", "rstrip", "special")))
+        if isinstance(token, str):
+            return cls(token)
+        return cls(token["content"], *(bool(token.get(key)) for key in ("lstrip", "rstrip", "special")))
 
 
 @dataclass(frozen=True)
@@ -160,10 +159,7 @@ class LlamaTokenizer:
                 chunks[i - 1] = chunks[i - 1].rstrip()
         tokens = []
         for i, chunk in enumerate(chunks):
-            if i % 2:
-                tokens.append(chunk)
-            elif chunk:
-                tokens += self._tokenize_chunk(chunk)
+            tokens += [chunk] if i % 2 else self._tokenize_chunk(chunk)
         return tokens
 
     def _tokenize_chunk(self, text: str) -> list[str]:
@@ -196,17 +192,9 @@ class LlamaTokenizer:
 
     def _text_slow(self, tokens: list[str]) -> str:
         """Added tokens that are not special stand apart, with a space on each side."""
-        texts, run = [], []
-        for token in tokens:
-            if token not in self._spaced:
-                run.append(token)
-                continue
-            text = self._text_of_run(run)
-            texts += [text, token] if text else [token]
-            run = []
-        if run:
-            texts.append(self._text_of_run(run))
-        return " ".join(texts)
+        runs = [(apart, list(run)) for apart, run in itertools.groupby(tokens, self._spaced.__contains__)]
+        texts = [text for apart, run in runs for text in (run if apart else [self._text_of_run(run)])]
+        return " ".join([*filter(None, texts[:-1]), *texts[-1:]])
 
     def _text_of_run(self, tokens: list[str]) -> str:
         """As `LlamaTokenizer.convert_tokens_to_string`: a special token is not SentencePiece's to decode."""
@@ -226,14 +214,13 @@ class LlamaTokenizer:
 
     def _text_fast(self, tokens: list[str]) -> str:
         """As the fast decoder: a run of byte tokens is text if all of it is UTF-8, else one U+FFFD for each byte."""
-        texts, run = [], bytearray()
-        for token in [*tokens, ""]:
-            if byte := BYTE_PIECE.fullmatch(token):
-                run.append(int(byte[1], 16))
-                continue
-            texts += [_utf8_or_replacement(bytes(run)), token.replace(SPIECE_UNDERLINE, " ")]
-            run.clear()
-        return "".join(texts).removeprefix(" ")
+        text = ""
+        for of_bytes, run in itertools.groupby(tokens, lambda token: bool(BYTE_PIECE.fullmatch(token))):
+            if of_bytes:
+                text += _utf8_or_replacement(bytes(int(token[3:5], 16) for token in run))
+            else:
+                text += "".join(run).replace(SPIECE_UNDERLINE, " ")
+        return text.removeprefix(" ")
 
     def settled_text(self, ids: Sequence[int]) -> str:
         """The part of `decode(ids)` that no further id can change."""
@@ -247,12 +234,10 @@ class LlamaTokenizer:
     # ---- what follows from the fields
 
     def _special_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self._token_id(token)
+        return self._token_id(self.special_tokens[name]) if name in self.special_tokens else None
 
     def _token_id(self, token: str) -> int:
-        found = self._added_ids.get(token)
-        return self._model.piece_to_id(token) if found is None else found
+        return self._added_ids[token] if token in self._added_ids else self._model.piece_to_id(token)
 
     @functools.cached_property
     def _model(self) -> SentencePieceProcessor:
@@ -346,9 +331,11 @@ def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     if config.get("added_tokens_decoder") is not None:
         added = {int(i): AddedToken.parse(token) for i, token in config["added_tokens_decoder"].items()}
-    else:
+    else:  # older files
         config |= _read_json(directory / "special_tokens_map.json")
-        added = _added_tokens_of_older_files(directory)
+        added = {i: AddedToken(content) for content, i in _read_json(directory / "added_tokens.json").items()}
+        listed = _read_json(directory / "tokenizer.json").get("added_tokens") or []
+        added |= {token["id"]: AddedToken.parse(token) for token in listed}
     by_content = {token.content: token for token in added.values()}
     special = {name: AddedToken(content) for name, content in DEFAULT_SPECIAL.items() if name not in config}
     for name in SPECIAL_NAMES:
@@ -384,13 +371,6 @@ def _read_model(path: Path) -> bytes:
         pointer = "a git-LFS pointer, not" if proto.startswith(LFS_POINTER) else "not"
         raise ValueError(f"{path} ({len(proto)} bytes) is {pointer} a SentencePiece model; {DOWNLOAD_AGAIN}") from error
     return proto
-
-
-def _added_tokens_of_older_files(directory: Path) -> dict[int, AddedToken]:
-    """Added tokens where `tokenizer_config.json` does not list them: from the older file and the fast tokenizer's."""
-    added = {i: AddedToken(content) for content, i in _read_json(directory / "added_tokens.json").items()}
-    listed = _read_json(directory / "tokenizer.json").get("added_tokens") or []
-    return added | {token["id"]: AddedToken.parse(token) for token in listed}
 
 
 def _read_json(path: Path) -> dict:
