@@ -125,9 +125,7 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     """`causal_attention` by the Pallas TPU kernel (jax.experimental.pallas.ops.tpu.splash_attention).
 
     L must be a multiple of 128, D of 64. Padding is a segment of its own, which sees itself and nothing else.
-
-    Args:
-        interpret: run it in Pallas' interpreter, on any platform.
+    `interpret` runs it in Pallas' interpreter, on any platform.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, only where it is needed
 
@@ -178,14 +176,11 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array |
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √D) in float32, as one whole matrix.
+    """softmax(q kᵀ / √D) in float32, as one whole matrix [B, K, H/K, L, S] in q's dtype.
 
     Args:
         q: [B, L, H, D]; k: [B, S, K, D], H a multiple of K (grouped queries).
         mask: bool [B, L, S], True where a query may look.
-
-    Returns:
-        [B, K, H/K, L, S] in q's dtype.
     """
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     scores = jnp.einsum("blkhd,bskd->bkhls", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -199,15 +194,12 @@ def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid) -> jax.Array:
-    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099).
+    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099): exact.
 
     Args:
-        q: [G, R, L, H, D], the new positions.
+        q: [G, R, L, H, D], the new positions, as is what comes out.
         prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_valid: bool [G, P].
         suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
-
-    Returns:
-        [G, R, L, H, D]; exact: the weights on both parts are normalised together.
     """
     heads = q.reshape(*q.shape[:3], suffix_k.shape[3], -1, q.shape[-1])
     heads = heads.transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]

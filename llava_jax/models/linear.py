@@ -24,17 +24,13 @@ class Linear(nn.Module):
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
             out = x @ kernel
             return out if bias is None else out + bias
-        scale: jax.Array = self.get_variable("params", SCALE)
-        out = _matmul(x, kernel) * scale
+        out = jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once)
+        out = out * self.get_variable("params", SCALE)
         return (out if bias is None else out + bias).astype(x.dtype)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ int8 kernel [in, out] in float32."""
-    return jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once)
-
-
 def _matmul_at_once(x, kernel):
+    """x [..., in] @ int8 kernel [in, out] in float32."""
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 

@@ -68,12 +68,8 @@ class LlavaLlamaForCausalLM(nn.Module):
         return jax.vmap(lambda table, index: table[index])(table, indices).reshape(*batch.gather_indices.shape, width)
 
     def __call__(self, batch: Batch[jax.Array], output_attentions: bool = False):
-        """A whole batch at once.
-
-        Returns:
-            (logits float32 [B, L, V], hidden states: layers + 1 of [B, L, E], attentions: one [B, H, L, L] a layer,
-            or None each where not asked for)
-        """
+        """A whole batch: (logits float32 [B, L, V], layers + 1 hidden states [B, L, E], each layer's attention
+        [B, H, L, L], or None where not asked for)."""
         valid = batch.attention_mask
 
         def attend(q, k, v):
@@ -82,24 +78,17 @@ class LlavaLlamaForCausalLM(nn.Module):
             weights = attention_weights(q, k, causal_mask(valid, 0, q.shape[1]))
             return weighted_values(weights, v), weights.reshape(len(q), -1, *weights.shape[-2:])
 
-        embeds = self.embed_multimodal(batch)
-        hidden, attentions, hidden_states = self._decode_whole(embeds, batch, attend)
+        hidden, attentions, hidden_states = self._run_whole(batch, attend)
         return self.language_model.logits(hidden), hidden_states, attentions
 
-    def _decode_whole(self, embeds: jax.Array, batch: Batch[jax.Array], attend):
-        """The decoder over whole sequences [B, L, E], the same `attend` in every layer."""
-        attends = [attend] * self.config.text.num_hidden_layers
+    def _run_whole(self, batch: Batch[jax.Array], attend):
+        """The decoder over a batch's whole sequences, the same `attend` in every layer."""
+        embeds, attends = self.embed_multimodal(batch), [attend] * self.config.text.num_hidden_layers
         return self.language_model(embeds, batch.position_ids, batch.lengths, embeds.shape[1], attends)
 
     def attention_rows(self, batch: Batch[jax.Array], positions: jax.Array, mean_heads: bool) -> jax.Array:
-        """Some rows of every layer's attention weights, while each layer attends by the kernel that it always uses.
-
-        Args:
-            positions: int32 [A], those that look.
-
-        Returns:
-            float32 [layers, B, H, A, L], or [layers, B, A, L] with `mean_heads`.
-        """
+        """What the positions, int32 [A], look at in every layer, which attends by the kernel that it always uses:
+        float32 [layers, B, H, A, L], or [layers, B, A, L] with `mean_heads`."""
         seen = batch.attention_mask[:, None] & (jnp.arange(batch.gather_indices.shape[1]) <= positions[:, None])
 
         def attend(q, k, v):
@@ -107,7 +96,7 @@ class LlavaLlamaForCausalLM(nn.Module):
             weights = weights.reshape(len(q), -1, *weights.shape[-2:])
             return causal_attention(q, k, v, batch.attention_mask), weights.mean(1) if mean_heads else weights
 
-        return jnp.stack(self._decode_whole(self.embed_multimodal(batch), batch, attend)[1])
+        return jnp.stack(self._run_whole(batch, attend)[1])
 
     def hidden(self, batch: Batch[jax.Array]) -> jax.Array:
         """Right-padded rows to their normed last hidden states, [B, L, E]: what training needs."""
@@ -115,15 +104,11 @@ class LlavaLlamaForCausalLM(nn.Module):
         def attend(q, k, v):
             return causal_attention(q, k, v), None
 
-        return self._decode_whole(self.embed_multimodal(batch), batch, attend)[0]
+        return self._run_whole(batch, attend)[0]
 
     def prefill(self, batch: Batch[jax.Array]):
-        """Prompts (right-padded) to their last hidden state, [B, E], and every layer's keys and values.
-
-        Returns:
-            (normed hidden state at each row's last position [B, E], one (k, v) of [B, K, L, D] for each layer, arrays
-            or Int8)
-        """
+        """Right-padded prompts to the normed hidden state at each row's last position [B, E], and every layer's (k, v),
+        [B, K, L, D], arrays or Int8."""
 
         def attend(q, k, v):
             keys_values = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -131,7 +116,7 @@ class LlavaLlamaForCausalLM(nn.Module):
                 keys_values = tuple(to_int8(x, -1) for x in keys_values)
             return causal_attention(q, k, v), keys_values  # padding is on the right, where causality hides it
 
-        hidden, keys_values, _ = self._decode_whole(self.embed_multimodal(batch), batch, attend)
+        hidden, keys_values, _ = self._run_whole(batch, attend)
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], keys_values
 
@@ -170,15 +155,8 @@ class LlavaLlamaForCausalLM(nn.Module):
 
 def init_params(config: LlavaConfig, key: jax.Array) -> dict:
     """Random float32 parameters: the plain nested dict that every function here takes."""
-    side = config.tile_size
-    batch = Batch(
-        tiles=jnp.zeros((1, side, side, 3), jnp.uint8),
-        text_ids=jnp.zeros(1, jnp.int32),
-        gather_indices=jnp.zeros((1, 1), jnp.int32),
-        position_ids=jnp.zeros((1, 1), jnp.int32),
-        attention_mask=jnp.ones((1, 1), bool),
-        lengths=jnp.ones(1, jnp.int32),
-    )
+    tiles, position = jnp.zeros((1, config.tile_size, config.tile_size, 3), jnp.uint8), jnp.zeros((1, 1), jnp.int32)
+    batch = Batch(tiles, position[0], position, position, jnp.ones((1, 1), bool), lengths=jnp.ones(1, jnp.int32))
     return LlavaLlamaForCausalLM(config).init(key, batch)["params"]
 
 

@@ -49,9 +49,8 @@ def _inverse_frequencies(config: TextConfig, base) -> np.ndarray:
     return np.float32(1) / power.astype(np.float32)
 
 
-def _llama3_frequencies(config: TextConfig, scaling: RopeScaling) -> np.ndarray:
+def _llama3_frequencies(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Llama 3.1: low frequencies slowed by `factor`, a smooth ramp between (transformers' llama3 rope_scaling)."""
-    plain = _inverse_frequencies(config, config.rope_theta)
     wavelength = 2 * np.pi / plain
     low = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high = scaling.original_max_position_embeddings / scaling.high_freq_factor
@@ -73,28 +72,23 @@ def _dynamic_frequencies(config: TextConfig, factor: float, max_seq_len: int) ->
 def rotary_embedding(
     positions: jax.Array, config: TextConfig, seq_len: jax.Array, max_seq_len: int
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, in float32.
+    """cos and sin of the rotary angles, float32 [..., L, D], half-split (each angle stands at i and at i + D/2).
 
     Args:
         positions: int32 [..., L].
         seq_len: int32 [...]: how long each row's sequence is so far; only `dynamic` scaling looks at it.
         max_seq_len: what `seq_len` can be at most, known when compiling.
-
-    Returns:
-        cos, sin: float32 [..., L, D], the half-split layout (each angle stands at i and at i + D/2).
     """
     scaling, angles = config.rope_scaling, positions.astype(jnp.float32)[..., None]
-    frequencies: jax.Array | np.ndarray
-    if scaling is None:
-        frequencies = _inverse_frequencies(config, config.rope_theta)
-    elif scaling.rope_type == "dynamic":
+    plain = _inverse_frequencies(config, config.rope_theta)
+    frequencies: jax.Array | np.ndarray = plain
+    if scaling and scaling.rope_type == "dynamic":
         table = jnp.asarray(_dynamic_frequencies(config, scaling.factor, max_seq_len))
         beyond = jnp.clip(seq_len - config.max_position_embeddings, 0, len(table) - 1)
         frequencies = table[beyond][..., None, :]
-    elif scaling.rope_type == "llama3":
-        frequencies = _llama3_frequencies(config, scaling)
-    else:  # linear
-        frequencies = _inverse_frequencies(config, config.rope_theta)
+    elif scaling and scaling.rope_type == "llama3":
+        frequencies = _llama3_frequencies(plain, scaling)
+    elif scaling:  # linear
         angles = angles / scaling.factor
     angles = angles * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
@@ -122,10 +116,9 @@ def label_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of each next token; -100 is left out. NaN if nothing is labelled, as in the reference.
+    """Mean cross-entropy of each next token: logits [B, L, V], labels int32 [B, L], of which -100 is left out.
 
-    Args:
-        logits: [B, L, V]; labels: int32 [B, L].
+    NaN if nothing is labelled, as in the reference.
     """
     logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
     labelled = labels != IGNORE_INDEX

@@ -25,6 +25,6 @@ class VisionProjector(nn.Module):
         return features
 
 
-def build_vision_projector(config: LlavaConfig, name: str | None = None) -> VisionProjector:
+def build_vision_projector(config: LlavaConfig) -> VisionProjector:
     """The projector that `mm_projector_type` names; `identity` is depth 0 (llava's build_vision_projector)."""
-    return VisionProjector(config.text.hidden_size, config.projector_depth, name=name)
+    return VisionProjector(config.text.hidden_size, config.projector_depth)

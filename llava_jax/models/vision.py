@@ -204,6 +204,6 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         return jnp.concatenate([self.at_scale(pixels, scale) for scale in self.config.s2_scales], axis=-1)
 
 
-def build_vision_tower(config: LlavaConfig, name: str | None = None) -> CLIPVisionTower:
+def build_vision_tower(config: LlavaConfig) -> CLIPVisionTower:
     """The tower that the config asks for: S2 where `s2` is set."""
-    return (CLIPVisionTowerS2 if config.s2 else CLIPVisionTower)(config, name=name)
+    return CLIPVisionTowerS2(config) if config.s2 else CLIPVisionTower(config)
