@@ -7,14 +7,14 @@ the rows that were asked for, and attends by the kernel that it always uses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.sampling import Greedy, Sample
+from llava_jax.inference.sampling import Sampling
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.detokenizer import IncrementalDetokenizer
@@ -46,18 +46,13 @@ def answer_attention(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    sampling: Greedy | Sample | None = None,
+    sampling: Sampling | None = None,
     conv_mode: str | None = None,
 ) -> AnswerAttention:
-    """Answer a prompt, and say what each token of the answer looked at.
+    """Answer a prompt, as `Llava.generate`, and say what each token of the answer looked at.
 
-    Args:
-        mean_heads: give the mean over the heads; all heads of a 7B at 2,900 positions are 12 MB a token.
-
-    The others are as `Llava.generate` takes them.
-
-    Returns:
-        AnswerAttention; L is the length of prompt and answer, the answer's last token excluded.
+    L is the length of prompt and answer, the answer's last token excluded. `mean_heads` gives the mean over the heads:
+    all heads of a 7B at 2,900 positions are 12 MB a token.
 
     Raises:
         ValueError: as `Llava.generate`; or the answer is empty.
@@ -65,17 +60,8 @@ def answer_attention(
     images = llava.load_images(image)
     sizes = [picture.size for picture in images]
     ids = llava.prompt_ids(prompt, sizes, conv_mode)
-    (tokens,) = llava.generate_tokens(
-        params,
-        [ids],
-        images,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        sampling=sampling,
-    )
+    numbers: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    (tokens,) = llava.generate_tokens(params, [ids], images, seed=seed, sampling=sampling, **numbers)
     answer = tokens[: np.argmax(np.append(np.isin(tokens, llava.config.generation.eos_token_ids), True))]
     if not len(answer):
         raise ValueError("prompt: the model's answer is empty, so there is nothing that it looked at; ask another")
@@ -90,21 +76,11 @@ def answer_attention(
 
 
 def picture_positions(ids: Sequence[int], sizes, config: LlavaConfig) -> tuple[slice, ...]:
-    """Where in the merged sequence each picture's positions are.
-
-    Args:
-        ids: of one prompt, -200 where a picture goes.
-        sizes: (width, height) of each picture.
-    """
-    out, start, shown = [], 0, iter(sizes)
-    for token in ids:
-        length = 1
-        if token == IMAGE_TOKEN_INDEX:
-            width, height = next(shown)
-            length = int(num_image_tokens(width, height, config))
-            out.append(slice(start, start + length))
-        start += length
-    return tuple(out)
+    """Where in the merged sequence of a prompt's ids each picture's positions are; sizes: (width, height) of each."""
+    placeholders = np.flatnonzero(np.asarray(ids) == IMAGE_TOKEN_INDEX)
+    lengths = [int(num_image_tokens(width, height, config)) for width, height in sizes]
+    starts = placeholders + np.cumsum([0, *lengths])[:-1] - np.arange(len(lengths))
+    return tuple(slice(int(start), int(start) + n) for start, n in zip(starts, lengths, strict=True))
 
 
 def by_word(looks: AnswerAttention) -> AnswerAttention:
@@ -120,14 +96,10 @@ def by_word(looks: AnswerAttention) -> AnswerAttention:
 
 
 def tower_attention(llava: Llava, params: dict, tiles: np.ndarray, layer: int) -> np.ndarray:
-    """The attention of one layer of the CLIP tower; those after it are not run.
+    """uint8 tiles [T, S, S, 3] → the attention of one layer of the CLIP tower, from 0; those after it are not run.
 
-    Args:
-        tiles: uint8 [T, S, S, 3], as `Llava.load_images` gives a picture's.
-        layer: from 0; those from the selected one (`mm_vision_select_layer`) on play no part in LLaVA.
-
-    Returns:
-        float32 [T, H, 1 + N, 1 + N], the class token first; over the last axis they sum to 1.
+    float32 [T, H, 1 + N, 1 + N], the class token first; over the last axis they sum to 1. Layers from the selected one
+    (`mm_vision_select_layer`) on play no part in LLaVA.
 
     Raises:
         ValueError: no such layer, tiles of another shape, or a tower of several scales.
@@ -145,14 +117,9 @@ def tower_attention(llava: Llava, params: dict, tiles: np.ndarray, layer: int) -
 
 
 def patch_maps(weights: np.ndarray, patch: int | None = None) -> np.ndarray:
-    """What one patch of each tile looks at, or, with None, the mean over all patches: the mean over the heads, too.
+    """What one patch of each tile (row by row, from 0) looks at, or the mean over all of them; the mean over the heads.
 
-    Args:
-        weights: from `tower_attention`.
-        patch: row by row in the tile, from 0.
-
-    Returns:
-        float32 [T, side, side]; what goes to the class token is left out.
+    Takes the weights of `tower_attention`, gives float32 [T, side, side]; what goes to the class token is left out.
     """
     rows = weights.mean(1)[:, 1:, 1:]  # [T, N, N]
     looked = rows.mean(1) if patch is None else rows[:, patch]

@@ -41,13 +41,9 @@ class ImageTokens(NamedTuple):
 
 
 def tile_rectangles(size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
-    """Which part of a picture each of its tiles shows: the inverse of `process_images`.
+    """Which part of a picture of this (width, height) each of its tiles shows: the inverse of `process_images`.
 
-    Args:
-        size: (width, height) of the picture.
-
-    Returns:
-        float64 [T, 4], x0, y0, x1, y1 in the picture's pixels; where a tile has padding, they lie outside of it.
+    float64 [T, 4], x0, y0, x1, y1 in the picture's pixels; where a tile has padding, they lie outside of it.
     """
     (width, height), side = size, config.tile_size
     if config.image_aspect_ratio == "pad":
@@ -68,13 +64,10 @@ def tile_rectangles(size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
 
 
 def image_tokens(size: tuple[int, int], config: LlavaConfig) -> ImageTokens:
-    """Which tile, patch and rectangle of a picture each of its positions in the sequence sees.
+    """Which tile, patch and rectangle of a picture of this (width, height) each of its positions in the sequence sees.
 
     The first tile sees the whole picture, squeezed; the grid's tiles see it again, in larger. A class token sees its
     tile. Rectangles are cut off at the picture's edge: what lies in the padding sees nothing of it.
-
-    Args:
-        size: (width, height) of the picture.
     """
     index = image_index(size, config)
     newline = index == NEWLINE
@@ -92,11 +85,7 @@ def image_tokens(size: tuple[int, int], config: LlavaConfig) -> ImageTokens:
 
 
 def pixel_map(weights: np.ndarray, size: tuple[int, int], config: LlavaConfig) -> np.ndarray:
-    """Weights of a picture's positions spread evenly over the pixels that each sees.
-
-    Args:
-        weights: float [n], n = `num_image_tokens` of this size.
-        size: (width, height) of the picture.
+    """Weights [n] of the positions of a picture of this (width, height), spread over the pixels that each sees.
 
     Returns:
         float32 [height, width]. It sums to the weights of the positions that see a part of the picture.
@@ -109,10 +98,8 @@ def pixel_map(weights: np.ndarray, size: tuple[int, int], config: LlavaConfig) -
 
 def _spread(weights, tokens: ImageTokens, size, drawn) -> np.ndarray:
     """`pixel_map` on a picture that is drawn with another size than its own."""
-    if np.shape(weights) != tokens.tile.shape:
-        raise ValueError(
-            f"weights: got shape {np.shape(weights)} for the {len(tokens.tile)} positions of a {size} picture"
-        )
+    if (shape := np.shape(weights)) != tokens.tile.shape:
+        raise ValueError(f"weights: got shape {shape} for the {len(tokens.tile)} positions of a {size} picture")
     scaled = tokens.rectangles * np.tile(np.divide(drawn, size), 2)
     out = np.zeros((drawn[1], drawn[0]), np.float32)
     for weight, rectangle in zip(weights, scaled, strict=True):
@@ -145,8 +132,7 @@ def _reduced(image: Image.Image) -> Image.Image:
 def _show(axes: Axes, image, title: str, extent: tuple[float, float, float, float] | None = None) -> None:
     """A picture without ticks; `extent` (left, right, bottom, top) gives its coordinates."""
     axes.imshow(image, extent=extent, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=9, parse_math=False)  # a word may have dollar signs
 
 
@@ -158,11 +144,7 @@ def _outline(axes: Axes, rectangle, color: str, **style) -> None:
 
 
 def draw_tiles(image, config: LlavaConfig) -> Figure:
-    """The borders of a picture's tiles over it, and each tile as the model sees it.
-
-    Args:
-        image: in any form that `Llava.generate` takes.
-    """
+    """The borders of a picture's tiles over it (in any form), and each tile as the model sees it."""
     picture = load_image(image)
     (tiles,) = process_images([picture], config)
     views = tile_rectangles(picture.size, config)
@@ -191,9 +173,7 @@ def _borders(axes: Axes, picture: Image.Image, grid: np.ndarray, first: int, col
         _outline(axes, view, color, facecolor="none", linewidth=2)
         badge = dict(boxstyle="square", facecolor=color, linewidth=0)
         axes.text(view[0], view[1], str(number), color="white", ha="left", va="top", fontsize=8, bbox=badge)
-    axes.set_xlim(min(x0, 0), max(x1, width))
-    axes.set_ylim(max(y1, height), min(y0, 0))
-    axes.set_frame_on(False)
+    axes.set(xlim=(min(x0, 0), max(x1, width)), ylim=(max(y1, height), min(y0, 0)), frame_on=False)
 
 
 def _side_by_side(axes: Axes, tiles: np.ndarray, across: int, color: str) -> None:
@@ -204,9 +184,7 @@ def _side_by_side(axes: Axes, tiles: np.ndarray, across: int, color: str) -> Non
         x, y = number % across * step, number // across * step
         _show(axes, tile, "", (x, x + side, y + side, y))
         _outline(axes, (x, y, x + side, y + side), color, facecolor="none", linewidth=2)
-    axes.set_xlim(0, across * step)
-    axes.set_ylim(len(tiles) // across * step, 0)
-    axes.set_frame_on(False)
+    axes.set(xlim=(0, across * step), ylim=(len(tiles) // across * step, 0), frame_on=False)
 
 
 def draw_token_grid(image, config: LlavaConfig) -> Figure:
@@ -214,9 +192,6 @@ def draw_token_grid(image, config: LlavaConfig) -> Figure:
 
     Colours follow the order in the sequence, and numbers where there is room; the newlines stand at the ends of their
     rows. The first tile and the grid are drawn apart, for both see all of the picture.
-
-    Args:
-        image: in any form that `Llava.generate` takes.
     """
     picture = load_image(image)
     (width, height), tokens = picture.size, image_tokens(picture.size, config)
@@ -224,7 +199,10 @@ def draw_token_grid(image, config: LlavaConfig) -> Figure:
     parts = [np.flatnonzero(tokens.tile == 0), np.flatnonzero(tokens.tile != 0)]
     parts = [part for part in parts if len(part)]
     figure = _new_figure(4.8 * len(parts), min(max(4 * height / width, 2), 5) + 0.4)
-    colors = _order_colors(len(tokens.tile))
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colors = ScalarMappable(Normalize(0, max(1, len(tokens.tile) - 1)), "viridis")  # of a position
     for number, (axes, part) in enumerate(zip(np.ravel(figure.subplots(1, len(parts))), parts, strict=True)):
         name = "the grid" if number else "the first tile"
         _show(axes, gray, f"{name}: positions {part[0]} to {part[-1]}", (0, width, height, 0))
@@ -236,17 +214,11 @@ def draw_token_grid(image, config: LlavaConfig) -> Figure:
     return figure
 
 
-def _order_colors(count: int) -> ScalarMappable:
-    """From a position to its colour."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    return ScalarMappable(Normalize(0, max(1, count - 1)), "viridis")
-
-
 def _cells(axes: Axes, tokens: ImageTokens, part: np.ndarray, width: int, colors: ScalarMappable) -> None:
     """The positions of one part as coloured cells; a newline is a narrow cell beside the end of its row."""
-    beside = 0.07 * width
+    from matplotlib.patheffects import withStroke
+
+    beside, edge = 0.07 * width, [withStroke(linewidth=1.5, foreground="black")]  # round a number
     for position in part:
         newline = tokens.tile[position] < 0
         if not newline and tokens.patch[position] < 0:
@@ -257,29 +229,20 @@ def _cells(axes: Axes, tokens: ImageTokens, part: np.ndarray, width: int, colors
             rectangle = width + 0.3 * beside, y0, width + 1.3 * beside, y1
         if np.isnan(rectangle).any():
             continue  # all of it is padding
-        _outline(
-            axes, rectangle, "white", facecolor=colors.to_rgba(position, alpha=1 if newline else 0.5), linewidth=0.5
-        )
+        color = colors.to_rgba(position, alpha=1 if newline else 0.5)
+        _outline(axes, rectangle, "white", facecolor=color, linewidth=0.5)
         if len(part) <= NUMBERED:
-            _number(axes, rectangle, position)
+            middle = (rectangle[0] + rectangle[2]) / 2, (rectangle[1] + rectangle[3]) / 2
+            axes.text(*middle, str(position), fontsize=7, color="white", ha="center", va="center", path_effects=edge)
     axes.set_xlim(0, width + 1.5 * beside)
 
 
-def _number(axes: Axes, rectangle, number: int) -> None:
-    from matplotlib.patheffects import withStroke
-
-    middle = (rectangle[0] + rectangle[2]) / 2, (rectangle[1] + rectangle[3]) / 2
-    edge = [withStroke(linewidth=1.5, foreground="black")]
-    axes.text(*middle, str(number), fontsize=7, color="white", ha="center", va="center", path_effects=edge)
-
-
 def draw_attention(image, config: LlavaConfig, weights: np.ndarray, words: Sequence[str]) -> Figure:
-    """Where each word looks on the picture: a panel a word, bright where it looks.
+    """Where each word looks on the picture (in any form): a panel a word, bright where it looks.
 
     All panels have one scale. In half of them the brightest place reaches the full light of the picture.
 
     Args:
-        image: in any form that `Llava.generate` takes.
         weights: float [words, n], n the picture's positions: `looks.weights[layer].mean(0)[:, looks.pictures[0]]`, say.
         words: their titles; each has the sum of its weights beside it.
 
@@ -314,16 +277,12 @@ def draw_attention(image, config: LlavaConfig, weights: np.ndarray, words: Seque
 def draw_answers(
     shown: Sequence[tuple[object, Sequence[tuple[str, str, bool | None]]]], columns: int = 3, width: int = SHEET_WIDTH
 ) -> Image.Image:
-    """Pictures in columns, each with its questions and answers under it.
+    """Pictures in columns, each with its questions and answers under it: an RGB picture.
 
     Args:
         shown: (picture in any form, its (question, answer, right) triples); `right` makes the answer green or red,
             None leaves it blue.
-        columns: pictures beside each other.
         width: of a column in pixels; wider pictures are reduced.
-
-    Returns:
-        an RGB picture, drawn by Pillow.
 
     Raises:
         ValueError: there is nothing to show.
@@ -336,11 +295,9 @@ def draw_answers(
     margin = SHEET_MARGIN
     across = min(columns, len(cells)) * (width + margin) + margin
     sheet = Image.new("RGB", (across, sum(heights) + margin * (len(rows) + 1)), "white")
-    top = margin
-    for row, height in zip(rows, heights, strict=True):
+    for i, row in enumerate(rows):
         for column, cell in enumerate(row):
-            sheet.paste(cell, (margin + column * (width + margin), top))
-        top += height + margin
+            sheet.paste(cell, (margin + column * (width + margin), sum(heights[:i]) + margin * (i + 1)))
     return sheet
 
 
