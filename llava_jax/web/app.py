@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +21,11 @@ EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which
 
 
 def serve(llava: Llava, params: dict, host: str, port: int, conv_mode: str | None = None) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
-
-    Args:
-        conv_mode: the prompt template; None is the checkpoint's.
-    """
-    with _sigterm_as_ctrl_c(), tempfile.TemporaryDirectory(prefix="llava-jax-web-") as folder:
+    """Serve the page until Ctrl-C or SIGTERM. `conv_mode` is the prompt template; None is the checkpoint's."""
+    with contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-jax-web-"))
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded goes when the server ends
         from llava_jax.web.page import build_page, launch
 
@@ -37,15 +35,6 @@ def serve(llava: Llava, params: dict, host: str, port: int, conv_mode: str | Non
         print(f"http://{host}:{port} (Ctrl-C ends)", flush=True)
         page.block_thread()
         conversations.close()
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def check_address(host: str, port: int) -> None:

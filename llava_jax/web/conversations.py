@@ -76,11 +76,8 @@ class Conversations:
             conversation.answering.acquire(timeout=60)
 
     def answer(self, tab: str, question: str | None, **options) -> Iterator[list[str]]:
-        """The turns, the last of them the answer as it comes.
-
-        Args:
-            question: None is the last one again, in place of its answer.
-            options: as `Llava.generate` has them.
+        """The turns, the last of them the answer as it comes. A question of None is the last one again, in place of its
+        answer; options are as `Llava.generate` has them.
 
         Raises:
             ValueError: the question cannot be asked, or the answer failed; the conversation is then as it was.
@@ -103,9 +100,8 @@ class Conversations:
                 raise
             conversation.chat = None  # there is no telling what its cache holds
             traceback.print_exc()
-            raise ValueError(
-                f"the answer failed: {type(error).__name__}, of which the server's log says more"
-            ) from None
+            kind = type(error).__name__
+            raise ValueError(f"the answer failed: {kind}, of which the server's log says more") from None
         finally:
             self.answering.discard(conversation)
             conversation.answering.release()

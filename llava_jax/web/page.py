@@ -57,11 +57,7 @@ class Parts(NamedTuple):
 
 
 def build_page(conversations: Conversations, examples: list[list[str]]) -> gr.Blocks:
-    """The page, for `launch`.
-
-    Args:
-        examples: [picture's file, question]; without any, questions are suggested.
-    """
+    """The page, for `launch`. Examples are [picture's file, question]; without any, questions are suggested."""
     name = conversations.llava.config.name
     with gr.Blocks(title=name, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# LLaVA in JAX\n{name}", elem_id="title")
@@ -74,65 +70,32 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     """Serve it, and return: nothing is sent elsewhere, nor fetched from there."""
     # Gradio's own choice is semi-bold, whose file has a few letters only
     font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
-    page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        inbrowser=False,
-        share=False,
-        max_file_size=UPLOAD_LIMIT,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        run_history=False,
-        footer_links=[],
-        theme=gr.themes.Default(font=(font, "system-ui", "sans-serif")),
-        head=HEAD,
-        css=CSS,
-    )
+    look: dict[str, Any] = dict(theme=gr.themes.Default(font=(font, "system-ui", "sans-serif")), head=HEAD, css=CSS)
+    unwanted = "inbrowser", "share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history"
+    how: dict[str, Any] = dict(prevent_thread_lock=True, quiet=True, max_file_size=UPLOAD_LIMIT, footer_links=[])
+    page.launch(server_name=host, server_port=port, **look, **how, **dict.fromkeys(unwanted, False))
 
 
 def _lay_out(examples: list[list[str]]) -> Parts:
     """The picture and the parameters on the left, the conversation on the right."""
-    question = gr.Textbox(
-        label="Question",
-        placeholder="Ask about the picture, and press Enter",
-        show_label=False,
-        container=False,
-        scale=8,
-        elem_id="question",
-        render=False,
-    )
+    bare: dict[str, Any] = dict(show_label=False, container=False, render=False)  # it is rendered where it belongs
+    hint = "Ask about the picture, and press Enter"
+    question = gr.Textbox(label="Question", placeholder=hint, scale=8, elem_id="question", **bare)
     with gr.Row():
         with gr.Column(scale=4, min_width=320, elem_id="left"):
             picture = gr.Image(
-                label="Picture",
-                height=300,
-                sources=["upload", "clipboard"],
-                buttons=["fullscreen"],
-                elem_id="picture",
+                label="Picture", height=300, sources=["upload", "clipboard"], buttons=["fullscreen"], elem_id="picture"
             )
-            if examples:
-                given = gr.Examples(examples, [picture, question], api_visibility="private")
-            else:
-                given = gr.Examples([[text] for text in SUGGESTED], [question], api_visibility="private")
+            shown = (examples, [picture, question]) if examples else ([[text] for text in SUGGESTED], [question])
+            given = gr.Examples(*shown, api_visibility="private")
             with gr.Accordion("Parameters", open=False, elem_id="parameters"):
-                temperature = gr.Slider(
-                    0, 1, 0.2, step=0.1, label="Temperature", info="0: the likeliest token each time"
-                )
+                greedy = "0: the likeliest token each time"
+                temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature", info=greedy)
                 top_p = gr.Slider(0.1, 1, 0.7, step=0.1, label="Top P")
                 max_new_tokens = gr.Slider(64, 1024, 512, step=64, precision=0, label="Max output tokens")
         with gr.Column(scale=8, min_width=480):
-            chatbot = gr.Chatbot(
-                label="Conversation",
-                height=540,
-                buttons=["copy_all"],
-                allow_tags=False,
-                placeholder=WELCOME,
-                elem_id="chatbot",
-            )
+            talk: dict[str, Any] = dict(label="Conversation", placeholder=WELCOME, allow_tags=False)
+            chatbot = gr.Chatbot(height=540, buttons=["copy_all"], elem_id="chatbot", **talk)
             with gr.Row():
                 question.render()
                 send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
@@ -149,12 +112,8 @@ def _connect(page: gr.Blocks, parts: Parts, events: Events, with_pictures: bool)
     shown = [parts.chatbot, parts.question, parts.send, parts.stop, parts.regenerate]
     numbers = [parts.temperature, parts.top_p, parts.max_new_tokens]
     private: dict[str, Any] = {"api_visibility": "private"}
-    answers: dict[str, Any] = {
-        "concurrency_limit": MAX_CACHED_CONVERSATIONS,
-        "concurrency_id": "answers",
-        "show_progress": "minimal",
-        **private,
-    }
+    answers: dict[str, Any] = {"concurrency_limit": MAX_CACHED_CONVERSATIONS, "concurrency_id": "answers", **private}
+    answers["show_progress"] = "minimal"
     answers["trigger_mode"] = "multiple"  # a second question gets a message, and is not dropped by the browser
     gr.on([parts.question.submit, parts.send.click], events.ask, [parts.question, *numbers], shown, **answers)
     parts.regenerate.click(events.ask_again, numbers, shown, **answers)
@@ -178,11 +137,7 @@ def messages(turns: list[str]) -> list[dict[str, str]]:
 
 
 def uploaded_file(payload: dict | None, folder: str) -> Path | None:
-    """Where an upload is stored; None where the picture was taken away.
-
-    Args:
-        payload: what the browser says of it.
-        folder: that of uploads.
+    """Where in the uploads' folder the browser says that a picture is stored; None where the picture was taken away.
 
     Raises:
         ValueError: the browser names another file.
