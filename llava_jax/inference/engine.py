@@ -115,9 +115,11 @@ class Engine:
         self, params, prefix: Prefix, last_hidden, questions: Questions, options: GenerationOptions
     ) -> np.ndarray:
         """Questions to tokens, int32 [G, R, output_capacity]. last_hidden: as `prefill` gave it."""
-        how = options.sampling, np.int32(options.max_new_tokens)
-        arrays = params, prefix, last_hidden, questions
-        return np.asarray(self._generate_from_prefix(options.output_capacity, *arrays, *how))
+        limit = np.int32(options.max_new_tokens)
+        tokens = self._generate_from_prefix(
+            options.output_capacity, params, prefix, last_hidden, questions, options.sampling, limit
+        )
+        return np.asarray(tokens)
 
     def score(self, params, prefix: Prefix, questions: Questions) -> np.ndarray:
         """Log-probability of each question's next token at each of its positions but the last, [G, R, Q - 1]."""

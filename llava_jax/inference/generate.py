@@ -68,11 +68,7 @@ def prefill_questions(
 def sample_first_token(
     model, output_capacity: int, params, prefix: Prefix, last_hidden, questions: Questions, sampling: Sampling
 ) -> DecodeState:
-    """The state after each row's first token.
-
-    Args:
-        last_hidden: [G, E], of the prefix: what a question of no tokens (Q = 0) goes on from. Otherwise not used.
-    """
+    """The state after each row's first token. A question of no tokens (Q = 0) goes on from `last_hidden` [G, E]."""
     if questions.ids.shape[-1]:
         suffix, hidden = prefill_questions(model, output_capacity, params, prefix, questions)
         last = jnp.maximum(questions.lengths - 1, 0)[..., None, None]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from llava_jax.checkpoint import load_config, load_params
@@ -42,9 +43,7 @@ class Llava:
         engine: the same model for token ids and arrays.
     """
 
-    def __init__(
-        self, config: LlavaConfig, tokenizer, mesh: jax.sharding.Mesh | None = None, int8_prefix: bool = False
-    ):
+    def __init__(self, config: LlavaConfig, tokenizer, mesh: Mesh | None = None, int8_prefix: bool = False):
         self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(config, mesh, int8_prefix)
 
@@ -235,11 +234,10 @@ class Llava:
         seed: int | None = None,
         sampling: Sampling | None = None,
     ) -> np.ndarray:
-        """The token-level twin of `generate`, whose options it has.
+        """The token-level twin of `generate`, whose options it has, of images too: one flat list over all rows.
 
         Args:
             input_ids: [B, L] (or rows of different lengths), -200 where an image goes.
-            images: a flat list over all rows, in any form that `generate` takes.
             attention_mask: [B, L], 0 at padding on either side, or None.
 
         Returns:
@@ -265,16 +263,12 @@ class Llava:
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ForwardArrays:
-        """Logits over whole sequences (the reference's forward).
+        """Logits over whole sequences (the reference's forward), as host arrays; L there is the longest merged row.
 
         Args:
-            input_ids: int [B, L], -200 where an image goes.
-            images: a flat list, in any form that `generate` takes.
+            input_ids, images: as `generate_tokens` takes them.
             image_sizes: (width, height) of each image where it is not the image's own.
             attention_mask, labels: [B, L] or None. Without a mask, padding is attended to, as in the reference.
-
-        Returns:
-            host arrays; L there is the longest merged row.
         """
         batch = self._pack_reference(input_ids, attention_mask, labels, images, image_sizes)
         batch.position_ids[:] = np.arange(batch.position_ids.shape[1])  # the reference counts left padding too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Grouped(NamedTuple):
     """Questions on the same images, those that can be asked and those that cannot."""
 
     groups: list[Group]
-    refused: list[tuple[Any, Exception]]  # (question, why)
+    refused: Sequence[tuple[Any, Exception]]  # (question, why)
 
 
 def group_questions(
@@ -74,8 +74,12 @@ def score_candidates(
     texts = as_texts(candidates, "candidates")
     images = llava.load_images(image)
     sizes = [picture.size for picture in images]
-    prompt = np.asarray(llava.prompt_ids(question, sizes, conv_mode))
-    rows = [_answered_ids(llava, question, sizes, conv_mode, i, text) for i, text in enumerate(texts)]
+    prompt, rows = np.asarray(llava.prompt_ids(question, sizes, conv_mode)), []
+    for i, text in enumerate(texts):
+        try:
+            rows.append(np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, text)))
+        except ValueError as error:
+            raise ValueError(f"candidates[{i}] ({text!r:.60}): {error}") from None
     scores = np.zeros(len(rows), np.float32)
     if not rows:
         return scores
@@ -88,11 +92,3 @@ def score_candidates(
         answer_start = common_length([prompt, rows[i]])
         scores[i] = logprobs[answer_start - first : len(rows[i]) - first].sum()
     return scores
-
-
-def _answered_ids(llava: Llava, question, sizes, conv_mode, number: int, candidate: str) -> np.ndarray:
-    """Ids of the prompt with a candidate written in as the answer."""
-    try:
-        return np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, candidate))
-    except ValueError as error:
-        raise ValueError(f"candidates[{number}] ({candidate!r:.60}): {error}") from None

@@ -21,14 +21,9 @@ def _truncate(x) -> np.ndarray:
 
 
 def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
-    """Which of `possible_resolutions` suits each (width, height); the vectorised `select_best_resolution`.
+    """Which of the (width, height) pairs suits each size in pixels: the vectorised `select_best_resolution`.
 
-    Args:
-        widths, heights: pixels, scalars or arrays of one shape.
-        possible_resolutions: (width, height) pairs.
-
-    Returns:
-        int array of that shape: most effective pixels first, then least waste, then the first listed.
+    Most effective pixels first, then least waste, then the first listed.
 
     Raises:
         ValueError: a size without pixels.

@@ -13,8 +13,6 @@ from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
 from llava_jax.inputs.types import Batch, ProcessedImage, Targets
 
-PLACEHOLDERS = {IMAGE_TOKEN_INDEX: "an image", IGNORE_INDEX: "no label"}
-
 
 def bucket_length(n: int, config: LlavaConfig) -> int:
     """Sequence lengths to a few: 64, 128, 256, then multiples of 512, or of more where images are longer than the
@@ -59,11 +57,10 @@ def as_rows(input_ids, attention_mask=None, labels=None) -> Rows:
     if attention_mask is not None:
         masks = [mask.astype(bool) for mask in _rows("attention_mask", attention_mask, "biuf")]
     targets = None if labels is None else _rows("labels", labels)
+    lengths = list(map(len, rows))
     for name, other in (("attention_mask", masks), ("labels", targets)):
-        if other is not None and [len(x) for x in other] != [len(row) for row in rows]:
-            raise ValueError(
-                f"{name}: its rows {[len(x) for x in other]} do not match input_ids' {[len(r) for r in rows]}"
-            )
+        if other is not None and list(map(len, other)) != lengths:
+            raise ValueError(f"{name}: its rows {list(map(len, other))} do not match input_ids' {lengths}")
 
     def kept(values):
         return [value[mask] for value, mask in zip(values, masks, strict=True)]
@@ -80,13 +77,9 @@ def _rows(name: str, values, kinds: str = "iu") -> list[np.ndarray]:
     if not rows or any(row.ndim != 1 or (row.size and row.dtype.kind not in kinds) for row in rows):
         what = "one row of token ids for each prompt" if name == "input_ids" else "rows of numbers like input_ids'"
         raise ValueError(f"{name}: expected [B, L], {what}")
-    return [row if row.size and row.dtype.kind in "bf" else _as_int64(row) for row in rows]
-
-
-def _as_int64(row: np.ndarray) -> np.ndarray:
-    if row.dtype == np.uint64:  # the largest would come out negative
-        row = np.minimum(row, np.uint64(np.iinfo(np.int64).max))
-    return row.astype(np.int64)
+    most = np.uint64(2**63 - 1)  # larger ones would come out negative
+    rows = [np.minimum(row, most) if row.dtype == np.uint64 else row for row in rows]
+    return [row if row.size and row.dtype.kind in "bf" else row.astype(np.int64) for row in rows]
 
 
 def check_ids(what: str, ids: np.ndarray, vocab_size: int, other: int) -> None:
@@ -94,10 +87,9 @@ def check_ids(what: str, ids: np.ndarray, vocab_size: int, other: int) -> None:
     outside = ((ids < 0) | (ids >= vocab_size)) & (ids != other)
     if outside.any():
         position = int(np.argmax(outside))
-        raise ValueError(
-            f"{what}, position {position}: {ids[position]} is not in the embedding table, which has {vocab_size} rows "
-            f"(0 to {vocab_size - 1}), nor is it {other}, {PLACEHOLDERS[other]}"
-        )
+        table = f"the embedding table, which has {vocab_size} rows (0 to {vocab_size - 1})"
+        placeholder = f"{other}, {'an image' if other == IMAGE_TOKEN_INDEX else 'no label'}"
+        raise ValueError(f"{what}, position {position}: {ids[position]} is not in {table}, nor is it {placeholder}")
 
 
 def assign_images(rows, num_images: int) -> list[list[int]]:
@@ -125,26 +117,12 @@ def assign_images(rows, num_images: int) -> list[list[int]]:
 
 
 def _splice(row, text, images: Sequence[np.ndarray]) -> np.ndarray:
-    """One row's values, those of its text in place, each placeholder replaced by its image's values.
-
-    Args:
-        text: [L]; what stands at a placeholder is left out.
-        images: each image's values, in order.
-    """
+    """The values of a row's text, [L], those at its placeholders replaced by the values of each image in turn."""
     pieces, start = [], 0
     for stop, image in zip(np.flatnonzero(row == IMAGE_TOKEN_INDEX), images, strict=True):
         pieces += [text[start:stop], image]
         start = int(stop) + 1
     return np.concatenate([*pieces, text[start:]])
-
-
-def _check_tiles(images: Sequence[ProcessedImage], config: LlavaConfig) -> None:
-    for i, image in enumerate(images):
-        if len(image.tiles) != num_tiles(image.size, config):
-            raise ValueError(
-                f"image_sizes[{i}]={tuple(image.size)} (width, height) asks for {num_tiles(image.size, config)} tiles, "
-                f"but the image has {len(image.tiles)}"
-            )
 
 
 class _Table(NamedTuple):
@@ -203,7 +181,11 @@ def pack(
         check_ids(f"labels: row {b}", text_labels, config.text.vocab_size, IGNORE_INDEX)
     assigned = assign_images(rows, len(images))
     shown = [images[i] for of_row in assigned for i in of_row]
-    _check_tiles(shown, config)
+    for i, image in enumerate(shown):
+        given, due = len(image.tiles), num_tiles(image.size, config)
+        if given != due:
+            size = f"image_sizes[{i}]={tuple(image.size)} (width, height)"
+            raise ValueError(f"{size} asks for {due} tiles, but the image has {given}")
     is_text = [row != IMAGE_TOKEN_INDEX for row in rows]
     text = np.concatenate([row[here] for row, here in zip(rows, is_text, strict=True)])
     text_ids = np.zeros(max(128, bucket_count(len(text))), np.int32)
@@ -226,15 +208,9 @@ def pack(
     mask = _lay_out([np.ones(length, bool) for length in lengths], starts, np.zeros(shape, bool))
     if attend_to_padding:
         mask[:, :longest], positions[:, :longest] = True, np.arange(longest)
-    return Batch(
-        tiles=table.tiles,
-        text_ids=text_ids,
-        gather_indices=_lay_out(merged, starts, np.full(shape, table.zeros, np.int32)),
-        position_ids=positions,
-        attention_mask=mask,
-        lengths=lengths,
-        labels=None if labels is None else _lay_out(targets, starts, np.full(shape, IGNORE_INDEX, np.int32)),
-    )
+    indices = _lay_out(merged, starts, np.full(shape, table.zeros, np.int32))
+    laid_labels = None if labels is None else _lay_out(targets, starts, np.full(shape, IGNORE_INDEX, np.int32))
+    return Batch(table.tiles, text_ids, indices, positions, mask, lengths, laid_labels)
 
 
 def _lay_out(rows, starts, out: np.ndarray) -> np.ndarray:
@@ -245,10 +221,7 @@ def _lay_out(rows, starts, out: np.ndarray) -> np.ndarray:
 
 
 def pack_text(input_ids, attention_mask, labels, config: LlavaConfig) -> Batch[np.ndarray]:
-    """Rows without any image, padding left where it stands: the original touches nothing when `images` is None.
-
-    Args:
-        input_ids: [B, L]; attention_mask: [B, L] or None; labels: [B, L] or None.
+    """Rows [B, L] without any image, padding left where it stands: the original touches nothing when `images` is None.
 
     Raises:
         ValueError: an image placeholder, but no images; rows of different lengths.

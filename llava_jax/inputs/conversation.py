@@ -1,6 +1,6 @@
 """Prompt templates of LLaVA, one table, and the rules that pick one and place the images.
 
-Source: `llava/conversation.py` and `llava/eval/run_llava.py`. Imports neither JAX nor torch.
+Source: `llava/conversation.py` and `llava/eval/run_llava.py`.
 """
 
 from __future__ import annotations
@@ -155,24 +155,22 @@ _EXAMPLE_DIALOGUE = (
     ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
     (
         "Assistant",
-        "Renewable energy sources are those that can be replenished naturally in a relatively "
-        "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
-        "Non-renewable energy sources, on the other hand, are finite and will eventually be "
-        "depleted, such as coal, oil, and natural gas. Here are some key differences between "
-        "renewable and non-renewable energy sources:\n"
-        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
-        "energy sources are finite and will eventually run out.\n"
-        "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
-        "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
-        "and other negative effects.\n"
-        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
-        "have lower operational costs than non-renewable sources.\n"
-        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
-        "locations than non-renewable sources.\n"
-        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
-        "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
-        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
-        "non-renewable sources are not, and their depletion can lead to economic and social instability.\n",
+        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+        "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+        "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
+        "between renewable and non-renewable energy sources:\n"
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+        "are finite and will eventually run out.\n"
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+        "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+        "operational costs than non-renewable sources.\n"
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+        "than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+        "and needs, while non-renewable sources are more rigid and inflexible.\n"
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+        "sources are not, and their depletion can lead to economic and social instability.\n",
     ),
 )
 
@@ -216,24 +214,15 @@ conv_templates: dict[str, Conversation] = {
 
 # ---- which template, and where the images go
 
-# Published checkpoints by the last part of their ids, in lower case, and the templates of their model cards.
-_MODE_OF_PUBLISHED = {
-    "llava-v1.5-7b": "llava_v1",
-    "llava-v1.5-13b": "llava_v1",
-    "llava-v1.6-vicuna-7b": "llava_v1",
-    "llava-v1.6-vicuna-13b": "llava_v1",
-    "llava-v1.6-mistral-7b": "mistral_instruct",
-    "llava-v1.6-34b": "chatml_direct",
-    "llama3-llava-next-8b": "llava_llama_3",
-    "llava-1.5-7b-hf": "llava_v1_hf",
-    "llava-1.5-13b-hf": "llava_v1_hf",
-    "bakllava-v1-hf": "llava_v1_hf",
-    "llava-v1.6-vicuna-7b-hf": "llava_v1",
-    "llava-v1.6-vicuna-13b-hf": "llava_v1",
-    "llava-v1.6-mistral-7b-hf": "mistral_instruct",
-    "llava-v1.6-34b-hf": "chatml_direct",
-    "llama3-llava-next-8b-hf": "llava_llama_3",
-}
+# The templates of model cards, and the checkpoints published under them: the last part of an id, in lower case.
+_PUBLISHED = (
+    ("llava_v1", ("llava-v1.5-7b", "llava-v1.5-13b", "llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-13b")),
+    ("llava_v1", ("llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-13b-hf")),
+    ("llava_v1_hf", ("llava-1.5-7b-hf", "llava-1.5-13b-hf", "bakllava-v1-hf")),
+    ("mistral_instruct", ("llava-v1.6-mistral-7b", "llava-v1.6-mistral-7b-hf")),
+    ("chatml_direct", ("llava-v1.6-34b", "llava-v1.6-34b-hf")),
+    ("llava_llama_3", ("llama3-llava-next-8b", "llama3-llava-next-8b-hf")),
+)
 
 # Parts of a checkpoint's name, in the order in which they are looked for, and the template that each picks.
 _MODE_BY_NAME = (
@@ -249,7 +238,7 @@ _MODE_BY_NAME = (
 
 def published_conv_mode(model_name: str) -> str | None:
     """The template that a published checkpoint's model card uses; None for any other name."""
-    return _MODE_OF_PUBLISHED.get(model_name.lower())
+    return next((mode for mode, names in _PUBLISHED if model_name.lower() in names), None)
 
 
 def named_conv_mode(model_name: str) -> str | None:

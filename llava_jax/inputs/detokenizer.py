@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from llava_jax.inputs.tokenizer import BYTE_PIECE, LlamaTokenizer
 
@@ -41,7 +41,7 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """What was still held back, once no more ids come."""
         text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._send(text[: _find_stop(text, self.stop)])
+        return self._send(text[: min((i for i in map(text.find, self.stop) if i >= 0), default=None)])
 
     def _send(self, text: str) -> str:
         piece = text.strip()[self._sent :]
@@ -53,20 +53,15 @@ def _settled_text(tokenizer, ids: list[int]) -> str:
     """The part of the text that no further id can change, for our tokenizer and for those of transformers."""
     if isinstance(tokenizer, LlamaTokenizer):
         return tokenizer.settled_text(ids)
+
+    def is_byte_or_nothing(token_id: int) -> bool:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        return bool(token and BYTE_PIECE.fullmatch(token)) or not tokenizer.decode([token_id], skip_special_tokens=True)
+
     end = len(ids)
-    while end and _is_byte_or_nothing(tokenizer, ids[end - 1]):
+    while end and is_byte_or_nothing(ids[end - 1]):
         end -= 1
     return tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
-
-
-def _is_byte_or_nothing(tokenizer, token_id: int) -> bool:
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    return bool(token and BYTE_PIECE.fullmatch(token)) or not tokenizer.decode([token_id], skip_special_tokens=True)
-
-
-def _find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
-    return min((i for i in (text.find(s) for s in stop) if i >= 0), default=None)
 
 
 class _Search:

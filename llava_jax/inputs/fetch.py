@@ -21,14 +21,12 @@ MAX_SECONDS = 60.0  # for all of one fetch
 USER_AGENT = "Mozilla/5.0 (compatible; llava_jax)"  # some hosts turn urllib's own away
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # of zlib, for each Content-Encoding that is undone
-_RAW = -15  # deflate without zlib's header, as some hosts send it
 
 
 def fetch(url: str) -> bytes:
-    """What an http(s) URL gives.
+    """What an http(s) URL gives, by way of the proxies that the environment names.
 
-    Non-ASCII characters and spaces are encoded, up to ten redirections are followed, to http(s) only, a
-    Content-Encoding of gzip or deflate is undone, and the proxies that the environment names are used.
+    Non-ASCII characters and spaces are encoded, ten redirections to http(s) followed, gzip and deflate undone.
 
     Raises:
         ValueError: why it could not be fetched, on one line.
@@ -40,9 +38,8 @@ def fetch(url: str) -> bytes:
         raise ValueError(reason_of(error)) from None
     except Exception as error:  # of many kinds: HTTPException, UnicodeError, OverflowError, zlib.error, SSLError …
         inner = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(inner, TimeoutError):
-            inner = ValueError(f"it took more than {MAX_SECONDS:g} seconds")
-        raise ValueError(reason_of(inner)) from error
+        late = isinstance(inner, TimeoutError)
+        raise ValueError(f"it took more than {MAX_SECONDS:g} seconds" if late else reason_of(inner)) from error
 
 
 def _fetch(url: str) -> bytes:
@@ -87,21 +84,15 @@ def _unpacked(body: bytes, coding: str) -> bytes:
         return body
     if coding not in _WINDOW_BITS:
         raise ValueError(f"its Content-Encoding {coding!r} is none of {', '.join(_WINDOW_BITS)}")
-    bits = _WINDOW_BITS[coding]
-    if coding == "deflate" and not _has_zlib_header(body):
-        bits = _RAW
-    decoder = zlib.decompressobj(bits)
+    zlib_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0  # RFC 1950, 2.2
+    raw = coding == "deflate" and not zlib_header  # as some hosts send it
+    decoder = zlib.decompressobj(-15 if raw else _WINDOW_BITS[coding])
     content = decoder.decompress(body, MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes once its {coding} is undone")
     if not decoder.eof:
         raise ValueError(f"its {coding} is cut off")
     return content
-
-
-def _has_zlib_header(body: bytes) -> bool:
-    """RFC 1950, section 2.2."""
-    return len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
 
 
 # ---- every byte that arrives is counted, and waited for no longer than until the deadline
@@ -159,10 +150,10 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self._budget = budget
 
     def http_open(self, request):
-        return self.do_open(partial(self._connection, http.client.HTTPConnection), request)
+        kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
+        return self.do_open(partial(self._connection, kind), request)
 
-    def https_open(self, request):
-        return self.do_open(partial(self._connection, http.client.HTTPSConnection), request)
+    https_open = http_open
 
     def _connection(self, kind, host: str, timeout):
         connection = kind(host, timeout=self._budget.seconds())

@@ -46,10 +46,8 @@ def common_length(rows) -> int:
 def group_prompts(prompts: Sequence[Prompt], images, sizes, config: LlavaConfig) -> list[Group]:
     """One group of all prompts if what they share holds all their images, else a group for each.
 
-    At least one id stays in each suffix, so that there is something to predict from.
-
-    Args:
-        images: what the caller calls the images; sizes: (width, height) of each.
+    At least one id stays in each suffix, so that there is something to predict from. `images` is what the caller calls
+    the images; sizes: (width, height) of each.
     """
     rows = [prompt.ids for prompt in prompts]
     shared = min(common_length(rows), min(map(len, rows)) - 1)
@@ -108,15 +106,13 @@ class PrefixBatch:
 def plan_prefix_batches(
     groups: Sequence[Group], config: LlavaConfig, layout: CacheLayout, output_capacity: int, budget: int
 ) -> list[PrefixBatch]:
-    """Groups of like length together, as many, and as many of their rows at a time, as the budget holds.
+    """Groups of like length together, as many, and as many of their rows at a time, as the budget holds; largest first.
+
+    One group a shard is always taken, however small the budget.
 
     Args:
         output_capacity: slots for new tokens in each row.
         budget: bytes of each device for the cache and the activations of one batch.
-
-    Returns:
-        the largest first; together they hold every group once. One group a shard is always taken, however small
-        the budget.
     """
     order = [(bucket_length(group.prefix_length, config), group) for group in groups]
     order.sort(key=lambda pair: (pair[0], len(pair[1].questions)), reverse=True)

@@ -53,18 +53,14 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     array = np.asarray(source)
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not shaped or not array.size:
-        raise ValueError(
-            f"image: expected a path, URL, data URI, bytes, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]; "
-            f"got {type(source).__name__} of dtype {array.dtype} and shape {array.shape}"
-        )
+        forms = "a path, URL, data URI, bytes, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]"
+        got = f"{type(source).__name__} of dtype {array.dtype} and shape {array.shape}"
+        raise ValueError(f"image: expected {forms}; got {got}")
     return Image.fromarray(array).convert("RGB")
 
 
 def image_size(source) -> tuple[int, int]:
-    """(width, height) of a picture's file, of which no more than the beginning is read (a URL is fetched whole).
-
-    Args:
-        source: a path, a URL, a data URI, or the bytes of a file.
+    """(width, height) of a picture's file (a path, URL, data URI or bytes), of which only the beginning is decoded.
 
     Raises:
         FileNotFoundError, ValueError: as `load_image`.
@@ -74,11 +70,8 @@ def image_size(source) -> tuple[int, int]:
 
 
 def image_source(name: str, folder: str) -> str:
-    """What `load_image` takes for a picture that a question or a training sample names.
-
-    Args:
-        name: relative to the folder; or an absolute path, a URL or a data URI, which stand for themselves.
-        folder: local or gs://.
+    """What `load_image` takes for a picture that a question or a training sample names, relative to a folder (local or
+    gs://) unless by an absolute path, a URL or a data URI.
 
     Raises:
         ValueError: a relative name that leads out of the folder.
@@ -159,9 +152,9 @@ def resize_and_pad_image(image: Image.Image, target_resolution) -> Image.Image:
 def expand2square(image: Image.Image, background_color) -> Image.Image:
     """The picture centred on a square of `background_color` (llava.mm_utils.expand2square)."""
     width, height = image.size
-    side = max(width, height)
     if width == height:
         return image
+    side = max(width, height)
     square = Image.new(image.mode, (side, side), background_color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
@@ -205,11 +198,10 @@ def _anyres_tiles(image: Image.Image, config: LlavaConfig) -> list[Image.Image]:
 
 
 def process_images(images, config: LlavaConfig) -> list[np.ndarray]:
-    """RGB pictures to tiles, by `config.image_aspect_ratio` (llava.mm_utils.process_images before normalising).
+    """PIL images to tiles, by `config.image_aspect_ratio` (llava.mm_utils.process_images before normalising).
 
-    Args:
-        images: PIL images. Tiles of other modes than RGB are converted at the end, as in the original: a palette
-            is then resized without smoothing, and transparent pixels weigh nothing.
+    Tiles of other modes than RGB are converted at the end, as in the original: a palette is then resized without
+    smoothing, and transparent pixels weigh nothing.
 
     Returns:
         one uint8 [T, S, S, 3] for each image: anyres has the whole picture first, then the grid row by row;

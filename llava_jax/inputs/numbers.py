@@ -6,11 +6,7 @@ FLOAT32_MAX = 3.4e38  # that float32 holds
 
 
 def finite_number(name: str, value) -> float:
-    """A number that float32 can hold; True and False are none.
-
-    Raises:
-        ValueError: it is something else; `name` is the option's.
-    """
+    """A number that float32 can hold; ValueError if the option `name` is something else, True and False included."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"{name}={value!r:.40} must be a finite number")
@@ -18,11 +14,7 @@ def finite_number(name: str, value) -> float:
 
 
 def whole_number(name: str, value, least: int, most: int, note: str = "") -> int:
-    """A whole number from `least` to `most`.
-
-    Raises:
-        ValueError: it is something else; `name` is the option's, and `note` ends the sentence.
-    """
+    """A whole number from `least` to `most`; ValueError, with `note` at its end, if the option `name` is none."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name}={value!r:.40} must be a whole number from {least} to {most}{note}")

@@ -1,7 +1,4 @@
-"""What a caller asks, in any form, as token ids: a text, turns, messages with roles, or a Conversation.
-
-Imports neither JAX nor torch.
-"""
+"""What a caller asks, in any form, as token ids: a text, turns, messages with roles, or a Conversation."""
 
 from __future__ import annotations
 
@@ -102,10 +99,9 @@ def _content(message: Mapping, where: str, may_show: bool, mm_use_im_start_end: 
         elif kind == "image" and may_show and len(part) == 1:
             pictures += 1
         else:
-            raise ValueError(
-                f"{where}: a part of type {kind!r:.40} is not taken here; a user's parts are {{'type': 'text', 'text': "
-                "…}, and {'type': 'image'} for each of the pictures that are given beside the prompt"
-            )
+            parts = "{'type': 'text', 'text': …}, and {'type': 'image'} for each of the pictures"
+            taken = f"a user's parts are {parts} that are given beside the prompt"
+            raise ValueError(f"{where}: a part of type {kind!r:.40} is not taken here; {taken}")
     text = " ".join(texts)
     return user_message(text, pictures, mm_use_im_start_end) if pictures else text
 
@@ -167,9 +163,8 @@ def prompt_ids(
     if length > most:
         bound = "max_position_embeddings" if config.tokenizer_model_max_length is None else "tokenizer_model_max_length"
         positions = f"{length} positions ({length - len(ids) + len(sizes)} of them images)"
-        raise ValueError(
-            f"prompt: {positions} are more than this model's {bound}={most}; shorten it or give fewer images"
-        )
+        too_long = f"{positions} are more than this model's {bound}={most}"
+        raise ValueError(f"prompt: {too_long}; shorten it or give fewer images")
     check_ids("prompt", np.array(ids, np.int64), config.text.vocab_size, IMAGE_TOKEN_INDEX)
     return ids
 

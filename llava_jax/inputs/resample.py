@@ -57,14 +57,9 @@ def bicubic(x: np.ndarray) -> np.ndarray:
 
 
 def resample(pixels: np.ndarray, across: Axis, down: Axis, background) -> np.ndarray:
-    """The canvas resized, across and then down, and cropped.
+    """The canvas resized, across and then down, and cropped: uint8 [len(down.kept), len(across.kept), C].
 
-    Args:
-        pixels: uint8 [H, W, C], the picture.
-        background: uint8 [C], the rest of the canvas.
-
-    Returns:
-        uint8 [len(down.kept), len(across.kept), C].
+    On it are the picture's pixels, uint8 [H, W, C], and else the background, uint8 [C].
     """
     columns, rows = taps(across), taps(down)
     top = max(int(rows.first.min()) - down.start, 0)
@@ -78,11 +73,7 @@ def resample(pixels: np.ndarray, across: Axis, down: Axis, background) -> np.nda
 
 
 def _resample(lines: np.ndarray, start: int, made_of: Taps, background) -> tuple[slice, np.ndarray]:
-    """The resized lines that see some of the picture's, and which those are; the others are background.
-
-    Args:
-        lines: uint8 [n, m, C], at `start` of the canvas.
-    """
+    """Of lines [n, m, C], at `start` of the canvas, the resized ones that see some of them, and which those are."""
     begin = np.maximum(made_of.first - start, 0)
     end = np.minimum(made_of.first + made_of.count - start, len(lines))
     (seen,) = np.nonzero(begin < end)

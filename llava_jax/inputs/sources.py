@@ -33,11 +33,9 @@ def source_name(source) -> str:
 
 
 def open_source(source) -> IO[bytes]:
-    """What a source holds, open to be read and sought in.
+    """What a path, a URL, a data URI or bytes hold, open to be read and sought in.
 
-    Args:
-        source: a path; a URL with http, https, file, or an object store's scheme that etils knows, such as gs; a data
-            URI; or the bytes themselves.
+    URLs are of http, https, file, or an object store that etils knows, such as gs.
 
     Raises:
         FileNotFoundError: no such file, or one that cannot be read.
@@ -55,16 +53,13 @@ def open_source(source) -> IO[bytes]:
         if scheme not in ("", "file"):
             return _open_stored(text, scheme)
         path = _file_path(text) if scheme else os.path.expanduser(text)
+        if os.path.isfile(path):
+            return open(path, "rb")
     except ValueError as error:
         raise ValueError(f"{name} could not be fetched: {reason_of(error)}") from error
     except OSError as error:
         raise FileNotFoundError(f"{name}: cannot be read ({reason_of(error)})") from error
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{name}: no such file")
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise FileNotFoundError(f"{name}: cannot be read ({reason_of(error)})") from error
+    raise FileNotFoundError(f"{name}: no such file")
 
 
 def _content(uri: str) -> bytes:

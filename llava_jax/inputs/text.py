@@ -11,21 +11,13 @@ def text_problem(text: object) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         # A command line's byte that is not UTF-8 comes as the second half of a pair (os.fsdecode's surrogateescape).
-        return (
-            f"has {error.object[error.start]!r}, half of a surrogate pair or a byte that is not UTF-8, at {error.start}"
-        )
+        half = error.object[error.start]
+        return f"has {half!r}, half of a surrogate pair or a byte that is not UTF-8, at {error.start}"
     return None
 
 
 def check_text(text: object, what: str) -> str:
-    """`text` itself.
-
-    Args:
-        what: what an error calls it, such as "prompt".
-
-    Raises:
-        ValueError: it is no text, or has half a character.
-    """
+    """`text` itself; ValueError, which calls it `what`, if it is no text or has half a character."""
     if problem := text_problem(text):
         raise ValueError(f"{what}: {problem}")
     assert isinstance(text, str)

@@ -68,39 +68,22 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class LlamaTokenizer:
-    """A SentencePiece Llama tokenizer, as transformers 4.37.2 reads the same files.
+    """A SentencePiece Llama tokenizer, as transformers 4.37.2 reads the same files."""
 
-    Attributes:
-        model_proto: the bytes of `tokenizer.model`.
-        special_tokens: token by name (`bos_token`, `eos_token`, `unk_token`, `pad_token`, …).
-        added_tokens: id → token, the special ones among them.
-        additional_special_tokens: special tokens that have no name.
-        legacy: every text between two added tokens gets the dummy prefix (else the first only). Slow tokenizer only.
-        fast: what the fast tokenizer does: encodes as legacy, decodes invalid bytes and special tokens its own way.
-    """
-
-    model_proto: bytes = field(repr=False)
-    special_tokens: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_SPECIAL))
-    added_tokens: dict[int, AddedToken] = field(default_factory=dict)
-    additional_special_tokens: tuple[str, ...] = ()
-    legacy: bool = True
-    fast: bool = False
+    model_proto: bytes = field(repr=False)  # of `tokenizer.model`
+    special_tokens: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_SPECIAL))  # by name: `bos_token` …
+    added_tokens: dict[int, AddedToken] = field(default_factory=dict)  # by id, the special ones among them
+    additional_special_tokens: tuple[str, ...] = ()  # those without a name
+    legacy: bool = True  # slow: every text between added tokens gets the dummy prefix, else the first only
+    fast: bool = False  # the fast one encodes as legacy, and decodes invalid bytes and special tokens its own way
     add_bos_token: bool = True
     add_eos_token: bool = False
 
-    # ---- ids
+    # ---- ids; None where there is no such token
 
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._special_id("bos_token")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._special_id("eos_token")
-
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._special_id("pad_token")
+    bos_token_id = property(lambda self: self._special_id("bos_token"))
+    eos_token_id = property(lambda self: self._special_id("eos_token"))
+    pad_token_id = property(lambda self: self._special_id("pad_token"))
 
     def __len__(self) -> int:
         """Number of different tokens, the added ones included: the rows that the embedding table needs."""
@@ -157,10 +140,8 @@ class LlamaTokenizer:
                 chunks[i + 1] = chunks[i + 1].lstrip()
             if token.lstrip:
                 chunks[i - 1] = chunks[i - 1].rstrip()
-        tokens = []
-        for i, chunk in enumerate(chunks):
-            tokens += [chunk] if i % 2 else self._tokenize_chunk(chunk)
-        return tokens
+        parts = ([chunk] if i % 2 else self._tokenize_chunk(chunk) for i, chunk in enumerate(chunks))
+        return list(itertools.chain.from_iterable(parts))
 
     def _tokenize_chunk(self, text: str) -> list[str]:
         if self.legacy or self.fast or not text.startswith((SPIECE_UNDERLINE, " ")):
@@ -321,9 +302,8 @@ def load_tokenizer(directory: str | Path, name: str = "", reading: str = "origin
             except Exception as error:  # the Rust library's own, and whatever comes of keys that are not there
                 problem = f"no tokenizer ({reason_of(error)}); {DOWNLOAD_AGAIN}"
                 raise ValueError(f"{files / 'tokenizer.json'}: {problem}") from error
-    raise FileNotFoundError(
-        f"{directory} has no tokenizer: looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
-    )
+    looked_for = "looked for tokenizer.model and tokenizer.json; copy them from the checkpoint"
+    raise FileNotFoundError(f"{directory} has no tokenizer: {looked_for}")
 
 
 def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:

@@ -21,14 +21,10 @@ class WorkerDied(RuntimeError):
 
 
 class Workers:
-    """Processes that each do `work` on one task at a time; a context manager.
+    """`count` processes that each do `work`, a picklable function, on one task at a time; a context manager.
 
     They are spawned, so a script that makes them needs `if __name__ == "__main__":`. They do not outlive a killed
     parent. One that dies costs its task alone and is replaced; a ProcessPoolExecutor breaks, and loses every task.
-
-    Args:
-        work: a picklable function.
-        count: how many, at least 1.
     """
 
     def __init__(self, work: Callable, count: int):
@@ -74,7 +70,7 @@ class Workers:
     def _ask(self, task):
         worker = self._idle.get()
         try:
-            if not worker.is_alive():  # killed while it had nothing to do, which is not this task's fault
+            if not worker.process.is_alive():  # killed while it had nothing to do, which is not this task's fault
                 worker = self._replaced(worker)
             return worker.ask(task)
         except WorkerDied:
@@ -102,9 +98,6 @@ class Worker:
         its_end.close()
         self.unsent = [work]  # sent with the first task: the processes then start side by side
 
-    def is_alive(self) -> bool:
-        return self.process.is_alive()
-
     def ask(self, task):
         try:
             while self.unsent:
@@ -114,12 +107,11 @@ class Worker:
             self.pipe.send(task)
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
+            died = "a data worker died: killed, perhaps for memory (use fewer workers)"
             if not self.unsent:
-                raise WorkerDied("a data worker died: killed, perhaps for memory (use fewer workers)") from error
-            raise RuntimeError(
-                "a data worker died: killed, perhaps for memory (use fewer workers), or the script that started it "
-                'has no `if __name__ == "__main__":`'
-            ) from error
+                raise WorkerDied(died) from error
+            unguarded = 'or the script that started it has no `if __name__ == "__main__":`'
+            raise RuntimeError(f"{died}, {unguarded}") from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -140,10 +132,9 @@ def _serve(pipe) -> None:
             task = pipe.recv()
             try:
                 answer = ForkingPickler.dumps(work(*task))
-            except ValueError as error:
-                answer = ForkingPickler.dumps(ValueError(str(error)))
             except Exception as error:  # whatever a decoder raises, or too little memory for this task
-                answer = ForkingPickler.dumps(ValueError(reason_of(error)))
+                reason = str(error) if isinstance(error, ValueError) else reason_of(error)
+                answer = ForkingPickler.dumps(ValueError(reason))
             pipe.send_bytes(answer)
     except (EOFError, OSError):
         return  # the parent has gone
