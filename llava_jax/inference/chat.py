@@ -40,13 +40,9 @@ class Chat:
         generation_options(llava.config.generation, **options)  # for its errors
         self._options = options
         self.images = llava.load_images(image)
+        self.sizes = [image.size for image in self.images]  # (width, height) of each
         self.turns: list[str] = []
         self.cached: CachedIds | None = None  # what need not be prefilled again
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of each image."""
-        return [image.size for image in self.images]
 
     def send(
         self,

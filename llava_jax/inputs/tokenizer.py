@@ -328,16 +328,11 @@ def _load_llama(directory: Path, fast: bool) -> LlamaTokenizer:
     given = config.get("additional_special_tokens") or []
     additional = [token if isinstance(token, str) else AddedToken.parse(token) for token in given]
 
-    tokenizer = LlamaTokenizer(
-        model_proto=proto,
-        special_tokens={name: token.content for name, token in special.items()},
-        added_tokens=added,
-        additional_special_tokens=tuple(AddedToken.parse(token).content for token in given),
-        legacy=config.get("legacy", True) is not False,
-        fast=fast,
-        add_bos_token=bool(config.get("add_bos_token", True)),
-        add_eos_token=bool(config.get("add_eos_token", False)),
-    )
+    named = {name: token.content for name, token in special.items()}
+    unnamed = tuple(AddedToken.parse(token).content for token in given)
+    legacy = config.get("legacy", True) is not False
+    bos_and_eos = bool(config.get("add_bos_token", True)), bool(config.get("add_eos_token", False))
+    tokenizer = LlamaTokenizer(proto, named, added, unnamed, legacy, fast, *bos_and_eos)
     in_order = [special[name] for name in SPECIAL_NAMES if name in special]
     return tokenizer.add_tokens([*in_order, *additional])
 

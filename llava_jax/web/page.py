@@ -161,11 +161,27 @@ class Events:
     conversations: Conversations
     uploads: str  # the folder
 
-    def ask(self, text: str, temperature: float, top_p: float, max_new_tokens: int, request: gr.Request) -> Iterator:
-        yield from self._answer(request, text, temperature, top_p, max_new_tokens)
+    def ask(
+        self, question: str | None, temperature: float, top_p: float, max_new_tokens: int, request: gr.Request
+    ) -> Iterator[tuple]:
+        """The answer as it comes. A question of None is the last one again."""
+        options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        controls = UNCHANGED if question is None else "", OFF, ON, OFF
+        tab, asked = _tab(request), None
+        try:
+            for turns in self.conversations.answer(tab, question, seed=random.getrandbits(32), **options):
+                asked = asked or self.conversations.of(tab)
+                if self.conversations.of(tab) is asked:  # or else another picture has taken its place
+                    yield messages([*turns[:-1], turns[-1] + CURSOR]), *controls
+                    controls = (UNCHANGED,) * 4
+        except ValueError as error:
+            _warn(error)
+            yield self._at_rest(tab, UNCHANGED if question is None else question)
+        else:
+            yield self._at_rest(tab)
 
-    def ask_again(self, temperature: float, top_p: float, max_new_tokens: int, request: gr.Request) -> Iterator:
-        yield from self._answer(request, None, temperature, top_p, max_new_tokens)
+    def ask_again(self, temperature: float, top_p: float, max_new_tokens: int, request: gr.Request) -> Iterator[tuple]:
+        yield from self.ask(None, temperature, top_p, max_new_tokens, request)
 
     def stop(self, request: gr.Request) -> None:
         self.conversations.stop(_tab(request))
@@ -189,23 +205,6 @@ class Events:
 
     def close(self, request: gr.Request) -> None:
         self.conversations.forget(_tab(request))
-
-    def _answer(self, request: gr.Request, question: str | None, temperature, top_p, max_new_tokens) -> Iterator[tuple]:
-        options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        text = UNCHANGED if question is None else ""
-        controls = text, OFF, ON, OFF
-        tab, asked = _tab(request), None
-        try:
-            for turns in self.conversations.answer(tab, question, seed=random.getrandbits(32), **options):
-                asked = asked or self.conversations.of(tab)
-                if self.conversations.of(tab) is asked:  # or else another picture has taken its place
-                    yield messages([*turns[:-1], turns[-1] + CURSOR]), *controls
-                    controls = (UNCHANGED,) * 4
-        except ValueError as error:
-            _warn(error)
-            yield self._at_rest(tab, UNCHANGED if question is None else question)
-        else:
-            yield self._at_rest(tab)
 
     def _at_rest(self, tab: str, question=UNCHANGED) -> tuple:
         """What the page shows when nothing is being answered; nothing new while something is."""
