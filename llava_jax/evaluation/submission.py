@@ -33,12 +33,10 @@ def write_submission(
         if other is None:
             raise ValueError(f"--task {task} needs --{submission.needs.replace('_', '-')}: {submission.what}")
         given.append(other)
-    written, path = submission.convert(*given), epath.Path(output)
-    if isinstance(written, bytes):
-        files = {path: written}
-    else:
-        files = {path / name: content for name, content in written.items()}
-    for path, content in files.items():
+    written = submission.convert(*given)
+    files = {"": written} if isinstance(written, bytes) else written
+    for name, content in files.items():
+        path = epath.Path(output) / name
         with writing(path, "make room, or name another --output"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)

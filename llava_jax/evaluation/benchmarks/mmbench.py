@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import re
 import string
 from collections import defaultdict
@@ -73,12 +74,7 @@ def _row_of(where: str, columns: Sequence[str], cells: Sequence[str | None], wri
         problem = f"has {len(cells)} cells for {len(columns)} columns"
         return Row(where, index, dict.fromkeys(columns), [], problem, None)
     row = dict(zip(columns, cells, strict=True))
-    options: list[str] = []
-    for name in OPTIONS:
-        value = row.get(name)
-        if value is None or is_none(value):
-            break
-        options.append(value)
+    options = [cell or "" for cell in itertools.takewhile(lambda cell: not is_none(cell), map(row.get, OPTIONS))]
     return Row(where, index, row, options, None, _lost(where, dict(zip(columns, written, strict=True)), options))
 
 

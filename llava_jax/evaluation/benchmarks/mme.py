@@ -1,7 +1,4 @@
-"""MME: accuracy and accuracy+ of its 14 subtasks.
-
-LLaVA's convert_answer_to_mme.py (in its eval.zip), then MME's calculation.py.
-"""
+"""MME: accuracy and accuracy+ of its 14 subtasks. LLaVA's convert_answer_to_mme.py, then MME's calculation.py."""
 
 from __future__ import annotations
 
@@ -24,12 +21,7 @@ Key = tuple[str, str, str]  # subtask, the image's text file, the question as th
 
 
 def read_truth(folder) -> dict[Key, str]:
-    """What MME_Benchmark_release_version says about its subtasks; get_gt of convert_answer_to_mme.py.
-
-    Raises:
-        FileNotFoundError: the folder is not there.
-        ValueError: a file is not UTF-8, or a line is not a question, a tab and Yes or No.
-    """
+    """What MME_Benchmark_release_version says about its subtasks; get_gt of convert_answer_to_mme.py."""
     folder, truth = epath.Path(folder), {}
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; --annotations is MME_Benchmark_release_version")
@@ -74,11 +66,10 @@ def said(text: str) -> str:
 def truth_key(answer: Mapping, truth: Mapping[Key, str]) -> Key:
     """Where the true answer of an answer line stands in `truth` (it may be missing); convert_answer_to_mme.py."""
     parts = str(answer["question_id"]).split("/")
-    category, file = parts[0], parts[-1]
-    question = answer["prompt"]
+    category = parts[0]
+    file, question = parts[-1].split(".")[0] + ".txt", answer["prompt"]
     if SHORT in question:
         question = question.replace(SHORT, "").strip()
-    file = file.split(".")[0] + ".txt"
     if YES_OR_NO.strip() not in question:
         question += YES_OR_NO
         if (category, file, question) not in truth:

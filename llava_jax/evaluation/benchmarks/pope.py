@@ -40,8 +40,7 @@ def read_truth(files: Files) -> Truth:
         entries = read_objects(path, {"label": (str,)}, "POPE's labels are one JSON object a line")
         _check_labels([entry for entry in asked if entry["category"] == category], entries, str(path), asked_in)
         labels[category] = [entry["label"] for entry in entries]
-    others = {question["category"] for question in asked} - set(labels)
-    if others:
+    if others := {question["category"] for question in asked} - set(labels):
         raise ValueError(f"{folder}: has no coco_pope_{min(others):.80}.json, but {asked_in} asks in that category")
     return Truth(asked, asked_in, labels)
 

@@ -1,13 +1,9 @@
-"""ScienceQA, all of it and the questions with an image.
-
-LLaVA's llava/eval/model_vqa_science.py and eval_science_qa.py.
-"""
+"""ScienceQA, all of it and the questions with an image; LLaVA's eval/model_vqa_science.py and eval_science_qa.py."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
@@ -63,15 +59,8 @@ SCIENCE = Layout("science", _read_questions, max_new_tokens=1024, rgb=False, end
 # ---- scores
 
 
-@dataclass(frozen=True)
-class Truth:
-    """The problems by their ids, and the ids of those that count."""
-
-    problems: Mapping[str, Mapping]
-    split: Sequence[str]
-
-
-def read_truth(files: Files) -> Truth:
+def read_truth(files: Files) -> dict[str, dict]:
+    """The problems that count, by their ids."""
     folder = epath.Path(files.annotations)
     splits, path = folder / "pid_splits.json", folder / "problems.json"
     split = read_json_key(splits, "test", "ScienceQA's, with a list 'test'")
@@ -82,12 +71,12 @@ def read_truth(files: Files) -> Truth:
         raise ValueError(f"{path}: is not ScienceQA's, with every question of the test split")
     kinds: dict[str, Kind] = {"choices": (list,), "answer": (int,)}
     check_objects([problems[number] for number in split], kinds, path, "take all of it", "question of the split")
-    return Truth(problems, split)
+    return {number: problems[number] for number in split}
 
 
-def _score(answers: Sequence[Mapping], truth: Truth, files: Files) -> dict:
-    check_ids(question_ids(answers), truth.split, files.answers, files.annotations)
-    return score_scienceqa(answers, truth.problems, truth.split)
+def _score(answers: Sequence[Mapping], problems: Mapping[str, Mapping], files: Files) -> dict:
+    check_ids(question_ids(answers), problems, files.answers, files.annotations)
+    return score_scienceqa(answers, problems, problems)
 
 
 def predicted_choice(text: str, choices: int) -> int:
