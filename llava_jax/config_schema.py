@@ -94,11 +94,14 @@ ROPE = {
     "original_max_position_embeddings": whole(1, INT32),
 }
 ROPE_TYPE = one_of("linear", "dynamic", "llama3")
-DECODER = {
+SIZES = {
     "hidden_size": whole(1, 1 << 17),
     "intermediate_size": whole(1, 1 << 20),
     "num_hidden_layers": whole(1, 512),
     "num_attention_heads": whole(1, 1 << 12),
+}
+DECODER = {
+    **SIZES,
     "num_key_value_heads": whole(1, 1 << 12),
     "head_dim": whole(1, 1 << 12),
     "vocab_size": whole(1, MAX_ROWS),
@@ -114,10 +117,7 @@ DECODER = {
     "pad_token_id": or_null(ID),
 }
 TOWER = {
-    "hidden_size": whole(1, 1 << 17),
-    "intermediate_size": whole(1, 1 << 20),
-    "num_hidden_layers": whole(1, 512),
-    "num_attention_heads": whole(1, 1 << 12),
+    **SIZES,
     "image_size": whole(1, MAX_SIDE),
     "patch_size": whole(1, MAX_SIDE),
     "layer_norm_eps": number(1e-12, 1),
@@ -263,12 +263,7 @@ def read_if_there(path, remedy: str = "") -> dict | None:
 
 
 def read_checked(path, remedy: str = "") -> dict:
-    """A JSON object out of a checkpoint's directory; what `FILES` says of its name is checked.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no JSON object, or keys of it are wrong: all of them, together.
-    """
+    """A JSON object out of a checkpoint's directory; what `FILES` says of its keys is checked, all together."""
     value = read_json_object(path, remedy)
     if kind := FILES.get(path.name):
         require(value, kind, path, remedy)

@@ -75,12 +75,8 @@ class AnswerFile:
             )
 
     def answered(self) -> dict[str, str]:
-        """Answer id → line, of the questions that are answered, well or with an error.
-
-        Raises:
-            ValueError: a file holds other answers than this run's, or is damaged.
-            FileNotFoundError: a file cannot be read.
-        """
+        """Answer id → line, of the questions that are answered, well or with an error; ValueError if a file holds other
+        answers than this run's, or is damaged."""
         known = {question.answer_id for question in self.questions}
         lines: dict[str, str] = {}
         for path in [*([self.path] if self.path.exists() else []), *self.parts()]:
@@ -110,12 +106,8 @@ class AnswerFile:
         return f"{model}, with other weights than this checkpoint's or by another program"
 
     def merge(self) -> None:
-        """All lines in the order of the questions, written at once; the parts are then deleted.
-
-        Raises:
-            ValueError: answers are missing.
-            OSError: it cannot be written; the parts are kept.
-        """
+        """All lines in the order of the questions, written at once; the parts are then deleted. Where answers are
+        missing (ValueError), or it cannot be written (OSError), the parts are kept."""
         lines, count = self.answered(), len(self.questions)
         if len(lines) < count:
             raise ValueError(f"{self.path}: {count - len(lines)} of {count} questions have no answer yet; start again")
@@ -126,11 +118,7 @@ class AnswerFile:
 
 
 class AnswerShard:
-    """One process's part, to append to.
-
-    Raises:
-        OSError: it cannot be written, here or in `append`; it names the file, and what it held stays.
-    """
+    """One process's part, to append to; where it cannot be written (OSError), what it held stays."""
 
     def __init__(self, path: epath.Path):
         self.path, self._objects = path, 0

@@ -46,11 +46,8 @@ def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Pic
 
 
 def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> ProcessedImage:
-    """One picture, as the original's evaluation programs see it: EXIF is ignored, `rgb` is the `Layout`'s.
-
-    Raises:
-        ValueError: what is wrong with the picture.
-    """
+    """One picture, as the original's evaluation programs see it: EXIF is ignored, `rgb` is the `Layout`'s. What is
+    wrong with it is a ValueError."""
     try:
         image = load_image(source, exif=False, rgb=rgb)
     except OSError as error:

@@ -94,12 +94,8 @@ class Layout:
 
 
 def read_questions(path, layout: Layout, flags: PromptFlags = PromptFlags()) -> list[Question]:
-    """The questions of a local or `gs://` file, in its order.
-
-    Raises:
-        FileNotFoundError: the file cannot be read.
-        ValueError: it has no questions, is not of this layout as a whole, or has no such flag.
-    """
+    """The questions of a local or `gs://` file, in its order; ValueError if it has none, is not of this layout as a
+    whole, or the layout has no such flag."""
     if flags.single_pred_prompt and not layout.single_pred_prompt:
         raise ValueError(f"single_pred_prompt: the {layout.name} layout has none, its questions say it themselves")
     if flags.all_rounds and not layout.all_rounds:

@@ -44,11 +44,7 @@ class Job:
     file: AnswerFile  # all questions, and where their answers go
 
     def failure(self, question: Question, error: str) -> str:
-        """The line of a question that cannot be asked.
-
-        Raises:
-            ValueError: `strict` asks for it.
-        """
+        """The line of a question that cannot be asked; a ValueError if options are `strict`."""
         if self.options.strict:
             raise ValueError(described(question, error))
         return answer_line(question, "", self.config.name, error)

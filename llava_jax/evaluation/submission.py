@@ -20,9 +20,8 @@ def write_submission(
         each file once it is written: `output`; of mme, those in it.
 
     Raises:
-        FileNotFoundError: a file cannot be read.
         ValueError: a file is missing or malformed, or an answer that the evaluator insists on is missing.
-        OSError: the file cannot be written.
+        OSError: a file cannot be read or written.
     """
     submission = BENCHMARKS[task].submission
     if submission is None:

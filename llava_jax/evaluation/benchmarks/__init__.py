@@ -15,11 +15,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def layout_for(task: str | None, path) -> Layout:
-    """The layout of a question file: the task's, or without a task what the file's ending says.
-
-    Raises:
-        ValueError: nobody knows the task, or, without one, the ending.
-    """
+    """A question file's layout: the task's, or without a task what the file's ending says; ValueError if unknown."""
     if task is not None:
         if task not in BENCHMARKS:
             raise ValueError(f"task={task!r} is not known; use one of {', '.join(BENCHMARKS)}")

@@ -30,11 +30,7 @@ def question_ids(entries: Sequence[Mapping]) -> list:
 
 
 def check_ids(answered: Sequence, expected: Collection, answers_file: str, asked_in: str) -> None:
-    """Each question of a file must be answered once, and no other.
-
-    Raises:
-        ValueError: not so; it names some ids.
-    """
+    """ValueError unless each question of a file is answered once, and no other."""
     check_once(answered, answers_file)
     if strangers := set(answered).difference(expected):
         raise ValueError(

@@ -62,9 +62,6 @@ def score_gqa(answers: Sequence[Mapping], questions: Mapping[str, Mapping]) -> d
 
     Only questions with `isBalanced` count, and each must have an answer. Where there is no question the figure is 0,
     as in eval.py; "distribution" is None where eval.py divides by zero, no question having a group.
-
-    Args:
-        questions: testdev_balanced_questions.json, question_id → question.
     """
     said = {answer["question_id"]: prediction(answer["text"]) for answer in answers}
     balanced = {number: question for number, question in questions.items() if question["isBalanced"]}

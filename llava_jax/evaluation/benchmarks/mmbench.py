@@ -246,11 +246,8 @@ def infer(text: str, choices: Mapping[str, str]) -> str | None:
 
 
 def is_right(answer: Mapping, truth: str) -> bool:
-    """Whether an answer line gives the option that was `truth` before the options were rotated: not if none was.
-
-    Args:
-        answer: of model_vqa_mmbench: "options" in the order in which they were shown, "option_char" their own letters.
-    """
+    """Whether an answer line gives the option that was `truth` before the options were rotated: not if none was. Its
+    "options" are in the order in which they were shown, "option_char" are their own letters."""
     shown = dict(zip(string.ascii_uppercase, answer["options"], strict=False))
     if truth not in answer["option_char"]:
         return False

@@ -80,11 +80,8 @@ def truth_key(answer: Mapping, truth: Mapping[Key, str]) -> Key:
 def score_mme(answers: Sequence[Mapping], truth: Mapping[Key, str]) -> dict:
     """Sums over subtasks, "perception" and "cognition", and "subtasks", each one's {score, acc, acc_plus, other}.
 
-    A subtask's score is acc + acc_plus, each in percent. Nothing is rounded, as in calculation.py.
-
-    Args:
-        answers: answer lines in the order of the questions: two of each image, one after the other.
-        truth: (subtask, file, question) → "Yes" or "No".
+    A subtask's score is acc + acc_plus, each in percent. Nothing is rounded, as in calculation.py. Answers are in the
+    order of the questions: two of each image, one after the other.
 
     Raises:
         ValueError: a subtask has no answers or an odd number of them (the reference: no such file, AssertionError).

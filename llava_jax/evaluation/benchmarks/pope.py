@@ -79,12 +79,9 @@ def says_yes(text: str) -> bool:
 
 
 def score_category(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """The figures of one category: counts, and the rest in percent.
+    """The figures of one category: counts, and the rest in percent; ValueError if there are no answers, or no labels.
 
     Where the reference divides by zero (nothing said yes to, no label yes), the figure is 0.
-
-    Raises:
-        ValueError: there are no answers, or no labels.
     """
     if not texts or not labels:
         raise ValueError("a category of POPE has no answers or no labels")
@@ -94,10 +91,7 @@ def score_category(texts: Sequence[str], labels: Sequence[str]) -> dict[str, flo
     tp, fp, tn, fn = (pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True)))
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
     return {
-        "tp": tp,
-        "fp": fp,
-        "tn": tn,
-        "fn": fn,
+        **{"tp": tp, "fp": fp, "tn": tn, "fn": fn},
         "accuracy": 100 * _ratio(tp + tn, len(pairs)),
         "precision": 100 * precision,
         "recall": 100 * recall,
@@ -111,12 +105,8 @@ def score_pope(
 ) -> dict:
     """{"mean_f1": …, category: its figures}, categories in the order of `labels`.
 
-    The reference prints no mean; the published POPE figure is the mean F1 of the categories.
-
-    Args:
-        answers: answer lines, in the order of the questions.
-        categories: question_id → category, from the question file.
-        labels: category → "yes" or "no" of each of its questions, in order.
+    The reference prints no mean; the published POPE figure is the mean F1 of the categories. `answers` are in the order
+    of the questions, as the "yes" or "no" of a category's `labels`; `categories` are theirs by question_id.
     """
     texts: dict[str, list[str]] = {category: [] for category in labels}
     for answer in answers:

@@ -96,14 +96,8 @@ def predicted_choice(text: str, choices: int) -> int:
 def score_scienceqa(answers: Sequence[Mapping], problems: Mapping[str, Mapping], split: Iterable[str]) -> dict:
     """Accuracies in percent and counts; a question without an answer is wrong, as in the reference.
 
-    `img_accuracy` is None where the reference divides by zero: no prompt has an <image>.
-
-    Args:
-        problems: problems.json; "choices" and "answer" of each are used.
-        split: the ids of the questions that count, from pid_splits.json.
-
-    Raises:
-        ValueError: the split is empty.
+    `img_accuracy` is None where the reference divides by zero: no prompt has an <image>. `split` are the ids of the
+    `problems` that count; ValueError if there are none.
     """
     by_id = {answer["question_id"]: answer for answer in answers}  # quirk: the last of several answers counts
     right: dict[bool, list[bool]] = {True: [], False: []}

@@ -49,9 +49,6 @@ def score_seed(answers: Sequence[Mapping], annotations: Mapping) -> dict:
 
     A question without an answer is wrong, as in the reference. Where the reference crashes (a KeyError for a type with
     no right answer, a division by zero without videos), the figure is 0 or None.
-
-    Args:
-        annotations: SEED-Bench.json, "questions" and "question_type".
     """
     texts = {answer["question_id"]: answer["text"] for answer in answers}
     questions = annotations["questions"]

@@ -39,11 +39,8 @@ def _score(answers: Sequence[Mapping], data: list[dict], files: Files) -> dict:
 
 
 def textvqa_question(prompt: str) -> str:
-    """The question within a prompt of LLaVA's three TextVQA question files, in lower case.
-
-    Raises:
-        ValueError: the prompt has none of their forms (the reference: AssertionError, AttributeError).
-    """
+    """The question within a prompt of LLaVA's three TextVQA question files, in lower case; ValueError if it has none of
+    their forms (the reference: AssertionError, AttributeError)."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
         if found := re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL):
@@ -64,11 +61,7 @@ def textvqa_annotations(annotations: Sequence[Mapping]) -> dict[tuple[str, str],
 
 
 def score_textvqa(answers: Sequence[Mapping], annotations: Sequence[Mapping]) -> dict[str, float]:
-    """{"accuracy": percent}.
-
-    Args:
-        answers: answer lines, whose question_id is the image's id.
-        annotations: "data" of TextVQA_0.5.1_val.json.
+    """{"accuracy": percent}; an answer's question_id is the image's id.
 
     Raises:
         ValueError: there are no answers, a prompt has another form, or a question has not ten annotated answers.

@@ -44,11 +44,7 @@ def score_vizwiz(answers: Mapping[str, str], annotations: Sequence[Mapping]) -> 
     """Accuracies in percent, rounded to two places: of all and by "answer_type".
 
     What counts is what LLaVA submits: each text through `evalai_answer`. VizWiz's table of contractions, which is
-    typed with ’, then never meets a word that it has.
-
-    Args:
-        answers: image's file name → the model's text.
-        annotations: val.json, a list; every one must have its answer.
+    typed with ’, then never meets a word that it has. `answers` has a text for the image of each annotation.
     """
     accuracies = {}
     for entry in annotations:

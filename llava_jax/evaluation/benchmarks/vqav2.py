@@ -27,10 +27,8 @@ def _score(answers: Sequence[Mapping], entries: list[dict], files: Files) -> dic
 def score_vqav2(answers: Sequence[Mapping], annotations: Sequence[Mapping]) -> dict:
     """Accuracies in percent, rounded to two places: of all, by "answer_type", by "question_type".
 
-    What counts is what LLaVA submits: each text through `evalai_answer`, then VQAEval of vqaEval.py.
-
-    Args:
-        annotations: "annotations" of v2_mscoco_val2014_annotations.json; every one must have its answer.
+    What counts is what LLaVA submits: each text through `evalai_answer`, then VQAEval of vqaEval.py. Every annotation
+    must have its answer.
     """
     texts = {answer["question_id"]: vqa.evalai_answer(answer["text"]) for answer in answers}
     return vqa.by_type(
