@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from llava_jax import config_layouts as layouts
 from llava_jax import config_schema as schema
 from llava_jax.config_parts import KNOWN_TOWERS as KNOWN_TOWERS
 from llava_jax.config_parts import PINPOINTS_336, GenerationDefaults, TextConfig, VisionConfig, has_row
 from llava_jax.config_parts import RopeScaling as RopeScaling
-from llava_jax.fields import require
+from llava_jax.fields import an_object, kinds_of, one_of, or_null, refuse, require, whole
 
 
-def one_of(key: str, value: Any, supported) -> None:
-    require(value, schema.one_of(*supported), "config", name=key)
+def check_one_of(key: str, value: Any, supported) -> None:
+    require(value, one_of(*supported), "config", name=key)
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class LlavaConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
+    mm_vision_tower: Annotated[str | None, or_null(schema.TEXT)] = "openai/clip-vit-large-patch14-336"
     mm_vision_select_layer: int = -2
-    mm_vision_select_feature: str = "patch"
-    mm_projector_type: str = "mlp2x_gelu"
-    mm_hidden_size: int = 1024
-    mm_patch_merge_type: str = "flat"
-    image_aspect_ratio: str = "square"
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
-    mm_use_im_start_end: bool = False
-    mm_use_im_patch_token: bool = False
-    tokenizer_padding_side: str = "right"
-    tokenizer_model_max_length: int | None = None
-    s2: bool = False
-    s2_scales: tuple[int, ...] = (336, 672, 1008)
-    unfreeze_mm_vision_tower: bool = False
+    mm_vision_select_feature: Annotated[str, one_of("patch", "cls_patch")] = "patch"
+    mm_projector_type: Annotated[str, schema.PROJECTOR] = "mlp2x_gelu"
+    mm_hidden_size: Annotated[int, whole(1, 1 << 20)] = 1024
+    mm_patch_merge_type: Annotated[str, one_of("flat", "spatial", "spatial_unpad")] = "flat"
+    image_aspect_ratio: Annotated[str, one_of("anyres", "pad", "square")] = "square"
+    image_grid_pinpoints: Annotated[tuple[tuple[int, int], ...], schema.PINPOINTS] = ()
+    mm_use_im_start_end: Annotated[bool, schema.FLAG] = False
+    mm_use_im_patch_token: Annotated[bool, schema.FLAG] = False
+    tokenizer_padding_side: Annotated[str, one_of("right", "left")] = "right"
+    tokenizer_model_max_length: Annotated[int | None, or_null(whole(1, schema.INT32))] = None
+    s2: Annotated[bool, schema.FLAG] = False
+    s2_scales: Annotated[tuple[int, ...], schema.SCALES] = (336, 672, 1008)
+    unfreeze_mm_vision_tower: Annotated[bool, schema.FLAG] = False
     reading: str = "original"
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     name: str = ""  # the checkpoint's, as in the reference: its folder's, or the last part of its hub id
@@ -52,12 +52,12 @@ class LlavaConfig:
     source: dict | None = field(default=None, compare=False, repr=False)  # the config.json that was read
 
     def __post_init__(self):
-        schema.check_fields(self, schema.LLAVA)
-        one_of("reading", self.reading, schema.READINGS)
+        schema.check_fields(self)
+        check_one_of("reading", self.reading, schema.READINGS)
         for key in ("eos_token_ids", "pad_token_id"):
             has_row(f"generation_config.{key.removesuffix('s')}", getattr(self.generation, key), self.text.vocab_size)
         layers = self.vision.num_hidden_layers
-        one_of("mm_vision_select_layer", self.mm_vision_select_layer, range(-layers - 1, layers + 1))
+        check_one_of("mm_vision_select_layer", self.mm_vision_select_layer, range(-layers - 1, layers + 1))
         self._check_images()
         if self.mm_hidden_size != self.feature_size:
             raise ValueError(
@@ -166,7 +166,7 @@ class LlavaConfig:
         Raises:
             ValueError: values are not supported; the message names their keys, the values and what is supported.
         """
-        layouts.check(config, vision_config, preprocessor_config, generation_config)
+        check_files(config, vision_config, preprocessor_config, generation_config)
         fields = layouts.read_llava_hf(config) if "text_config" in config else layouts.read_liuhaotian(config)
         if vision_config is not None or "vision" not in fields:
             fields["vision"] = layouts.read_vision(vision_config, fields["mm_vision_tower"])
@@ -195,8 +195,34 @@ class LlavaConfig:
     def preset(cls, name: str) -> LlavaConfig:
         """The published shapes under a short name: 1.5-7b, 1.5-13b, 1.6-vicuna-7b, 1.6-vicuna-13b, 1.6-mistral-7b,
         1.6-34b, llama3-llava-next-8b. Nothing is downloaded."""
-        one_of("preset", name, PRESETS)
+        check_one_of("preset", name, PRESETS)
         return PRESETS[name]
+
+
+# ---- files
+
+LIUHAOTIAN = an_object(
+    {
+        **layouts.DECODER,
+        **schema.all_of(or_null, kinds_of(LlavaConfig)),
+        "model_type": one_of("llava", "llava_llama", "llava_mistral", "llava_next"),
+        "architectures": or_null([schema.TEXT]),
+        "vision_tower": or_null(schema.TEXT),
+    }
+)
+
+
+def check_files(config: dict, vision: dict | None, preprocessor: dict | None, generation: dict | None) -> None:
+    """ValueError for all keys that are wrong in a checkpoint's files, together (`LlavaConfig.from_hf`'s arguments)."""
+    layout = layouts.LLAVA_HF if isinstance(config, dict) and "text_config" in config else LIUHAOTIAN
+    problems = layout.problems("", config)
+    if vision is not None:
+        problems += layouts.CLIP.problems("vision_config", layouts.tower_of(vision))
+    if preprocessor is not None:
+        problems += layouts.PREPROCESSOR.problems("preprocessor_config", preprocessor)
+    if generation is not None:
+        problems += layouts.GENERATION.problems("generation_config", generation)
+    refuse(problems, "config")
 
 
 # ---- presets
@@ -218,7 +244,7 @@ _GQA: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8)
 _MISTRAL = dict(**_GQA, max_position_embeddings=32768, rope_theta=1e6)
 _LLAMA3 = dict(**_GQA, vocab_size=128256, max_position_embeddings=8192, rope_theta=5e5)
 _LLAMA3 |= dict(bos_token_id=128000, eos_token_id=128001)
-_YI_34B = dict(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56)
+_YI_34B: dict[str, Any] = dict(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56)
 _YI_34B |= dict(num_key_value_heads=8, vocab_size=64000, rope_theta=5e6, eos_token_id=7)
 
 PRESETS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_jax import config_parts as parts
 from llava_jax import config_schema as schema
-from llava_jax.fields import refuse, require, shown
+from llava_jax.fields import an_object, kinds_of, one_of, optional, or_null, require, shown
 from llava_jax.records import read_json_object
 
 
@@ -24,20 +24,38 @@ def overlay(source: dict, before: dict, after: dict) -> dict:
     return out
 
 
+# ---- what a key of their files may be: what its dataclass says; null, where transformers and the original write that
+
+_ROPE, _DECODER = schema.all_of(optional, kinds_of(parts.RopeScaling)), kinds_of(parts.TextConfig)
+_NULL_IN_DECODER = ("num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "tie_word_embeddings")
+DECODER = {
+    **schema.all_of(optional, _DECODER),
+    **{key: or_null(_DECODER[key]) for key in _NULL_IN_DECODER},
+    "pad_token_id": or_null(schema.PAD),
+    "mlp_bias": optional(one_of(False)),
+    "rope_scaling": or_null(_ROPE),
+    "rope_parameters": or_null({**_ROPE, "rope_theta": optional(_DECODER["rope_theta"])}),  # transformers 5
+}
+TOWER = schema.all_of(optional, kinds_of(parts.VisionConfig))
+CLIP = an_object(TOWER)
+LLAVA_HF = an_object(
+    {
+        "model_type": one_of("llava", "llava_next"),
+        "text_config": {**DECODER, "model_type": optional(one_of("llama", "mistral"))},
+        "vision_config": or_null({**TOWER, "model_type": optional(one_of("clip_vision_model"))}),
+        "image_grid_pinpoints": or_null(schema.PINPOINTS),
+        "vision_feature_select_strategy": optional(one_of("default", "full")),
+        "projector_hidden_act": optional(one_of("gelu")),
+        "multimodal_projector_bias": optional(one_of(True)),
+        "tie_word_embeddings": or_null(schema.FLAG),
+    }
+)
+PREPROCESSOR = an_object({key: TOWER[key] for key in ("image_mean", "image_std")})
+_TOKEN_IDS = {"eos_token_id": or_null(schema.IDS), "pad_token_id": or_null(schema.PAD)}
+GENERATION = an_object({**schema.all_of(or_null, kinds_of(parts.GenerationDefaults)), **_TOKEN_IDS})
+
+
 # ---- the two layouts, read
-
-
-def check(config: dict, vision: dict | None, preprocessor: dict | None, generation: dict | None) -> None:
-    """ValueError for all keys that are wrong in a checkpoint's files, together (`LlavaConfig.from_hf`'s arguments)."""
-    layout = schema.LLAVA_HF if isinstance(config, dict) and "text_config" in config else schema.LIUHAOTIAN
-    problems = layout.problems("", config)
-    if vision is not None:
-        problems += schema.CLIP.problems("vision_config", tower_of(vision))
-    if preprocessor is not None:
-        problems += schema.PREPROCESSOR.problems("preprocessor_config", preprocessor)
-    if generation is not None:
-        problems += schema.GENERATION.problems("generation_config", generation)
-    refuse(problems, "config")
 
 
 def tower_of(vision_config: Any) -> Any:
@@ -59,9 +77,8 @@ def read_vision(vision_config: dict | None, tower: str | None) -> parts.VisionCo
             return parts.VisionConfig()  # mm_hidden_size is checked against it
         vision_config = read_json_object(path)
     inner = tower_of(vision_config)
-    require(inner, schema.CLIP, tower or "config", name="vision_config")
-    known = {f.name for f in dataclasses.fields(parts.VisionConfig)}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in known}
+    require(inner, CLIP, tower or "config", name="vision_config")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items() if k in TOWER}
     return dataclasses.replace(_CLIP_DEFAULTS, **values)
 
 
@@ -96,10 +113,9 @@ def _read_rope(rope: dict) -> parts.RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    known = {f.name for f in dataclasses.fields(parts.RopeScaling)} - {"rope_type"}
-    if not schema.ROPE_TYPE.problems("", kind) and "factor" not in rope:
+    if not parts.ROPE_TYPE.problems("", kind) and "factor" not in rope:
         raise ValueError(f"config: rope_scaling={shown(rope)} has no 'factor'")
-    return parts.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in known}})
+    return parts.RopeScaling(kind, **{"factor": 1.0, **{k: v for k, v in rope.items() if k in _ROPE}})
 
 
 def _given(config: dict, key: str, default):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from llava_jax import config_schema as schema
-from llava_jax.fields import require
+from llava_jax.config_schema import FLAG, ID, IDS, INT32, MAX_ROWS, MAX_SIDE, check_fields
+from llava_jax.fields import a_list, number, one_of, or_null, require, whole
 
+ROPE_TYPE = one_of("linear", "dynamic", "llama3")
 PINPOINTS_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -26,19 +28,19 @@ def divides(key: str, value: int, by_key: str, by: int) -> None:
 class VisionConfig:
     """CLIP's vision tower and its preprocessing (`vision_config` and `preprocessor_config.json` of the tower)."""
 
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-5
-    hidden_act: str = "quick_gelu"
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    hidden_size: Annotated[int, whole(1, 1 << 17)] = 1024
+    intermediate_size: Annotated[int, whole(1, 1 << 20)] = 4096
+    num_hidden_layers: Annotated[int, whole(1, 512)] = 24
+    num_attention_heads: Annotated[int, whole(1, 1 << 12)] = 16
+    image_size: Annotated[int, whole(1, MAX_SIDE)] = 336
+    patch_size: Annotated[int, whole(1, MAX_SIDE)] = 14
+    layer_norm_eps: Annotated[float, number(1e-12, 1)] = 1e-5
+    hidden_act: Annotated[str, one_of("quick_gelu", "gelu")] = "quick_gelu"
+    image_mean: Annotated[tuple[float, ...], a_list(number(-1000, 1000), 3)] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: Annotated[tuple[float, ...], a_list(number(1e-6, 1000), 3)] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        schema.check_fields(self, schema.TOWER_FILE, "vision_config")
+        check_fields(self, "vision_config")
         divides("vision_config.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         if self.patch_size > self.image_size:
             raise ValueError(
@@ -66,14 +68,14 @@ class RopeScaling:
     """`rope_scaling`: `linear` and `dynamic` (NTK) as in transformers 4.37, `llama3` as in Llama 3.1."""
 
     rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Annotated[float, number(1, 1e6)]
+    low_freq_factor: Annotated[float, number(1e-3, 1e6)] = 1.0
+    high_freq_factor: Annotated[float, number(1e-3, 1e6)] = 4.0
+    original_max_position_embeddings: Annotated[int, whole(1, INT32)] = 8192
 
     def __post_init__(self):
-        require(self.rope_type, schema.ROPE_TYPE, "config", name="rope_scaling.type")
-        schema.check_fields(self, schema.ROPE, "rope_scaling")
+        require(self.rope_type, ROPE_TYPE, "config", name="rope_scaling.type")
+        check_fields(self, "rope_scaling")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"config: rope_scaling.low_freq_factor={self.low_freq_factor} must be under "
@@ -85,27 +87,27 @@ class RopeScaling:
 class TextConfig:
     """The Llama-family decoder. Defaults are those of transformers' LlamaConfig."""
 
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    vocab_size: int = 32000
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    hidden_size: Annotated[int, whole(1, 1 << 17)] = 4096
+    intermediate_size: Annotated[int, whole(1, 1 << 20)] = 11008
+    num_hidden_layers: Annotated[int, whole(1, 512)] = 32
+    num_attention_heads: Annotated[int, whole(1, 1 << 12)] = 32
+    num_key_value_heads: Annotated[int, whole(1, 1 << 12)] = 32
+    head_dim: Annotated[int, whole(1, 1 << 12)] = 128
+    vocab_size: Annotated[int, whole(1, MAX_ROWS)] = 32000
+    max_position_embeddings: Annotated[int, whole(1, INT32)] = 2048
+    rms_norm_eps: Annotated[float, number(1e-12, 1)] = 1e-6
+    rope_theta: Annotated[float, number(1, 1e12)] = 10000.0
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
-    pad_token_id: int | None = None
+    attention_bias: Annotated[bool, FLAG] = False
+    attention_dropout: Annotated[float, number(0, 1)] = 0.0
+    tie_word_embeddings: Annotated[bool, FLAG] = False
+    hidden_act: Annotated[str, one_of("silu")] = "silu"
+    bos_token_id: Annotated[int | None, or_null(ID)] = 1
+    eos_token_id: Annotated[int | tuple[int, ...] | None, or_null(IDS)] = 2
+    pad_token_id: Annotated[int | None, or_null(ID)] = None
 
     def __post_init__(self):
-        schema.check_fields(self, schema.DECODER)
+        check_fields(self)
         divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         divides("head_dim", self.head_dim, "the two halves that are rotated", 2)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -119,8 +121,8 @@ class GenerationDefaults:
 
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int = 0
-    top_p: float = 1.0
-    top_k: int = 50
+    top_p: Annotated[float, number(0, 1)] = 1.0
+    top_k: Annotated[int, whole(0, INT32)] = 50
 
     def __post_init__(self):
-        schema.check_fields(self, schema.SAMPLING, "generation_config")
+        check_fields(self, "generation_config")

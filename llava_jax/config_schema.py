@@ -1,7 +1,7 @@
 """What each key of a checkpoint's JSON files may be: a table for each file, and one check for all of them.
 
-A table names the keys that are read, and leaves any other alone. The dataclasses of `config.py` are checked by the
-tables of their files, however they are made.
+A table names the keys that are read, and leaves any other alone. What a key of `config.json` may be stands with its
+field in the dataclasses of `config.py` and `config_parts.py`, which are checked however they are made.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llava_jax.fields import (
     Kind,
     a_list,
     a_map,
-    an_object,
     either,
+    kinds_of,
     number,
     one_of,
     optional,
@@ -87,101 +87,10 @@ PROJECTOR = simple(
     "is not supported; supported: linear, mlpNx_gelu (mlp2x_gelu, …), identity",
 )
 
-ROPE = {
-    "factor": number(1, 1e6),
-    "low_freq_factor": number(1e-3, 1e6),
-    "high_freq_factor": number(1e-3, 1e6),
-    "original_max_position_embeddings": whole(1, INT32),
-}
-ROPE_TYPE = one_of("linear", "dynamic", "llama3")
-SIZES = {
-    "hidden_size": whole(1, 1 << 17),
-    "intermediate_size": whole(1, 1 << 20),
-    "num_hidden_layers": whole(1, 512),
-    "num_attention_heads": whole(1, 1 << 12),
-}
-DECODER = {
-    **SIZES,
-    "num_key_value_heads": whole(1, 1 << 12),
-    "head_dim": whole(1, 1 << 12),
-    "vocab_size": whole(1, MAX_ROWS),
-    "max_position_embeddings": whole(1, INT32),
-    "rms_norm_eps": number(1e-12, 1),
-    "rope_theta": number(1, 1e12),
-    "attention_bias": FLAG,
-    "attention_dropout": number(0, 1),
-    "tie_word_embeddings": FLAG,
-    "hidden_act": one_of("silu"),
-    "bos_token_id": or_null(ID),
-    "eos_token_id": or_null(IDS),
-    "pad_token_id": or_null(ID),
-}
-TOWER = {
-    **SIZES,
-    "image_size": whole(1, MAX_SIDE),
-    "patch_size": whole(1, MAX_SIDE),
-    "layer_norm_eps": number(1e-12, 1),
-    "hidden_act": one_of("quick_gelu", "gelu"),
-}
-PIXELS = {"image_mean": a_list(number(-1000, 1000), 3), "image_std": a_list(number(1e-6, 1000), 3)}
-LLAVA = {
-    "mm_vision_tower": or_null(TEXT),
-    "mm_vision_select_feature": one_of("patch", "cls_patch"),
-    "mm_projector_type": PROJECTOR,
-    "mm_hidden_size": whole(1, 1 << 20),
-    "mm_patch_merge_type": one_of("flat", "spatial", "spatial_unpad"),
-    "image_aspect_ratio": one_of("anyres", "pad", "square"),
-    "image_grid_pinpoints": PINPOINTS,
-    "mm_use_im_start_end": FLAG,
-    "mm_use_im_patch_token": FLAG,
-    "tokenizer_padding_side": one_of("right", "left"),
-    "tokenizer_model_max_length": or_null(whole(1, INT32)),
-    "s2": FLAG,
-    "s2_scales": SCALES,
-    "unfreeze_mm_vision_tower": FLAG,
-}
-SAMPLING = {"top_p": number(0, 1), "top_k": whole(0, INT32)}
 
-
-def _all(of: Callable[[Kind], Check], table: Mapping[str, Kind]) -> dict[str, Check]:
+def all_of(of: Callable[[Kind], Check], table: Mapping[str, Kind]) -> dict[str, Check]:
     return {key: of(kind) for key, kind in table.items()}
 
-
-# As the files have them. What transformers and the original write as null may be null.
-_NULL_IN_DECODER = ("num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "tie_word_embeddings")
-DECODER_FILE = {
-    **_all(optional, DECODER),
-    **{key: or_null(DECODER[key]) for key in _NULL_IN_DECODER},
-    "pad_token_id": or_null(PAD),
-    "mlp_bias": optional(one_of(False)),
-    "rope_scaling": or_null(_all(optional, ROPE)),
-    "rope_parameters": or_null(_all(optional, {**ROPE, "rope_theta": DECODER["rope_theta"]})),  # transformers 5
-}
-TOWER_FILE = _all(optional, {**TOWER, **PIXELS})
-LIUHAOTIAN = an_object(
-    {
-        **DECODER_FILE,
-        **_all(or_null, LLAVA),
-        "model_type": one_of("llava", "llava_llama", "llava_mistral", "llava_next"),
-        "architectures": or_null([TEXT]),
-        "vision_tower": or_null(TEXT),
-    }
-)
-LLAVA_HF = an_object(
-    {
-        "model_type": one_of("llava", "llava_next"),
-        "text_config": {**DECODER_FILE, "model_type": optional(one_of("llama", "mistral"))},
-        "vision_config": or_null({**TOWER_FILE, "model_type": optional(one_of("clip_vision_model"))}),
-        "image_grid_pinpoints": or_null(PINPOINTS),
-        "vision_feature_select_strategy": optional(one_of("default", "full")),
-        "projector_hidden_act": optional(one_of("gelu")),
-        "multimodal_projector_bias": optional(one_of(True)),
-        "tie_word_embeddings": or_null(FLAG),
-    }
-)
-CLIP = an_object(TOWER_FILE)
-PREPROCESSOR = an_object(_all(optional, PIXELS))
-GENERATION = an_object({**_all(or_null, SAMPLING), "eos_token_id": or_null(IDS), "pad_token_id": or_null(PAD)})
 
 ADDED_TOKEN = {"content": TEXT, **dict.fromkeys(("lstrip", "rstrip", "special"), or_null(FLAG))}
 TOKEN = either(TEXT, ADDED_TOKEN)
@@ -208,7 +117,7 @@ INDEX = {"weight_map": a_map(SHARD)}
 HEADER = a_map({"dtype": TEXT, "shape": [whole(0, 1 << 40)], "data_offsets": a_list(whole(0, 1 << 50), 2)})
 
 # transformers has it in three files: a text, or several with names.
-NAMED_TEMPLATE = _all(optional, {"name": TEXT, "template": TEXT})
+NAMED_TEMPLATE = all_of(optional, {"name": TEXT, "template": TEXT})
 CHAT_TEMPLATE = {"chat_template": or_null(either(TEXT, [NAMED_TEMPLATE]))}
 
 # The files that are read as they are, by their names.
@@ -232,7 +141,7 @@ FILES: dict[str, Kind] = {
         **dict.fromkeys(("name", "source", "dtype", "fingerprint"), optional(TEXT)),
         "conv_mode": or_null(TEXT),
         "published": optional(
-            _all(
+            all_of(
                 optional,
                 {"vision_tower": one_of("inside", "beside"), "names": [TEXT], "dtype": TEXT, "tied_head": TEXT},
             )
@@ -252,9 +161,10 @@ FILES: dict[str, Kind] = {
 # ---- the check
 
 
-def check_fields(value: Any, table: Mapping[str, Kind], prefix: str = "") -> None:
-    """ValueError unless a dataclass's fields are what a table says."""
-    require(vars(value), table, "config", name=prefix)
+def check_fields(value: object, prefix: str = "") -> None:
+    """ValueError unless a dataclass's fields are of their kinds."""
+    kinds = kinds_of(type(value))  # type: ignore[arg-type]  # to mypy a class is not Hashable
+    require(vars(value), kinds, "config", name=prefix)
 
 
 def read_if_there(path, remedy: str = "") -> dict | None:

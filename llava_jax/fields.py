@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, TypeAlias, get_type_hints
 
 from llava_jax.errors import listed
 
@@ -44,6 +45,13 @@ def shown(value: object) -> str:
 
 
 # ---- kinds of values
+
+
+@cache
+def kinds_of(dataclass: type) -> dict[str, Kind]:
+    """The kinds of a dataclass's fields, of those whose types are `Annotated` with one."""
+    hints = get_type_hints(dataclass, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
 def check_of(kind: Kind) -> Check:

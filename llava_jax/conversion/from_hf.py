@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava_jax import checkpoint, config_layouts
-from llava_jax.config import KNOWN_TOWERS, LlavaConfig
+from llava_jax import checkpoint
+from llava_jax.config import KNOWN_TOWERS, LlavaConfig, check_files
 from llava_jax.conversion import checksums, key_table, published_files
 from llava_jax.conversion.atomic_directory import check_output, new_directory
 from llava_jax.conversion.key_table import Rule
@@ -176,7 +176,7 @@ def read_published(
     generation = text.read_json("generation_config.json")
     if new_projector is None:
         with naming(source):
-            config_layouts.check(config, None, None, generation)
+            check_files(config, None, None, generation)
     tower, tower_error = None, ""
     vision_config, preprocessor = config.get("vision_config"), _preprocessor(location)
     if layout == "liuhaotian":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.config import PINPOINTS_336, LlavaConfig, one_of
+from llava_jax.config import PINPOINTS_336, LlavaConfig, check_one_of
 from llava_jax.config_layouts import read_vision
 from llava_jax.conversion import key_table
 from llava_jax.conversion.published_files import Tensor
@@ -31,7 +31,7 @@ def llava_config(base: dict, kind: str, tower: str | None, vision: dict | None, 
     """
     if "mm_projector_type" in base:
         raise ValueError("--new-projector is for a plain language model, and this has a projector; leave the flag out")
-    one_of("model_type", base.get("model_type"), ("llama", "mistral"))
+    check_one_of("model_type", base.get("model_type"), ("llama", "mistral"))
     mistral, tower_config = base["model_type"] == "mistral", read_vision(vision, None)
     side = tower_config.image_size
     images: dict[str, Any] = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
