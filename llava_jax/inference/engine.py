@@ -168,7 +168,7 @@ class Engine:
         return self._embed_multimodal(params, batch)
 
     def attention_rows(self, params, batch: Batch, positions, mean_heads: bool = False) -> np.ndarray:
-        """Of every decoder layer's attention, what the positions, int [A], look at: float32 [layers, B, H, A, L].
+        """What the positions, int [A], look at in every decoder layer: float32 [layers, B, H, A, L].
 
         The same positions in each row of the batch; `mean_heads` leaves H out.
         """

@@ -49,7 +49,8 @@ def generation_options(
     if sampling is None:
         given = dict(temperature=0.0, top_p=defaults.top_p, top_k=defaults.top_k, seed=0) | given
         greedy = finite_number("temperature", given["temperature"]) == 0
-        sampling = validate(Sample(**given | dict(temperature=1.0) if greedy else given))  # wrong is wrong, used or not
+        given["temperature"] = 1.0 if greedy else given["temperature"]
+        sampling = validate(Sample(**given))  # wrong is wrong, used or not
         sampling = Greedy() if greedy else sampling
     elif given:
         raise ValueError(f"sampling={sampling!r:.80} and {', '.join(given)} are two ways to say it; give one")

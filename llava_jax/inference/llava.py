@@ -234,10 +234,11 @@ class Llava:
         seed: int | None = None,
         sampling: Sampling | None = None,
     ) -> np.ndarray:
-        """The token-level twin of `generate`, whose options it has, of images too: one flat list over all rows.
+        """The token-level twin of `generate`, whose options it has.
 
         Args:
             input_ids: [B, L] (or rows of different lengths), -200 where an image goes.
+            images: a flat list over all rows, in any form that `generate` takes.
             attention_mask: [B, L], 0 at padding on either side, or None.
 
         Returns:

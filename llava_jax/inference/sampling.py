@@ -76,7 +76,9 @@ PENALTIES = 0.01, 100.0  # the same, with what is divided twice
 
 
 def validate(sampling: Sampling) -> Sampling:
-    """The same with its numbers checked and of fixed types, so that 1 and 1.0 are one program; too cold is greedy.
+    """The same with its numbers checked and of fixed types, so that 1 and 1.0 are one program.
+
+    A temperature below LEAST_TEMPERATURE is greedy.
 
     Raises:
         ValueError: a number is out of its range, or it is neither a Greedy nor a Sample.

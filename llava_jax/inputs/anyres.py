@@ -21,9 +21,9 @@ def _truncate(x) -> np.ndarray:
 
 
 def best_resolution_index(widths, heights, possible_resolutions) -> np.ndarray:
-    """Which of the (width, height) pairs suits each size in pixels: the vectorised `select_best_resolution`.
+    """Which of the (width, height) pairs suits each size in pixels: an int array of the shape of widths and heights.
 
-    Most effective pixels first, then least waste, then the first listed.
+    The vectorised `select_best_resolution`: most effective pixels first, then least waste, then the first listed.
 
     Raises:
         ValueError: a size without pixels.

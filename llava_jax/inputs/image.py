@@ -60,7 +60,7 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
 
 
 def image_size(source) -> tuple[int, int]:
-    """(width, height) of a picture's file (a path, URL, data URI or bytes), of which only the beginning is decoded.
+    """(width, height) of a picture's file (a path, URL, data URI or bytes); of a path, only the beginning is read.
 
     Raises:
         FileNotFoundError, ValueError: as `load_image`.

@@ -14,7 +14,7 @@ def finite_number(name: str, value) -> float:
 
 
 def whole_number(name: str, value, least: int, most: int, note: str = "") -> int:
-    """A whole number from `least` to `most`; ValueError, with `note` at its end, if the option `name` is none."""
+    """A whole number from `least` to `most`; ValueError, ending in `note`, if the option `name` is something else."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name}={value!r:.40} must be a whole number from {least} to {most}{note}")
