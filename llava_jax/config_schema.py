@@ -120,6 +120,10 @@ HEADER = a_map({"dtype": TEXT, "shape": [whole(0, 1 << 40)], "data_offsets": a_l
 NAMED_TEMPLATE = all_of(optional, {"name": TEXT, "template": TEXT})
 CHAT_TEMPLATE = {"chat_template": or_null(either(TEXT, [NAMED_TEMPLATE]))}
 
+PUBLISHED = all_of(
+    optional, {"vision_tower": one_of("inside", "beside"), "names": [TEXT], "dtype": TEXT, "tied_head": TEXT}
+)
+
 # The files that are read as they are, by their names.
 FILES: dict[str, Kind] = {
     "tokenizer_config.json": {
@@ -140,12 +144,7 @@ FILES: dict[str, Kind] = {
         "reading": optional(one_of(*READINGS)),
         **dict.fromkeys(("name", "source", "dtype", "fingerprint"), optional(TEXT)),
         "conv_mode": or_null(TEXT),
-        "published": optional(
-            all_of(
-                optional,
-                {"vision_tower": one_of("inside", "beside"), "names": [TEXT], "dtype": TEXT, "tied_head": TEXT},
-            )
-        ),
+        "published": optional(PUBLISHED),
     },
     "checksums.json": {"files": a_map(TEXT), "parameters": a_map({"dtype": TEXT, "crc32": TEXT})},
     "train_options.json": {

@@ -89,11 +89,8 @@ def describe(error: BaseException) -> str:
 
 def _take_any_text() -> None:
     """Text that is not UTF-8 costs its question where it is read, and shows as \\udc80 where it is printed."""
-    for stream, errors in (
-        (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        errors = "surrogateescape" if stream is sys.stdin else "backslashreplace"
         with contextlib.suppress(AttributeError, OSError, ValueError):  # what stands in for it may be anything
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
