@@ -181,7 +181,7 @@ class LlavaConfig:
 
     def to_hf(self) -> dict:
         """The published `config.json`: what was read, key for key, updated where a field has changed since."""
-        after = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        after = dict(vars(self))
         if self.source is None:
             return layouts.write_new(after)
         nested = "text_config" in self.source

@@ -194,7 +194,7 @@ def _plain(value):
 
 def _write_text(text: parts.TextConfig, like: dict) -> dict:
     """The decoder's keys, its rotary settings under the names that `like` uses."""
-    out = {f.name: _plain(getattr(text, f.name)) for f in dataclasses.fields(parts.TextConfig)}
+    out = {name: _plain(value) for name, value in vars(text).items()}
     scaling = dataclasses.asdict(text.rope_scaling) if text.rope_scaling else None
     if scaling and scaling["rope_type"] != "llama3":
         scaling = {"type": scaling["rope_type"], "factor": scaling["factor"]}
@@ -227,11 +227,10 @@ def write_new(fields: dict) -> dict:
 
 def write_llava_hf(fields: dict, like: dict) -> dict:
     """`LlavaConfig`'s fields as llava-hf's keys."""
-    vision = {f.name: _plain(getattr(fields["vision"], f.name)) for f in dataclasses.fields(parts.VisionConfig)}
-    del vision["image_mean"], vision["image_std"]  # they stand in preprocessor_config.json
+    pixels = ("image_mean", "image_std")  # they stand in preprocessor_config.json
     return {
         "text_config": _write_text(fields["text"], like["text_config"]),
-        "vision_config": vision,
+        "vision_config": {name: value for name, value in vars(fields["vision"]).items() if name not in pixels},
         "vision_feature_layer": fields["mm_vision_select_layer"],
         "vision_feature_select_strategy": "default" if fields["mm_vision_select_feature"] == "patch" else "full",
         "image_grid_pinpoints": _plain(fields["image_grid_pinpoints"]),
