@@ -36,7 +36,7 @@ def compile_for_tpu(config, slots=128):
     return compile_for(mesh, program, params, *arguments), params
 
 
-@pytest.mark.long  # test_attention.py compiles splash for TPUs every day, test_ahead.py a loop over a cache
+@pytest.mark.long  # test_attention.py compiles splash for TPUs every day, test_capacity.py a loop over a cache
 @pytest.mark.parametrize("preset", ["1.6-vicuna-7b", "1.6-mistral-7b"])
 def test_generate_compiles_for_a_tpu_and_copies_nothing_large(no_tpu, preset):
     """7B's widths, two decoder layers deep (each layer is the same program again)."""

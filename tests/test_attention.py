@@ -264,7 +264,10 @@ def test_divided_over_a_mesh():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("dtype", "precision"), [(jnp.bfloat16, "default"), (jnp.float32, "highest")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(jnp.bfloat16, "default"), pytest.param(jnp.float32, "highest", marks=pytest.mark.long)],
+)
 def test_splash_compiles_for_a_mesh_of_tpus(no_tpu, dtype, precision, backward):
     """Rows over `data`, heads over `tensor`, and nothing sent between the chips. Scores alone would be 1,152 MiB."""
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)

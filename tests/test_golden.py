@@ -28,7 +28,11 @@ FEW_CASES |= {"clspatch": ("trunc1000",), "spatial": ("trunc1000_left",)}
 BATCHES = [("vicuna", case) for case in CASES] + [(v, case) for v, cases in FEW_CASES.items() for case in cases]
 # Batches of which only the embeddings are compared daily, and the logits of others of their kind.
 SELDOM = [("vicuna", case) for case in ("left", "right_left", "trunc1000_left", "nomaxlen", "nomask_left")]
+SELDOM += [("s2", "right")]
 FULL = ("vicuna", "mistral", "llava15")  # the others run the decoder on their first picture only
+DAILY = 3  # of the pictures that the decoder sees
+DECODED = [(variant, False) for variant in RECORDED]
+DECODED += [pytest.param(variant, True, marks=pytest.mark.long) for variant in FULL]
 IMAGE = -200
 
 logsumexp = jax.jit(partial(jax.nn.logsumexp, axis=-1))
@@ -38,8 +42,10 @@ def recorded_images(golden, variant):
     return [key.split("/")[1] for key in golden(variant) if key.startswith("image/") and key.endswith("/merged/shape")]
 
 
-def decoded_images(golden, variant):
-    return recorded_images(golden, variant)[: None if variant in FULL else 1]
+def decoded_images(golden, variant, others):
+    """The decoder's pictures: some daily, of every shape, and the others behind `long`."""
+    names = recorded_images(golden, variant)[: None if variant in FULL else 1]
+    return names[DAILY:] if others else names[:DAILY]
 
 
 def probe(x):
@@ -141,11 +147,11 @@ def test_features(golden, pictures, model, variant):
         assert_features(recorded, key + "/merged", embeds[0, 1:])
 
 
-@pytest.mark.parametrize("variant", RECORDED)
-def test_logits(golden, pictures, model, variant):
+@pytest.mark.parametrize(("variant", "others"), DECODED)
+def test_logits(golden, pictures, model, variant, others):
     llava, params = model(variant)
     recorded = golden(variant)
-    for name in decoded_images(golden, variant):
+    for name in decoded_images(golden, variant, others):
         key = f"image/{name}"
         logits = llava.forward(params, recorded["image/input_ids"], [pictures[name]]).logits[0]
         near = {"atol": ATOL, "rtol": 0, "err_msg": key}
@@ -156,11 +162,11 @@ def test_logits(golden, pictures, model, variant):
         assert not (differs & (recorded[key + "/logits_gap"] > TIE)).any(), key
 
 
-@pytest.mark.parametrize("variant", RECORDED)
-def test_greedy_tokens(golden, pictures, model, variant):
+@pytest.mark.parametrize(("variant", "others"), DECODED)
+def test_greedy_tokens(golden, pictures, model, variant, others):
     llava, params = model(variant)
     recorded = golden(variant)
-    for name in decoded_images(golden, variant):
+    for name in decoded_images(golden, variant, others):
         ids = recorded["image/input_ids"]
         tokens = llava.generate_tokens(params, ids, [pictures[name]], max_new_tokens=16)
         assert tokens.dtype == np.int32

@@ -66,7 +66,7 @@ def callback(*_):
 def run(*args):
     gc.callbacks.append(callback)
     gc.collect()
-    time.sleep(20)
+    time.sleep(100)
     print("not interrupted")
 
 sent = []
@@ -77,8 +77,8 @@ sys.exit(cli.main())
 
 
 def test_an_interruption_while_garbage_is_collected(tmp_path):
-    """JAX has such a callback, and Python drops its exceptions. Some 2 seconds."""
-    done = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, text=True, cwd=tmp_path)
+    """JAX has such a callback, and Python drops its exceptions. Some 2 seconds: the sleep is interrupted."""
+    done = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, text=True, cwd=tmp_path, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 

@@ -179,6 +179,7 @@ print(json.dumps(llava.generate_batch(params, requests, max_new_tokens=24)))
 """
 
 
+@pytest.mark.long  # test_parallel.py has eight devices every day
 def test_over_eight_devices(scenes_model, loaded):
     llava, params = loaded[1]
     requests = [(draw(held_out_scene(0, n)), ["Describe the image.", "What color is the heart?"]) for n in range(2)]

@@ -221,7 +221,7 @@ def killed(options, script, step, how):
     return done.stderr
 
 
-@pytest.mark.parametrize("how, step", [(signal.SIGKILL, 4), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize("how, step", [(signal.SIGKILL, 4), pytest.param(signal.SIGTERM, 3, marks=pytest.mark.long)])
 def test_a_killed_run_resumed_gives_what_it_would_have_given(how, step, finished, tmp_path):
     """Killed, and started again: the same losses and the same weights, to the bit."""
     options, whole = finished

@@ -142,14 +142,14 @@ class Programs:
     config: LlavaConfig
     mesh: Mesh
     shapes: Shapes
-    held: Precision
+    precision: Precision
 
     @property
     def model(self) -> LlavaLlamaForCausalLM:
-        return LlavaLlamaForCausalLM(self.config, int8_prefix=self.held.int8_prefix)
+        return LlavaLlamaForCausalLM(self.config, int8_prefix=self.precision.int8_prefix)
 
     def params(self):
-        return abstract_params(self.config, self.mesh, self.held.quantize)
+        return abstract_params(self.config, self.mesh, self.precision.quantize)
 
     def once(self) -> tuple[dict[str, Program], tuple]:
         """(encode and prefill of one picture for each shard of the rows, the prefixes and hidden states they give)."""
@@ -231,11 +231,11 @@ class Capacity:
     prefix: int  # of one prefix (of one on each of the mesh's shards of rows)
     groups: int  # the most prefixes that fit; 0: not even one, and there are no programs
     programs: dict[str, Program]  # encode, prefill; question and decode of a usual wave, as two programs
-    waves: dict[int, Wave]  # by their number of prefixes
+    waves: dict[int, AnswerBatch]  # by their number of prefixes
 
 
 @dataclass(frozen=True)
-class Wave:
+class AnswerBatch:
     needed: int  # the most that a chip holds at any time, the code of all programs included
     answer: Program
 
@@ -245,7 +245,7 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
     shards, shapes = num_batch_shards(programs.mesh), programs.shapes
     params = chip_bytes(programs.params())
     text, tensor = programs.config.text, programs.mesh.shape.get("tensor", 1)
-    prefix = shapes.prefix * programs.held.prefix(text) // tensor
+    prefix = shapes.prefix * programs.precision.prefix(text) // tensor
     suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
     bound = int((room - params) // (prefix + suffix))
     if bound < 1:
@@ -253,9 +253,9 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
     once, prefixes = programs.once()
     prefix = chip_bytes(prefixes[0].keys_values)
 
-    def compiled(size: int) -> Wave | None:
+    def compiled(size: int) -> AnswerBatch | None:
         answer = programs.answer(size * shards, prefixes)
-        return None if answer is None else Wave(needed(once["prefill"], answer, params, prefix, size), answer)
+        return None if answer is None else AnswerBatch(needed(once["prefill"], answer, params, prefix, size), answer)
 
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
@@ -263,12 +263,12 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
     return Capacity(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
 
 
-def search(compiled, room: float, params: int, bound: int) -> dict[int, Wave]:
+def search(compiled, room: float, params: int, bound: int) -> dict[int, AnswerBatch]:
     """Waves of up to `bound` prefixes, the largest that fits among them: first the usual one, then again and again
     where the line through the two that are nearest to the room meets it. `compiled` makes a number of prefixes into
-    their Wave, or None where the compiler itself finds no room."""
+    their AnswerBatch, or None where the compiler itself finds no room."""
     size = min(MAX_GROUPS, bound)
-    tried: dict[int, Wave] = {}
+    tried: dict[int, AnswerBatch] = {}
     while size not in tried and len(tried) < TRIES:
         wave = compiled(size)
         if wave is None:

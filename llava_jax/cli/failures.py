@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
 import traceback
@@ -66,7 +67,7 @@ def _no_interruption_lost() -> Iterator[None]:
 
     def hook(dropped) -> None:
         if isinstance(dropped.exc_value, KeyboardInterrupt):
-            threading.Timer(AGAIN, _thread.interrupt_main).start()
+            threading.Timer(AGAIN, _interrupt).start()
         else:
             before(dropped)
 
@@ -75,6 +76,13 @@ def _no_interruption_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _interrupt() -> None:
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which ends a system call, too
 
 
 def describe(error: BaseException) -> str:

@@ -11,7 +11,16 @@ import pytest
 from jax.experimental import topologies
 
 from llava_jax.capacity import programs, roofline
-from llava_jax.capacity.programs import Capacity, Collectives, Program, Programs, Shapes, Wave, compile_for, slice_mesh
+from llava_jax.capacity.programs import (
+    AnswerBatch,
+    Capacity,
+    Collectives,
+    Program,
+    Programs,
+    Shapes,
+    compile_for,
+    slice_mesh,
+)
 from llava_jax.capacity.roofline import SLICES, V5E, WORKLOADS, Work
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
@@ -154,7 +163,7 @@ def test_the_largest_wave_is_found(room, less, refused):
     compiler refuses those that need much more than there is."""
 
     def compiled(size):
-        wave = Wave(80 + 20 * size - less * max(0, size - 20), None)
+        wave = AnswerBatch(80 + 20 * size - less * max(0, size - 20), None)
         return wave if wave.needed < refused * room else None
 
     tried = programs.search(compiled, room, params=60, bound=70)
@@ -265,7 +274,7 @@ def test_a_wrong_flag_is_one_error(flags, said):
 def test_the_report(monkeypatch, capsys):
     program = Program(1.0, 3 << 30, 1 << 30, 0, 1 << 29, Collectives(2, 0, {"all-reduce of embeddings": 1}))
     decode = dataclasses.replace(program, whole_writes={"prefix": 0, "suffix": 5})
-    fit = Capacity(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: Wave(7 << 30, decode)})
+    fit = Capacity(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: AnswerBatch(7 << 30, decode)})
     monkeypatch.setattr(programs, "largest_wave", lambda engine, room: fit)
     run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
     out = capsys.readouterr().out
