@@ -211,7 +211,10 @@ def batch_inputs(recorded, case):
     return {k: recorded.get(f"batch/{case}/in_{k}") for k in ("input_ids", "attention_mask", "labels", "position_ids")}
 
 
-@pytest.mark.parametrize(("variant", "case"), BATCHES)
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    [pytest.param(*batch, marks=pytest.mark.long if batch[0] == "s2" else ()) for batch in BATCHES],
+)
 def test_prepared_batch(golden, pictures, model, variant, case):
     """Embeddings, labels, mask and positions of a text-only, a one-image and a two-image row."""
     llava, params = model(variant)
@@ -262,7 +265,7 @@ def test_batch_logits_and_loss(golden, pictures, model, variant, case):
         np.testing.assert_allclose(out.loss, recorded[key + "/loss"], equal_nan=True, **near)
 
 
-@pytest.mark.parametrize("variant", FULL)
+@pytest.mark.parametrize("variant", ["vicuna", "llava15", pytest.param("mistral", marks=pytest.mark.long)])
 def test_batch_greedy_tokens(golden, pictures, model, variant):
     llava, params = model(variant)
     recorded = golden(variant)

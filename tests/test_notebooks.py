@@ -20,7 +20,6 @@ from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 NAMES = ("attention", "batch_evaluation", "finetune", "inside_llava", "quickstart")
-DAILY = "inside_llava"  # the quickest
 VARIES = "varies"  # the tag of a cell whose text is not the same on every machine
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 LARGEST = 600_000  # bytes: what a code host still shows
@@ -101,9 +100,8 @@ def test_none_is_missing():
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == DAILY else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_says_what_is_committed(name, folder):
     before = committed(name)
     after = execute(before, folder)

@@ -125,6 +125,7 @@ def test_a_chip_works_on_its_own_rows(no_tpu):
     assert f"{LENGTH},{config.text.vocab_size}]" not in compiled.as_text()
 
 
+@pytest.mark.long
 def test_a_chip_keeps_its_slices_of_the_gradients_alone(no_tpu):
     """Eight kernels of 32 MiB in bfloat16: no chip has the gradients of all of them whole."""
     mesh, options, width = chips("finetune"), options_of("finetune", 1), 4096

@@ -140,7 +140,7 @@ def test_pixel_map():
 # ---- attention
 
 
-@pytest.mark.parametrize("variant", ["vicuna", "mistral"])
+@pytest.mark.parametrize("variant", ["mistral", pytest.param("vicuna", marks=pytest.mark.long)])
 def test_rows_are_those_of_forward(model, pictures, variant):
     """The rows of an answer against the whole matrices of every layer, with and without grouped queries."""
     llava, params = model(variant)
@@ -157,7 +157,7 @@ def test_rows_are_those_of_forward(model, pictures, variant):
     start, count = ids.index(-200), int(num_image_tokens(2000, 50, llava.config))
     assert looks.pictures == (slice(start, start + count),)
     assert "".join(looks.pieces) == llava.generate(params, picture, question, **options)
-    if variant == "vicuna":
+    if variant == "mistral":
         mean = answer_attention(llava, params, picture, question, mean_heads=True, **options)
         np.testing.assert_allclose(mean.weights, looks.weights.mean(1), atol=5e-6)
 
