@@ -54,6 +54,7 @@ def test_a_batch_gives_the_answers_of_one_by_one(small, requests):
     assert llava.generate_batch(params, requests, **OPTIONS) == one_by_one(llava, params, requests, **OPTIONS)
 
 
+@pytest.mark.long
 def test_so_it_does_where_heads_share_their_keys(model, requests):
     llava, params = model("mistral")
     requests = requests[:1]

@@ -93,6 +93,7 @@ def test_changed_weight(reference, converted, tmp_path, path, change, stage):
     assert first_bad(stages) == stage, verify.table(stages)
 
 
+@pytest.mark.long  # test_changed_weight has one change for each stage
 def test_changed_text_embedding_and_settings(reference, converted, tmp_path):
     """A word of the prompt; and a setting that moves pixels, which the weights know nothing of."""
     _, text, picture, theirs = reference
