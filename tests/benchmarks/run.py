@@ -231,6 +231,8 @@ def main() -> None:
     asked_for = args.benchmarks or BENCHMARKS
     if unknown := set(asked_for) - set(BENCHMARKS):
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(BENCHMARKS)}")
+    if args.before and not (args.before / "llava_jax" / "__init__.py").is_file():
+        parser.error(f"--before {args.before}: no checkout of llava_jax")
     with tempfile.TemporaryDirectory() as temporary:
         print(run(args, asked_for, args.directory or Path(temporary)))
 
