@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -29,8 +30,10 @@ def exit_status(program: str, run: Callable[[], int | None], own_process: bool =
         own_process: there is nothing else in this process, which Ctrl-C then ends here.
     """
     _take_any_text()
+    for name in ("asyncio", "concurrent.futures"):  # what fails in Orbax's threads is raised here, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with _no_interruption_lost():
+        with _threads_heard(own_process):
             status = run() or 0
         sys.stdout.flush()
         return status
@@ -60,22 +63,24 @@ def _leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _no_interruption_lost() -> Iterator[None]:
+def _threads_heard(own_process: bool) -> Iterator[None]:
     """Ctrl-C is an exception of whatever runs just then. Where that is a callback, say of the garbage collector, whose
-    exceptions are only printed, it comes again a moment later."""
+    exceptions are only printed, it comes again a moment later. What Orbax's threads say once it has failed is dropped.
+    """
     before = sys.unraisablehook
 
     def hook(dropped) -> None:
         if isinstance(dropped.exc_value, KeyboardInterrupt):
             threading.Timer(AGAIN, _interrupt).start()
-        else:
+        elif str(dropped.exc_value) != "Event loop is closed":
             before(dropped)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        if not own_process:  # of which threads may outlive the error
+            sys.unraisablehook = before
 
 
 def _interrupt() -> None:

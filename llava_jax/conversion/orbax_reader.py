@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +136,5 @@ def _published(tensor: Written, param: np.ndarray) -> np.ndarray:
 
 
 def quiet_orbax() -> None:
-    """For a command: what fails in Orbax is raised, so what its threads print about that is dropped."""
-    before = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    """For a command: what fails in Orbax is raised, so what it logs about that is dropped."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
