@@ -21,7 +21,6 @@ from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import CacheLayout, MemoryEstimate
-from llava_jax.models.attention import two_part_attention
 from llava_jax.models.linear import Linear
 from llava_jax.models.quantize import Int8, quantize_params, to_int8
 from llava_jax.training.train import train
@@ -114,21 +113,6 @@ def test_levels_are_those_of_what_is_stored(scenes_model, tmp_path):
     wanted = flatten_dict(quantize_params(exact), sep="/")
     got = flatten_dict(checkpoint.load_params(tmp_path / NAME, llava.config, "bfloat16", quantize="int8"), sep="/")
     assert all(bool(jnp.all(got[path] == x)) for path, x in wanted.items() if x.dtype == jnp.int8)
-
-
-def test_an_int8_prefix_is_the_prefix_that_it_stands_for():
-    rng = np.random.default_rng(0)
-    groups, rows, length, heads, kv_heads, width, prefix, suffix = 2, 3, 4, 4, 2, 16, 24, 6
-    q = rng.normal(size=(groups, rows, length, heads, width)).astype(np.float32)
-    k, v = (jnp.asarray(rng.normal(size=(groups, kv_heads, prefix, width)), jnp.float32) for _ in range(2))
-    new = [rng.normal(size=(groups, rows, suffix, kv_heads, width)).astype(np.float32) for _ in range(2)]
-    valid, seen = rng.random((groups, prefix)) < 0.8, rng.random((groups, rows, length, suffix)) < 0.8
-    k8, v8 = to_int8(k, -1), to_int8(v, -1)
-    assert k8.scale.shape == (groups, kv_heads, prefix)  # of each head and position
-    got = two_part_attention(q, k8, v8, valid, *new, seen)
-    stands_for = [x.values * x.scale[..., None] for x in (k8, v8)]
-    np.testing.assert_allclose(got, two_part_attention(q, *stands_for, valid, *new, seen), atol=1e-5)
-    assert float(jnp.max(jnp.abs(got - two_part_attention(q, k, v, valid, *new, seen)))) < 0.05
 
 
 def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(loaded):

@@ -197,7 +197,7 @@ class Programs:
         prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_batch_shards(self.mesh)
         _, heads, length, width = prefix.sharding.shard_shape(prefix.shape)
         groups, shapes = groups // shards, self.shapes
-        suffix = groups, shapes.rows, shapes.question + shapes.slots, heads, width
+        suffix = groups, heads, shapes.rows, shapes.question + shapes.slots, width
         return {"prefix": (groups, heads, length, width), "suffix": suffix}
 
 

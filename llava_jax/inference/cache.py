@@ -20,22 +20,26 @@ class Prefix:
     """Written once by prefill, read-only afterwards: G prompts of up to P positions."""
 
     keys_values: list[KeysValues]  # for each layer, k and v [G, K, P, D], as decoding reads them; arrays or Int8
-    valid: jax.Array | np.ndarray  # bool [G, P]
-    lengths: jax.Array | np.ndarray  # int32 [G]
+    lengths: jax.Array | np.ndarray  # int32 [G]; what is behind them is padding
+
+    @property
+    def capacity(self) -> int:
+        """P."""
+        return jax.tree.leaves(self.keys_values)[0].shape[2]
 
 
 @flax.struct.dataclass
 class Suffix:
     """What the decode loop carries: S slots for each of R rows after each of G prefixes."""
 
-    keys_values: list[KeysValues]  # for each layer, k and v [G, R, S, K, D]
+    keys_values: list[KeysValues]  # for each layer, k and v [G, K, R, S, D]
     valid: jax.Array  # bool [G, R, S]
 
 
 def empty_suffix(config: TextConfig, groups: int, rows: int, slots: int, dtype) -> Suffix:
-    shape = (groups, rows, slots, config.num_key_value_heads, config.head_dim)
+    shape = (groups, config.num_key_value_heads, rows, slots, config.head_dim)
     keys_values = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
-    return Suffix(keys_values, jnp.zeros(shape[:3], bool))
+    return Suffix(keys_values, jnp.zeros((groups, rows, slots), bool))
 
 
 def concat_prefixes(shards: int, parts):
@@ -53,12 +57,12 @@ def append_to_prefix(
 ) -> Prefix:
     """One row's suffix written behind its prefix, G = R = 1: the question without its padding, then the new tokens.
 
-    The new prefix has `capacity` positions, none of them marked as valid: the caller knows which tokens it keeps.
+    The new prefix has `capacity` positions and the old one's lengths: the caller knows how many tokens it keeps.
     """
     start = prefix.lengths[0]
 
     def append(old, new):
-        new = new[:, 0].swapaxes(1, 2)  # [1, K, S, D]
+        new = new[:, :, 0]  # [1, K, S, D]
         return jax.tree.map(write, old, to_int8(new, -1) if isinstance(old, Int8) else new)
 
     def write(old, new):
@@ -70,4 +74,4 @@ def append_to_prefix(
 
     layers = zip(prefix.keys_values, suffix.keys_values, strict=True)
     keys_values = [tuple(append(a, b) for a, b in zip(old, new, strict=True)) for old, new in layers]
-    return replace(prefix, keys_values=keys_values, valid=jnp.zeros((1, capacity), bool))
+    return replace(prefix, keys_values=keys_values)

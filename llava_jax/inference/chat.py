@@ -111,13 +111,12 @@ class Chat:
             shared = len(ids) - 1
             prefix, _ = engine.prefill(self.params, pack([ids[:-1]], self.images, config))
         lengths = np.array([merged_length(ids[:shared], self.sizes, config)], np.int32)
-        valid = np.arange(prefix.valid.shape[1]) < lengths[:, None]
-        return CachedIds(ids[:shared], replace(prefix, valid=valid, lengths=lengths))
+        return CachedIds(ids[:shared], replace(prefix, lengths=lengths))
 
     def _keep(self, ids: np.ndarray, prefix: Prefix, questions: Questions, state: DecodeState) -> None:
         """Move the question and the answer into the prefix, for the next turn."""
         kept = np.asarray(state.tokens)[0, 0, : int(state.step) - 1]  # the newest token was never an input
         needed = int(prefix.lengths[0]) + state.suffix.valid.shape[-1]
-        capacity = max(prefix.valid.shape[1], bucket_length(needed, self.llava.config))
+        capacity = max(prefix.capacity, bucket_length(needed, self.llava.config))
         prefix = self.llava.engine.append_to_prefix(prefix, state, questions, capacity)
         self.cached = CachedIds(np.concatenate([ids, kept]), prefix)

@@ -45,7 +45,7 @@ def _apply(model: LlavaLlamaForCausalLM, params, *args, method: str):
 def prefill(model, params, batch: Batch) -> tuple[Prefix, jax.Array]:
     """Encode, merge and prefill right-padded prompts: (Prefix, G = B; last hidden states [G, E])."""
     last_hidden, keys_values = _apply(model, params, batch, method="prefill")
-    return Prefix(keys_values, batch.attention_mask, batch.lengths), last_hidden
+    return Prefix(keys_values, batch.lengths), last_hidden
 
 
 def activation_dtype(params):
@@ -56,13 +56,12 @@ def prefill_questions(
     model, output_capacity: int, params, prefix: Prefix, questions: Questions
 ) -> tuple[Suffix, jax.Array]:
     """Prefill each row's question after its prefix: (Suffix, Q + output_capacity slots; hidden states [G, R, Q, E])."""
-    groups, rows, length = questions.ids.shape
-    suffix = empty_suffix(model.config.text, groups, rows, length + output_capacity, activation_dtype(params))
-    suffix = replace(suffix, valid=jnp.arange(length + output_capacity) < questions.lengths[..., None])
+    length, dtype = questions.ids.shape[-1], activation_dtype(params)
     positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
-    arguments = questions.ids, positions, prefix, suffix, jnp.int32(0)
-    hidden, keys_values = _apply(model, params, *arguments, method="extend_cache")
-    return replace(suffix, keys_values=keys_values), hidden
+    hidden, keys_values = _apply(model, params, questions.ids, positions, prefix, method="prefill_questions")
+    room = [(0, 0)] * 3 + [(0, output_capacity), (0, 0)]
+    keys_values = [tuple(jnp.pad(x.astype(dtype), room) for x in layer) for layer in keys_values]
+    return Suffix(keys_values, jnp.arange(length + output_capacity) < questions.lengths[..., None]), hidden
 
 
 def sample_first_token(
@@ -108,7 +107,7 @@ def decode_loop(
         valid = jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, jnp.ones_like(token, bool), slot, axis=2)
         suffix = replace(state.suffix, valid=valid)
         positions = (prefix.lengths[:, None] + state.lengths + newest)[..., None]
-        hidden, keys_values = _apply(model, params, token, positions, prefix, suffix, slot, method="extend_cache")
+        hidden, keys_values = _apply(model, params, token, positions, prefix, suffix, slot, method="decode_step")
         state = replace(state, suffix=replace(suffix, keys_values=keys_values))
         logits = _apply(model, params, hidden[:, :, -1], method="logits")
         return _append_token(state, logits, sampling, model.config.generation)

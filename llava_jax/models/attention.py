@@ -1,4 +1,4 @@
-"""Attention as pure functions: over whole sequences, one kernel for each platform, and over a two-part cache."""
+"""Attention over whole sequences, one kernel for each platform (`cache_attention.py`: over a cache)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llava_jax.models.quantize import Int8
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
@@ -172,7 +171,7 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array |
     return turn(attend(turn(q, first), turn(k, first), turn(v, first)), -first)
 
 
-# ---- a whole matrix, and a two-part cache
+# ---- a whole matrix
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
@@ -191,53 +190,3 @@ def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
     """weights [B, K, H/K, L, S] times v [B, S, K, D]: [B, L, H, D]."""
     out = jnp.einsum("bkhls,bskd->blkhd", weights, v)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
-
-
-def two_part_attention(q, prefix_k, prefix_v, prefix_valid, suffix_k, suffix_v, suffix_valid) -> jax.Array:
-    """Attention over a prefix that R rows share and each row's own suffix, under one softmax (arXiv:2402.05099): exact.
-
-    Args:
-        q: [G, R, L, H, D], the new positions, as is what comes out.
-        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_valid: bool [G, P].
-        suffix_k, suffix_v: [G, R, S, K, D]; suffix_valid: bool [G, R, L, S].
-    """
-    heads = q.reshape(*q.shape[:3], suffix_k.shape[3], -1, q.shape[-1])
-    heads = heads.transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
-    suffix = suffix_k.transpose(0, 3, 1, 2, 4), suffix_v.transpose(0, 3, 1, 2, 4)  # [G, K, R, S, D]
-    arguments = heads, prefix_k, prefix_v, *suffix, prefix_valid, suffix_valid
-    over_heads = jax.vmap(_two_parts, in_axes=(0, 0, 0, 0, 0, None, None))
-    one_head_at_a_time = {"cpu": _two_parts_mapped} if q.shape[2] > 1 else {}  # its scores stay in the cache
-    out = jax.lax.platform_dependent(*arguments, default=jax.vmap(over_heads), **one_head_at_a_time)
-    return out.transpose(0, 2, 3, 1, 4, 5).reshape(q.shape)
-
-
-def _two_parts_mapped(*arguments):
-    def of_group(group):
-        heads, valid = group[:5], group[5:]
-        return jax.lax.map(lambda head: _two_parts(*head, *valid), heads)
-
-    return jax.lax.map(of_group, arguments)
-
-
-def _two_parts(q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_valid, suffix_valid):
-    """One kv head of one group: q [R, L, h, D], prefix [P, D], suffix [R, S, D], valid [P] and [R, L, S].
-
-    An int8 position's scale meets its score, or its weight, instead of its D numbers.
-    """
-    wide = dict(preferred_element_type=jnp.float32)
-    scale = q.shape[-1] ** -0.5
-    prefix_k, k_scale = _with_scale(prefix_k, q.dtype)
-    prefix_v, v_scale = _with_scale(prefix_v, q.dtype)
-    over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide) * (scale * k_scale)
-    over_suffix = jnp.einsum("rlhd,rsd->rlhs", q, suffix_k, **wide) * scale
-    over_prefix = jnp.where(prefix_valid, over_prefix, MASKED)
-    over_suffix = jnp.where(suffix_valid[:, :, None], over_suffix, MASKED)
-    largest = jnp.maximum(over_prefix.max(-1, keepdims=True), over_suffix.max(-1, keepdims=True))
-    on_prefix, on_suffix = jnp.exp(over_prefix - largest), jnp.exp(over_suffix - largest)
-    out = jnp.einsum("rlhp,pd->rlhd", (on_prefix * v_scale).astype(prefix_v.dtype), prefix_v, **wide)
-    out += jnp.einsum("rlhs,rsd->rlhd", on_suffix.astype(suffix_v.dtype), suffix_v, **wide)
-    return (out / (on_prefix.sum(-1, keepdims=True) + on_suffix.sum(-1, keepdims=True))).astype(q.dtype)
-
-
-def _with_scale(x, dtype):
-    return (x.values.astype(dtype), x.scale) if isinstance(x, Int8) else (x, 1)

@@ -13,9 +13,9 @@ from llava_jax.models.attention import (
     attention_weights,
     causal_attention,
     causal_mask,
-    two_part_attention,
     weighted_values,
 )
+from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import to_int8
@@ -120,37 +120,49 @@ class LlavaLlamaForCausalLM(nn.Module):
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], keys_values
 
-    def extend_cache(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
-        """New tokens after a shared prefix: written into the suffix at `slot`, attending to both parts of the cache.
+    def prefill_questions(self, token_ids: jax.Array, positions: jax.Array, prefix):
+        """Questions, int32 [G, R, Q], after their `cache.Prefix`: (normed hidden states [G, R, Q, E], each layer's own
+        (k, v) [G, K, R, Q, D])."""
 
-        Args:
-            token_ids, positions: int32 [G, R, L].
-            prefix, suffix: `llava_jax.inference.cache` states; the suffix's `valid` covers the new slots already.
-            slot: int32 scalar, where in the suffix the L new positions stand.
+        def attend_with(prefix_k, prefix_v):
+            def attend(q, k, v):
+                k, v = _kv_heads_first(k), _kv_heads_first(v)
+                return question_attention(q, k, v, prefix_k, prefix_v, prefix.lengths), (k, v)
 
-        Returns:
-            (normed hidden states [G, R, L, E], the suffix's new (k, v) for each layer)
-        """
-        slots = slot + jnp.arange(token_ids.shape[-1])
-        seen = suffix.valid[:, :, None] & (jnp.arange(suffix.valid.shape[-1]) <= slots[:, None])
+            return attend
+
+        attends = [attend_with(*keys_values) for keys_values in prefix.keys_values]
+        return self._extend(token_ids, positions, prefix.capacity + token_ids.shape[-1], attends)
+
+    def decode_step(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
+        """One new token a row, int32 [G, R, 1], written into the suffix at `slot`, where `suffix.valid` has it already:
+        (normed hidden states [G, R, 1, E], each layer's suffix (k, v) [G, K, R, S, D])."""
 
         def attend_with(prefix_kv, suffix_kv):
-            def attend(q, k, v):
-                k = jax.lax.dynamic_update_slice_in_dim(suffix_kv[0], k.astype(suffix_kv[0].dtype), slot, axis=2)
-                v = jax.lax.dynamic_update_slice_in_dim(suffix_kv[1], v.astype(suffix_kv[1].dtype), slot, axis=2)
-                return two_part_attention(q, prefix_kv[0], prefix_kv[1], prefix.valid, k, v, seen), (k, v)
+            def attend(q, *new):
+                k, v = (
+                    jax.lax.dynamic_update_slice_in_dim(old, _kv_heads_first(x).astype(old.dtype), slot, axis=3)
+                    for old, x in zip(suffix_kv, new, strict=True)
+                )
+                return decode_attention(q, k, v, suffix.valid, *prefix_kv, prefix.lengths), (k, v)
 
             return attend
 
         attends = [attend_with(*kv) for kv in zip(prefix.keys_values, suffix.keys_values, strict=True)]
+        return self._extend(token_ids, positions, prefix.capacity + suffix.valid.shape[-1], attends)
+
+    def _extend(self, token_ids, positions, max_seq_len: int, attends):
         embeds = self.language_model.embed_tokens(token_ids)
-        max_seq_len = prefix.valid.shape[-1] + suffix.valid.shape[-1]
-        hidden, keys_values, _ = self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends)
-        return hidden, keys_values
+        return self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends)[:2]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Normed hidden states [..., E] → float32 [..., V]."""
         return self.language_model.logits(hidden)
+
+
+def _kv_heads_first(x):
+    """[G, R, L, K, D] → [G, K, R, L, D], as the cache has it."""
+    return x.transpose(0, 3, 1, 2, 4)
 
 
 def init_params(config: LlavaConfig, key: jax.Array) -> dict:

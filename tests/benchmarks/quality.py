@@ -87,7 +87,7 @@ def differences(ours: list[np.ndarray], exact: list[np.ndarray]) -> tuple[float,
 def cache_bytes(llava, params) -> int:
     """Of one position of a prefix."""
     prefix, _ = llava.engine.prefill(params, pack([np.zeros(64, np.int64)], [], llava.config))
-    return sum(x.nbytes for x in jax.tree.leaves(prefix.keys_values)) // prefix.valid.shape[1]
+    return sum(x.nbytes for x in jax.tree.leaves(prefix.keys_values)) // prefix.capacity
 
 
 def seconds(llava, params) -> float:

@@ -1,0 +1,70 @@
+"""Attention over a prefix and what each row has of its own, against the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import normal, plain_attention
+
+from llava_jax.models.attention import causal_attention
+from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.quantize import to_int8
+
+GROUPS, ROWS, LENGTHS = 2, 3, np.array([7, 4], np.int32)
+
+
+def parts(kv_heads, new, slots, heads=4, width=4, prefix=7):
+    """q, own k and v, prefix k and v: prefixes of different lengths, in arrays with room to spare."""
+    own, shared = (GROUPS, kv_heads, ROWS, slots, width), (GROUPS, kv_heads, prefix, width)
+    shapes = (GROUPS, ROWS, new, heads, width), own, own, shared, shared
+    return [3 * normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def assert_plain(out, q, k, v, prefix_k, prefix_v, seen):
+    """seen: bool [G, R, L, S]."""
+    assert out.shape == q.shape
+    for g in range(GROUPS):
+        before = np.arange(prefix_k.shape[2]) < LENGTHS[g]
+        for r in range(ROWS):
+            pairs = (prefix_k, k), (prefix_v, v)
+            keys, values = (np.concatenate([a[g], b[g, :, r]], axis=1).swapaxes(0, 1) for a, b in pairs)
+            both = np.concatenate([np.tile(before, (q.shape[2], 1)), seen[g, r]], axis=-1)
+            np.testing.assert_allclose(out[g, r], plain_attention(q[g, r], keys, values, both), atol=5e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_questions(kv_heads):
+    arrays = parts(kv_heads, new=3, slots=3)
+    out = np.asarray(jax.jit(question_attention)(*arrays, LENGTHS))
+    assert_plain(out, *arrays, np.broadcast_to(np.tril(np.ones((3, 3), bool)), (GROUPS, ROWS, 3, 3)))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_one_position(kv_heads):
+    """A suffix with holes: padding of the question, and slots that are still empty."""
+    q, k, v, *prefix = arrays = parts(kv_heads, new=1, slots=6)
+    valid = np.random.default_rng(0).random((GROUPS, ROWS, 6)) < 0.6
+    valid[..., 4], valid[..., 5] = True, False
+    out = np.asarray(jax.jit(decode_attention)(q, k, v, valid, *prefix, LENGTHS))
+    assert_plain(out, *arrays, valid[:, :, None])
+
+
+def test_questions_continue_causal_attention():
+    """Positions 5.. of a causal sequence, its first 5 as the prefix."""
+    q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
+    whole = jax.jit(causal_attention)(q, k, v, np.ones((1, 9), bool))
+    prefix = k[:, :5].swapaxes(1, 2), v[:, :5].swapaxes(1, 2), np.array([5])
+    own = (x[:, 5:].swapaxes(1, 2)[:, :, None] for x in (k, v))
+    split = jax.jit(question_attention)(q[:, None, 5:], *own, *prefix)
+    np.testing.assert_allclose(split[:, 0], whole[:, 5:], atol=1e-6)
+
+
+def test_an_int8_prefix_is_the_prefix_that_it_stands_for():
+    q, k, v, *prefix = (x / 3 for x in parts(2, new=4, slots=4, width=16, prefix=24))
+    attend, lengths = jax.jit(question_attention), np.array([24, 17])
+    int8 = [to_int8(x, -1) for x in prefix]
+    assert int8[0].scale.shape == (GROUPS, 2, 24)  # of each head and position
+    got = attend(q, k, v, *int8, lengths)
+    stands_for = (x.values * x.scale[..., None] for x in int8)
+    np.testing.assert_allclose(got, attend(q, k, v, *stands_for, lengths), atol=1e-5)
+    assert float(jnp.max(jnp.abs(got - attend(q, k, v, *prefix, lengths)))) < 0.05
