@@ -5,11 +5,32 @@ Exact, no approximation: the weights on both parts are normalised together (Hydr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.attention import MASKED
 from llava_jax.models.quantize import Int8
+
+
+class Part(NamedTuple):
+    """What queries [...] get from some of the keys that they see; `join` makes several parts into attention over all.
+
+    A kernel that gives its output already normalised, and lse = log(sum(exp(score))), gives the part (out, lse, 1).
+    """
+
+    sum: jax.Array  # float32 [..., D]: of the values, each times its weight, exp(score - largest)
+    largest: jax.Array  # float32 [...]: of the scores; MASKED or less where a query sees none of these keys
+    weight: jax.Array | int  # float32 [...]: the sum of the weights
+
+
+def join(*parts: Part) -> jax.Array:
+    """Exactly softmax(scores of all parts) @ values of all parts: float32 [..., D]."""
+    largest = jnp.stack([part.largest for part in parts]).max(0)
+    factors = [jnp.exp(part.largest - largest) for part in parts]
+    out = sum(part.sum * factor[..., None] for part, factor in zip(parts, factors, strict=True))
+    return out / sum(part.weight * factor for part, factor in zip(parts, factors, strict=True))[..., None]
 
 
 def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
