@@ -1,0 +1,244 @@
+"""Bytes of HBM that a compiled program reads and writes, arrays that it writes whole, and how often its chips meet.
+
+All of it is read from the compiler's own text (`hlo.parse`): compiled, not measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from llava_jax.capacity.hlo import Array, Computation, Instruction, Module, trip_count
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"}
+_FREE |= {"while", "call", "conditional"}  # what they run counts by itself
+_FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding"}
+_SLICES = {"slice", "dynamic-slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand holds the new numbers
+_NEEDS_ALL = {
+    "dot",
+    "convolution",
+    "custom-call",
+    "sort",
+    "reduce",
+    "reduce-window",
+    "concatenate",
+    "pad",
+    "broadcast",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of HBM."""
+
+    read: float = 0
+    written: float = 0
+
+    @property
+    def moved(self) -> float:
+        return self.read + self.written
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.read * times, self.written * times)
+
+
+# ---- bytes
+
+
+def computation_traffic(module: Module, name: str) -> Traffic:
+    """What one run of a computation moves, but for loops of an unknown number of steps."""
+    runs = module.runs(name)
+    return sum((instruction_traffic(module, where, i) * times for times, where, i in runs), Traffic())
+
+
+def instruction_traffic(module: Module, computation: Computation, instruction: Instruction) -> Traffic:
+    """What one instruction moves: of each operand what it looks at, once; of its results what is not there already.
+
+    A fusion reads what it slices of an operand, and an update in place writes the slice. A kernel (custom call) is
+    taken to read its operands once, whole; results that are an operand's own memory are not counted.
+    """
+    if moves_nothing(instruction):
+        return Traffic()
+    read = sum(_read(module, computation, instruction, name) for name in dict.fromkeys(instruction.operands))
+    return Traffic(read, sum(size for array, size in written(module, computation, instruction) if array.in_hbm))
+
+
+def moves_nothing(instruction: Instruction) -> bool:
+    """Not even where its operands are in HBM. An asynchronous operation counts where it starts."""
+    if instruction.operation == "custom-call":
+        return _target(instruction) in _FREE_CALLS
+    return instruction.operation in _FREE or instruction.operation.endswith(("-done", "-update", "-id"))
+
+
+def _target(instruction: Instruction) -> str:
+    return instruction.attribute(r'custom_call_target="([^"]*)"')
+
+
+def _read(module: Module, computation: Computation, instruction: Instruction, name: str) -> float:
+    """Bytes of the operand of that name."""
+    places = [n for n, operand in enumerate(instruction.operands) if operand == name]
+    share = min(1, sum(_share_read(module, instruction, n, computation[name]) for n in places))
+    return share * sum(array.bytes for array in computation[name].made if array.in_hbm)
+
+
+def _share_read(module: Module, instruction: Instruction, place: int, operand: Instruction) -> float:
+    """How much of an operand an instruction needs for its whole result; 1 is all of it."""
+    if instruction.operation in _SLICES and place == 0:
+        return min(1, _bytes(instruction) / max(1, _bytes(operand)))
+    if instruction.operation in _UPDATES and place == 0:
+        return 0
+    if instruction.operation in ("fusion", "async-start"):
+        called = module.called_by(instruction)
+        return _share_needed(module, called, called.parameters[place])
+    return 1
+
+
+def _share_needed(module: Module, computation: Computation, value: Instruction) -> float:
+    """How much of a value within a fusion is needed. What is computed number by number is only computed where it is."""
+    if value.is_root:
+        return 1
+    return min(1, sum(_share_needed_by(module, computation, value, user) for user in computation.users[value.name]))
+
+
+def _share_needed_by(module: Module, computation: Computation, value: Instruction, user: Instruction) -> float:
+    places = [n for n, operand in enumerate(user.operands) if operand == value.name]
+    if user.operation in _UPDATES and places == [0]:
+        return 0 if _is_result(computation, user) else 1
+    share = max(_share_read(module, user, place, value) for place in places)
+    number_by_number = user.operation not in _NEEDS_ALL and _bytes(user) and user.made[0].size >= value.made[0].size
+    return share * _share_needed(module, computation, user) if number_by_number else share
+
+
+def _is_result(computation: Computation, value: Instruction) -> bool:
+    """Whether a value is the fusion's result, or one of them, as it is or with further slices replaced."""
+    kept = ("bitcast", "tuple", *_UPDATES)
+    users = [user for user in computation.users[value.name] if user.operation in kept]
+    keeping = [user for user in users if user.operation == "tuple" or user.operands[0] == value.name]
+    return value.is_root or any(_is_result(computation, user) for user in keeping)
+
+
+def _bytes(instruction: Instruction) -> float:
+    return sum(array.bytes for array in instruction.made)
+
+
+def written(module: Module, computation: Computation, instruction: Instruction) -> list[tuple[Array, float]]:
+    """(a result, bytes of it that are written) of each result of an instruction."""
+    made = instruction.made
+    if instruction.operation in _UPDATES:
+        return [(made[0], _bytes(computation[instruction.operands[_UPDATES[instruction.operation]]]))]
+    if instruction.operation == "custom-call":
+        return [(array, array.bytes) for array in _made_by_call(instruction)]
+    if instruction.operation not in ("fusion", "async-start"):
+        return [(array, array.bytes) for array in made]
+    called = module.called_by(instruction)
+    roots = [called[name] for name in called.root.operands] if called.root.operation == "tuple" else [called.root]
+    updates = [_updated_in_place(module, called, root) for root in roots]
+    if len(updates) != len(made):  # a nested fusion's results
+        return [(array, array.bytes) for array in made]
+    return [(array, array.bytes if size is None else size) for array, size in zip(made, updates, strict=True)]
+
+
+def _made_by_call(instruction: Instruction) -> Iterable[Array]:
+    """The results of a custom call, without what is an operand's memory, and without NVIDIA's libraries' workspaces."""
+    if _target(instruction).startswith("__cu"):  # cublas adds to an operand: all of it is written
+        return [array for n, array in enumerate(instruction.made) if n == 0 or len(array.shape) != 1]
+    places = re.findall(r"\{(\d*)\}: \(", instruction.attribute(r"output_to_operand_aliasing=\{(.*?\))\}"))
+    return [array for n, array in enumerate(instruction.made) if str(n) not in places and "" not in places]
+
+
+def _updated_in_place(module: Module, called: Computation, root: Instruction) -> float | None:
+    """Bytes that a fusion's result gets, where it is an operand with slices of it replaced; None where it is not."""
+    value, total = called.behind(root.name), 0.0
+    if value.operation == "fusion":
+        ((_, total),) = written(module, called, value)
+        return total if total < _bytes(value) else None
+    while value.operation in _UPDATES:
+        total += _bytes(called[value.operands[_UPDATES[value.operation]]])
+        value = called.behind(value.operands[0])
+    return total if total and value.operation == "parameter" else None
+
+
+def estimated_cycles(module: Module, name: str) -> int:
+    """libtpu's own estimate for one run of a computation, 0 where there is none: to rank forms of a program by."""
+    return sum(times * int(i.attribute(r'"estimated_cycles":"?(\d+)') or 0) for times, _, i in module.runs(name))
+
+
+# ---- arrays that are written whole
+
+
+def whole_writes(module: Module, parts: dict[str, set[int]]) -> dict[str, dict[str, int]]:
+    """How many times a program writes an array of a part's size, whole, to HBM: before its loop, at each of its steps
+    and after it; or in the whole program, where there is no loop.
+
+    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. `parts` are the
+    sizes (numbers, not bytes) of arrays of each kind, by name.
+    """
+    return {section: _whole_writes(module, runs, parts) for section, runs in _sections(module).items()}
+
+
+Runs = list[tuple[int, Computation, Instruction]]
+
+
+def _sections(module: Module) -> dict[str, Runs]:
+    runs = list(module.runs(module.entry))
+    loop = next((n for n, (_, _, i) in enumerate(runs) if i.operation == "while" and trip_count(i) is None), None)
+    if loop is None:
+        return {"program": runs}
+    step = [run for name in module.loops for run in module.runs(name)]
+    return {"before": runs[:loop], "step": step, "after": runs[loop + 1 :]}
+
+
+def _whole_writes(module: Module, runs: Runs, parts: dict[str, set[int]]) -> dict[str, int]:
+    found = Counter(dict.fromkeys(parts, 0))
+    for times, where, instruction in runs:
+        if not moves_nothing(instruction):
+            whole = [array for array, size in written(module, where, instruction) if size == array.bytes]
+            for array in whole:
+                names = [name for name, sizes in parts.items() if array.in_hbm and array.size in sizes]
+                found.update({names[0]: times} if names else {})
+    return dict(found)
+
+
+# ---- what chips say to each other
+
+_COLLECTIVE = r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?"
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """How often the chips meet: in the layer of the decoder, and of the tower, that does so most, and besides."""
+
+    decoder: int
+    tower: int
+    others: dict[str, int]
+
+
+def collectives(module: Module) -> Collectives:
+    """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
+    met: Counter[tuple[str, ...]] = Counter()
+    for section, runs in _sections(module).items():
+        for kind, path in (found for _, _, i in runs for found in _collectives(module, i)):
+            layer = re.search(r"/layers_\d+/", path)
+            if layer:
+                met[section, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
+            else:
+                met[section, f"{kind} of {'embeddings' if 'embed' in path else 'token choice'}"] += 1
+    most: Counter[str] = Counter()
+    for (_, what, *_), count in met.items():
+        most[what] = max(most[what], count)
+    return Collectives(most.pop("decoder", 0), most.pop("tower", 0), dict(most))
+
+
+def _collectives(module: Module, instruction: Instruction) -> Iterator[tuple[str, str]]:
+    """(its kind, its `op_name`) of an instruction that is a collective, or of those that it wraps."""
+    if found := re.fullmatch(_COLLECTIVE, instruction.operation):
+        yield found.group(1), instruction.path
+    elif instruction.operation in ("fusion", "async-start"):
+        for inside in module.called_by(instruction):
+            yield from _collectives(module, inside)

@@ -1,0 +1,205 @@
+"""What is read from optimised HLO: bytes of HBM, arrays written whole, collectives; on texts written by hand."""
+
+import pytest
+
+from llava_jax.capacity import traffic
+from llava_jax.capacity.hlo import parse
+from llava_jax.capacity.traffic import Collectives, Traffic
+
+FUSED = """HloModule fused
+
+%sliced (p: f32[8,100], i: s32[]) -> f32[8,10] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %doubled = f32[8,100]{1,0} add(%p, %p)
+  ROOT %slice = f32[8,10]{1,0} dynamic-slice(%doubled, %i, %i), dynamic_slice_sizes={8,10}
+}
+
+%summed (p: f32[8,100]) -> f32[8] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %sum = f32[8]{0} reduce(%p, %zero), dimensions={1}, to_apply=%add
+}
+
+%updated (p: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8,100] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %x = f32[8,1]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %one = f32[8,100]{1,0} dynamic-update-slice(%p, %x, %i, %i)
+  %two = f32[8,100]{1,0} dynamic-update-slice(%one, %x, %i, %i)
+  ROOT %flat = f32[800]{0} bitcast(%two)
+}
+
+%updated_and_read (p: f32[8,100], x: f32[8,1], i: s32[]) -> (f32[8,100], f32[8]) {
+  %p = f32[8,100]{1,0} parameter(0)
+  %x = f32[8,1]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = f32[] constant(0)
+  %new = f32[8,100]{1,0} dynamic-update-slice(%p, %x, %i, %i)
+  %sum = f32[8]{0} reduce(%p, %zero), dimensions={1}, to_apply=%add
+  ROOT %both = (f32[8,100]{1,0}, f32[8]{0}) tuple(%new, %sum)
+}
+
+%padded (x: f32[8,1], i: s32[]) -> f32[8,100] {
+  %x = f32[8,1]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = f32[] constant(0)
+  %zeros = f32[8,100]{1,0} broadcast(%zero), dimensions={}
+  ROOT %new = f32[8,100]{1,0} dynamic-update-slice(%zeros, %x, %i, %i)
+}
+
+%nested (p: f32[8,100], x: f32[8,1], i: s32[]) -> f32[800] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %x = f32[8,1]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %inner = f32[800]{0} fusion(%p, %x, %i), kind=kLoop, calls=%updated
+}
+
+ENTRY %main (a: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
+  %a = f32[8,100]{1,0} parameter(0)
+  %x = f32[8,1]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %INSTRUCTION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "instruction, read, written",
+    [
+        ("f = f32[8,10]{1,0} fusion(%a, %i), kind=kLoop, calls=%sliced", 320 + 4, 320),
+        ("f = f32[8]{0} fusion(%a), kind=kInput, calls=%summed", 3200, 32),
+        ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%updated", 32 + 4, 64),
+        ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%nested", 32 + 4, 64),
+        ("f = (f32[8,100]{1,0}, f32[8]{0}) fusion(%a, %x, %i), calls=%updated_and_read", 3200 + 32 + 4, 32 + 32),
+        ("f = f32[8,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%padded", 32 + 4, 3200),
+        ("f = f32[8,100]{1,0} dynamic-update-slice(%a, %x, %i, %i)", 32 + 4, 32),
+        ("f = f32[8,4]{1,0} slice(%a), slice={[0:8], [0:4]}", 128, 128),
+        ("f = f32[100,8]{1,0} transpose(%a), dimensions={1,0}", 3200, 3200),
+        ("f = f32[8,100]{1,0} multiply(%a, %a)", 3200, 3200),
+        ("f = f32[800]{0} bitcast(%a)", 0, 0),
+        ('f = f32[8,8]{1,0} custom-call(%a, %x, %a), custom_call_target="kernel"', 3200 + 32, 256),
+        ('f = (f32[8,8]{1,0}, s8[4096]{0}) custom-call(%a, %x), custom_call_target="__cublas$lt$matmul"', 3232, 256),
+        (
+            'f = (f32[8,100]{1,0}, f32[8]{0}) custom-call(%a, %x), custom_call_target="tpu_custom_call", '
+            "output_to_operand_aliasing={{0}: (0, {})}",
+            3232,
+            32,
+        ),
+        ("f = (f32[8,100]{1,0:S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%a)", 3200, 0),
+        ("f = f32[8,100]{1,0:S(1)} copy-done(%f)", 0, 0),
+        ("f = ((f32[8,100]{1,0}), f32[8,10]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a, %i), calls=%sliced", 320 + 4, 0),
+        ("f = (f32[8,100]{1,0}, f32[16,100]{1,0}) all-gather-start(%a), dimensions={0}", 3200, 6400),
+        ("f = f32[8,100]{1,0} all-reduce(%a), to_apply=%add", 3200, 3200),
+        ("f = f32[8,100]{1,0:T(8,128)} copy(%a)", 3200, 8 * 128 * 4),  # with its tile's padding
+        ("f = bf16[4,100,1]{0,1,2:T(4,128)(2,1)} convert(%a)", 3200, 100 * 128 * 2),
+    ],
+)
+def test_bytes_of_an_instruction(instruction, read, written):
+    module = parse(FUSED.replace("INSTRUCTION", instruction))
+    entry = module[module.entry]
+    assert traffic.instruction_traffic(module, entry, entry["f"]) == Traffic(read, written)
+
+
+LOOPS = """HloModule loops
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  ROOT %y = f32[8]{0} negate(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%called (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} negate(%x)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %thrice = (s32[], f32[8]{0}) while(%x), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %call = f32[8]{0} call(%x), to_apply=%called
+  %decode = (s32[], f32[8]{0}) while(%call), condition=%c, body=%body
+  ROOT %out = f32[8]{0} negate(%call), backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+"""
+
+
+def test_loops_and_calls_count_as_often_as_they_run():
+    module = parse(LOOPS)
+    assert traffic.computation_traffic(module, "main") == Traffic(32 * 5, 32 * 5)
+    assert traffic.estimated_cycles(module, "main") == 3 * 7 + 5
+    assert module.loops == ["body"]
+    assert traffic.computation_traffic(module, "body") == Traffic(32, 32)
+
+
+DECODING = """HloModule decoding
+
+%updates (p: bf16[4,8], q: bf16[1,8], i: s32[]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %q = bf16[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %dus = bf16[4,8]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %q, %i, %i)
+}
+
+%body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {
+  %t = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) parameter(0)
+  %whole = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
+  %other = bf16[2,3]{1,0} get-tuple-element(%t), index=1
+  %fetched = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
+  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %x, %y), kind=kLoop, calls=%updates
+  %turned = bf16[8,4]{1,0:T(8,128)(2,1)} transpose(%in_place), dimensions={1,0}
+  %flat = (f32[3]{0}, bf16[6]{0:T(128)}) fusion(%other), kind=kLoop, calls=%adds
+  ROOT %out = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) tuple(%whole, %other)
+}
+
+%adds (p: bf16[2,3]) -> (f32[3], bf16[6]) {
+  %p = bf16[2,3]{1,0} parameter(0)
+  ROOT %sum = (f32[3]{0}, bf16[6]{0}) reduce(%p)
+}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %merged = s8[7,7]{1,0} concatenate(%k, %v), dimensions={0}
+  %started = (bf16[4,8]{0,1}, bf16[4,8]{1,0}, u32[]) copy-start(%p)
+  %copied = bf16[4,8]{0,1} copy-done(%started)
+  %while.1 = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) while(%copied), condition=%cond, body=%body
+  ROOT %back = bf16[2,3]{1,0} copy(%while.1)
+}
+"""
+
+
+def test_only_what_reaches_hbm_whole_counts():
+    parts = {"prefix": {32}, "suffix": {6}, "kernel": {20, 49}}
+    assert traffic.whole_writes(parse(DECODING), parts) == {
+        "before": {"prefix": 1, "suffix": 0, "kernel": 1},
+        "step": {"prefix": 1, "suffix": 1, "kernel": 0},
+        "after": {"prefix": 0, "suffix": 1, "kernel": 0},
+    }
+    assert traffic.whole_writes(parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}')), {"x": {8}}) == {
+        "program": {"x": 3 + 1 + 2 + 1}
+    }
+
+
+def test_collectives_by_layer():
+    def lines(*instructions):
+        return "".join(
+            f'  %x.{n} = {array} {kind}(%y), metadata={{op_name="jit(run)/while/body/{path}/dot_general"}}\n'
+            for n, (array, kind, path) in enumerate(instructions)
+        )
+
+    body = lines(
+        ("bf16[4]{0}", "all-reduce-start", "language_model/layers_0/self_attn/o_proj"),
+        ("bf16[4]{0}", "all-reduce-done", "language_model/layers_0/self_attn/o_proj"),
+        ("(bf16[4]{0}, bf16[2]{0})", "all-reduce", "language_model/layers_0/mlp/down_proj"),
+        ("bf16[4]{0}", "all-gather", "language_model/layers_0/mlp/gate_proj"),
+        ("bf16[4]{0}", "all-reduce", "language_model/layers_11/mlp/down_proj"),
+        ("bf16[4]{0}", "collective-permute", "vision_tower/layers_0/fc1"),
+        ("bf16[4]{0}", "all-gather", "reduce"),
+    )
+    scattered = lines(("bf16[4]{0}", "all-reduce", "vision_tower/layers_1/fc1"))
+    before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
+    before += "  %f = bf16[4]{0} fusion(%y), kind=kCustom, calls=%scatter\n" * 2
+    before += "  %loop = bf16[4]{0} while(%y), condition=%c, body=%body\n"
+    text = f"%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\n%scatter (p: bf16[4]) -> bf16[2] {{\n{scattered}}}\n"
+    text += f"\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
+    assert traffic.collectives(parse(text)) == Collectives(3, 1, {"all-gather of token choice": 1})
