@@ -169,15 +169,15 @@ ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
 
 
 def test_only_what_reaches_hbm_whole_counts():
-    parts = {"prefix": {32}, "suffix": {6}, "kernel": {20, 49}}
+    parts = {"prefix": {(4, 1, 8), (32,)}, "suffix": {(2, 3), (6,)}, "kernel": {(6,), (7, 7), (2, 16)}}
     assert traffic.whole_writes(parse(DECODING), parts) == {
         "before": {"prefix": 1, "suffix": 0, "kernel": 1},
         "step": {"prefix": 1, "suffix": 1, "kernel": 0},
         "after": {"prefix": 0, "suffix": 1, "kernel": 0},
     }
-    assert traffic.whole_writes(parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}')), {"x": {8}}) == {
-        "program": {"x": 3 + 1 + 2 + 1}
-    }
+    assert traffic.whole_writes(
+        parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}')), {"x": {(8,)}}
+    ) == {"program": {"x": 3 + 1 + 2 + 1}}
 
 
 def test_collectives_by_layer():

@@ -1,18 +1,18 @@
-"""Batch evaluation's programs, compiled for a TPU slice that is not there, and what the compiler made of them.
+"""Batch evaluation's programs, compiled for chips that are not there, and what the compiler made of them.
 
-libtpu alone is needed. It must not look for a TPU: see NO_TPU in `llava_jax.capacity.report`.
+libtpu alone is needed for TPUs, and JAX's CUDA plugin for GPUs. Neither may look for its chips: see NO_CHIPS in
+`llava_jax.capacity.report`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from llava_jax.capacity.roofline import Precision, Slice, position_bytes
+from llava_jax.capacity import traffic
+from llava_jax.capacity.hlo import Module, parse
+from llava_jax.capacity.roofline import Gpus, Precision, Shapes, Slice, Work, position_bytes, works
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
@@ -35,13 +37,17 @@ from llava_jax.parallel.sharding import batch_sharding, make_mesh, num_batch_sha
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """R rows after each prefix of P positions: Q of a question, and slots for new tokens."""
+class Moved:
+    """Bytes of HBM on one chip."""
 
-    prefix: int
-    rows: int
-    question: int
-    slots: int
+    bytes: int
+    unavoidable: int  # see `roofline.Work`
+    cycles: int  # libtpu's own estimate, to rank programs by and no measurement; 0 for GPUs
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the unavoidable bytes; None where nothing is unavoidable."""
+        return self.bytes / self.unavoidable if self.unavoidable else None
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,10 @@ class Program:
     temporaries: int
     outputs: int  # that are not arguments given back
     code: int
-    collectives: Collectives
-    whole_writes: dict[str, int] = field(default_factory=dict)  # decode: see `whole_writes`
+    once: Moved  # in one run, but for the decode loop
+    step: Moved | None  # at each step of the decode loop, where there is one
+    whole_writes: dict[str, dict[str, int]]  # of prefix and suffix arrays and kernels: see `traffic.whole_writes`
+    collectives: traffic.Collectives
 
     @property
     def total(self) -> int:
@@ -62,27 +70,24 @@ class Program:
         return self.arguments + self.temporaries + self.outputs
 
 
-@dataclass(frozen=True)
-class Collectives:
-    """How often the chips meet: in the layer of the decoder, and of the tower, that does so most, and besides."""
-
-    decoder: int
-    tower: int
-    others: dict[str, int]
-
-
 # ---- compiling
 
 
-def slice_mesh(where: Slice, **axes: int) -> Mesh:
-    """A mesh over a slice's chips, e.g. `slice_mesh(SLICES["v5e-8"], data=1, tensor=8)`."""
-    named = dict(topology_name=where.topology, chip_config_name=where.chip_config)
-    return make_mesh(topologies.get_topology_desc(platform="tpu", **named).devices, **axes)
+def slice_mesh(where: Slice | Gpus, **axes: int) -> Mesh:
+    """A mesh over a slice's chips, e.g. `slice_mesh(SLICES["v5e-8"], data=1, tensor=8)`, or over a machine's GPUs."""
+    return make_mesh(topologies.get_topology_desc(**where.description).devices, **axes)
+
+
+def half_precision(mesh: Mesh):
+    """bfloat16, or float16 for GPUs that have no bfloat16."""
+    capability = getattr(mesh.devices.flat[0], "compute_capability", None)
+    return jnp.float16 if capability is not None and float(capability) < 8 else jnp.bfloat16
 
 
 def abstract_params(config: LlavaConfig, mesh: Mesh, quantize: str | None = None):
-    """The parameters as `ShapeDtypeStruct`s in bfloat16, or int8, divided as the rules table has it."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes(config))
+    """The parameters as `ShapeDtypeStruct`s in half precision, or int8, divided as the rules table has it."""
+    dtype = half_precision(mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(config))
     if quantize is not None:
         shapes = with_scales(shapes, [path for path in flatten_dict(shapes, sep="/") if is_quantized(path)])
     return jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), shapes, param_shardings(shapes, mesh))
@@ -116,11 +121,13 @@ def compile_for(mesh: Mesh, function, *arguments, **options) -> Compiled:
 def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Compiled:
     began = time.perf_counter()
     precision = jax.default_matmul_precision("default")  # "highest" has no splash in bfloat16
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}  # as_text() cannot parse all that libtpu writes
+    no_gpu = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # there is none to try forms on
     with jax.set_mesh(mesh), precision:
         lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (dumped,) = Path(folder).glob("*.after_codegen.txt")  # as_text() cannot parse all that libtpu writes
-        text = dumped.read_text()
+        compiled = lowered.compile(dump if tpu else no_gpu)
+        text = next(Path(folder).glob("*.after_codegen.txt")).read_text() if tpu else compiled.as_text()
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
     return Compiled(compiled, text, out, time.perf_counter() - began)
 
@@ -165,25 +172,32 @@ class Programs:
 
         encoded = compile_for(self.mesh, encode, self.params(), tiles)
         prefilled = compile_for(self.mesh, partial(generate.prefill, self.model), self.params(), batch)
-        return {"encode": _read("encode", encoded), "prefill": _read("prefill", prefilled)}, prefilled.out
+        work, kernels = self._works(rows), {"kernel": self._kernel_shapes()}
+        programs = {
+            "encode": _read("encode", encoded, kernels, work["encode"]),
+            "prefill": _read("prefill", prefilled, kernels, work["encode"] + work["prefill"]),
+        }
+        return programs, prefilled.out
 
     def answer(self, groups: int, prefixes) -> Program | None:
         """What evaluation runs for a wave of that many of those prefixes: question prefill and decode; None where
         the compiler finds that a chip has no room for it."""
         answer = partial(generate.generate_from_prefix, self.model, self.shapes.slots)
         answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
-        return answered and _read(f"answer to {groups} prefixes", answered, self._parts(groups, prefixes))
+        name, work, parts = f"answer to {groups} prefixes", self._works(groups), self._parts(groups, prefixes)
+        return answered and _read(name, answered, parts, work["question"], work["step"])
 
     def halves(self, groups: int, prefixes) -> dict[str, Program]:
         """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
         arguments, out = self._asked(groups, prefixes), {}
+        work, parts = self._works(groups), self._parts(groups, prefixes)
         ask = partial(generate.sample_first_token, self.model, self.shapes.slots)
         if asked := compile_if_it_fits(self.mesh, ask, *arguments):
-            out["question"] = _read("question", asked)
+            out["question"] = _read("question", asked, parts, work["question"])
             params, prefix, *_, sampling = arguments
             run, decoding = partial(generate.decode_loop, self.model), (params, prefix, asked.out, sampling, _LIMIT)
             if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
-                out["decode"] = _read("decode", decoded, self._parts(groups, prefixes))
+                out["decode"] = _read("decode", decoded, parts, None, work["step"])
         return out
 
     def _asked(self, groups: int, prefixes):
@@ -192,30 +206,59 @@ class Programs:
         ids, mask = _array(at, *rows, self.shapes.question), _array(at, *rows, dtype=bool)
         return self.params(), prefix, last, Questions(ids, _array(at, *rows), mask), Greedy()
 
-    def _parts(self, groups: int, prefixes) -> dict[str, tuple[int, ...]]:
-        """What one chip has of a layer's keys."""
+    def _works(self, groups: int) -> dict[str, Work]:
+        shards, tensor = num_batch_shards(self.mesh), self.mesh.shape.get("tensor", 1)
+        return works(self.config, self.shapes, groups // shards, tensor, self.precision)
+
+    def _parts(self, groups: int, prefixes) -> traffic.Parts:
+        """What may not be copied, as it is on one chip: a layer's keys (any array of their size), and kernels."""
         prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_batch_shards(self.mesh)
         _, heads, length, width = prefix.sharding.shard_shape(prefix.shape)
-        groups, shapes = groups // shards, self.shapes
-        suffix = groups, heads, shapes.rows, shapes.question + shapes.slots, width
-        return {"prefix": (groups, heads, length, width), "suffix": suffix}
+        of_prefix = (groups // shards, heads, length, width)
+        of_suffix = (groups // shards, heads, self.shapes.rows, self.shapes.question + self.shapes.slots, width)
+        cache = {"prefix": of_prefix, "suffix": of_suffix}
+        return {name: {shape, (math.prod(shape),)} for name, shape in cache.items()} | {"kernel": self._kernel_shapes()}
+
+    def _kernel_shapes(self) -> set[tuple[int, ...]]:
+        """Of each kernel on one chip, and of those of a layer that read the same input and may be put side by side."""
+        together: dict[tuple[str, int], list[int]] = {}
+        for path, array in flatten_dict(self.params(), sep="/").items():
+            if path.endswith(("/kernel", "/embedding")) and "position" not in path:
+                *layer, _, _ = path.split("/")
+                height, *width = array.sharding.shard_shape(array.shape)
+                together.setdefault(("/".join(layer), height), []).append(math.prod(width))
+        sides = (
+            (height, sum(widths))
+            for (_, height), all_widths in together.items()
+            for count in range(1, len(all_widths) + 1)
+            for widths in itertools.combinations(all_widths, count)
+        )
+        return set(sides)
 
 
 _LIMIT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _read(name: str, compiled: Compiled, parts=None) -> Program:
+def _read(name: str, compiled: Compiled, parts: traffic.Parts, once: Work | None, step: Work | None = None) -> Program:
     print(f"{name}: {compiled.seconds:.0f} s of compiling", file=sys.stderr)
-    memory, text = compiled.executable.memory_analysis(), compiled.text
+    memory, module = compiled.executable.memory_analysis(), parse(compiled.text)
     return Program(
         seconds=compiled.seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        collectives=collectives(text),
-        whole_writes=whole_writes(text, parts) if parts else {},
+        once=_moved(module, [module.entry], once),
+        step=_moved(module, module.loops, step) if step else None,
+        whole_writes=traffic.whole_writes(module, parts),
+        collectives=traffic.collectives(module),
     )
+
+
+def _moved(module: Module, names: list[str], work: Work | None) -> Moved:
+    moved = sum(traffic.computation_traffic(module, name).moved for name in names)
+    cycles = sum(traffic.estimated_cycles(module, name) for name in names)
+    return Moved(round(moved), round(work.moved) if work else 0, cycles)
 
 
 # ---- how many prefixes fit
@@ -293,79 +336,3 @@ def needed(prefill: Program, answer: Program, params: int, prefix: int, size: in
     """
     at_most = max(prefill.total + (size - 1) * prefix, params + 2 * size * prefix, answer.total)
     return at_most + prefill.code + answer.code
-
-
-# ---- the compiled text
-
-_COLLECTIVE = re.compile(r"[)}\]] (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = (.*?[)}\]]) ([\w-]+)\((.*)")
-_ARRAY = re.compile(r"\w+\[([\d,]*)\](\{[^{}]*\})?")
-_MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "dynamic-update-slice")
-
-
-def collectives(text: str) -> Collectives:
-    """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
-    met: Counter[tuple[str, ...]] = Counter()
-    for name, lines in _computations(text).items():
-        for kind, path in filter(None, map(_collective, lines)):
-            layer = re.search(r"/layers_\d+/", path)
-            if layer:
-                met[name, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
-            else:
-                met[name, f"{kind} of {'embeddings' if 'embed' in path else 'token choice'}"] += 1
-    most: Counter[str] = Counter()
-    for (_, what, *_), count in met.items():
-        most[what] = max(most[what], count)
-    return Collectives(most.pop("decoder", 0), most.pop("tower", 0), dict(most))
-
-
-def _collective(line: str) -> tuple[str, str] | None:
-    """(its kind, its `op_name`) of an instruction that is one."""
-    found, path = _COLLECTIVE.search(line), re.search(r'op_name="([^"]*)"', line)
-    return (found.group(1), path.group(1) if path else "") if found else None
-
-
-def whole_writes(text: str, parts: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """How many times the loops of a program write an array of a part's shape, whole, to HBM at each step.
-
-    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. `parts` are the
-    shapes of what a chip holds of one array, by name.
-    """
-    computations = _computations(text)
-    bodies = re.findall(r" while\(.*?body=%?([\w.-]+)", text)
-    written = Counter(dict.fromkeys(parts, 0))
-    lines = (line for body in bodies for line in computations[body])
-    for instruction in filter(None, map(_INSTRUCTION.match, lines)):
-        _, _, result, operation, rest = instruction.groups()
-        if operation in _MOVES_NOTHING or operation.endswith("-start") or _updates_in_place(rest, computations):
-            continue
-        for dims, layout in _ARRAY.findall(result):
-            if "S(" not in layout:
-                written.update(_alike(tuple(map(int, dims.split(","))) if dims else (), parts))
-    return dict(written)
-
-
-def _alike(shape: tuple[int, ...], parts) -> list[str]:
-    """The parts of that shape, in any order of its axes, or else of that size."""
-    same = [name for name, part in parts.items() if sorted(part) == sorted(shape)]
-    return same or [name for name, part in parts.items() if math.prod(part) == math.prod(shape)]
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """Name → the lines of its instructions."""
-    out: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.endswith("{") and "(" in line and not line.startswith(" "):
-            name = line.removeprefix("ENTRY ").removeprefix("%").split(" ")[0].split("(")[0]
-            lines = out[name] = []
-        elif _INSTRUCTION.match(line):
-            lines.append(line)
-    return out
-
-
-def _updates_in_place(rest: str, computations) -> bool:
-    """Whether a fusion's result is an operand with one slice of it replaced."""
-    called = re.search(r"calls=%?([\w.-]+)", rest)
-    lines = computations[called.group(1)] if called else []
-    return any(line.lstrip().startswith("ROOT") and " dynamic-update-slice(" in line for line in lines)

@@ -1,24 +1,30 @@
-"""Batch evaluation on TPU slices that are not there, compiled and computed, not measured: what fits, what is copied,
-how fast it is at best."""
+"""Batch evaluation on TPU slices and GPUs that are not there, compiled and computed, not measured: what fits, what is
+moved and copied, how fast it is at best."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import asdict
 
 from llava_jax.capacity import roofline
-from llava_jax.capacity.roofline import GIB, SLICES, WORKLOADS, Precision, Slice
+from llava_jax.capacity.roofline import GIB, TOPOLOGIES, WORKLOADS, Gpus, Precision, Slice
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
 
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}  # either will do
 QUESTION = 64  # positions of a question, padded
 ASSUMED = "assumed: " + "; ".join(
     f"{name} has {b.questions:,} questions on {b.images:,} images of {b.size[0]} x {b.size[1]}, {b.question} tokens "
     f"each, answers of up to {b.answer}"
     for name, b in WORKLOADS.items()
 )
+
+
+def compiler_is_there(platform: str) -> bool:
+    return any(importlib.util.find_spec(name) for name in COMPILERS[platform])
 
 
 def measure(
@@ -30,11 +36,11 @@ def measure(
     max_new_tokens: int,
     precision: Precision,
 ) -> dict:
-    """What one slice makes of it, as plain values; `describe` puts it into words."""
+    """What one slice or GPU makes of it, as plain values; `describe` puts it into words."""
     from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
     from llava_jax.parallel.sharding import default_axes
 
-    where = SLICES[name]
+    where = TOPOLOGIES[name]
     axes = axes or default_axes(where.chips, config.text.num_key_value_heads)
     if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
@@ -43,24 +49,24 @@ def measure(
     fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, precision), where.chip.hbm)
     report = dict(topology=name, mesh=axes, shapes=asdict(shapes), **asdict(precision), hbm=where.chip.hbm)
     report |= asdict(fit)
+    for program in [*report["programs"].values(), *(wave["answer"] for wave in report["waves"].values())]:
+        _add_ratios(program)
     if fit.groups:
         usual = min(MAX_GROUPS, fit.groups // data)
         report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, precision))
     return report
 
 
+def _add_ratios(program: dict) -> None:
+    for moved in filter(None, (program["once"], program["step"])):
+        moved["ratio"] = moved["bytes"] / moved["unavoidable"] if moved["unavoidable"] else None
+
+
 def at_best(
-    config: LlavaConfig, where: Slice, data: int, tensor: int, shapes, groups: int, precision: Precision
+    config: LlavaConfig, where: Slice | Gpus, data: int, tensor: int, shapes, groups: int, precision: Precision
 ) -> dict:
     """The roofline: seconds of each program, and questions a second."""
-    after = shapes.question + shapes.slots
-    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, tensor=tensor, precision=precision)
-    works = {
-        "encode": roofline.encode(config, config.max_tiles_per_image, tensor, precision),
-        "prefill": roofline.prefill(config, shapes.prefix, tensor, precision),
-        "question": roofline.extend(config, length=shapes.question, suffix=after, **wave),
-        "step": roofline.extend(config, length=1, suffix=after, **wave),
-    }
+    works = roofline.works(config, shapes, groups, tensor, precision)
     seconds = {name: work.seconds(where.chip, tensor) for name, work in works.items()}
     rates = {
         name: roofline.questions_a_second(workload, config, where.chip, data, tensor, groups, shapes.rows, precision)
@@ -86,8 +92,7 @@ def describe(report: dict) -> str:
     ]
     for groups, wave in report["waves"].items():
         lines.append(f"  {groups} prefixes need {wave['needed'] / GIB:.2f} of {room:.2f} GiB a chip")
-        written = ", ".join(f"{count} of a {part}" for part, count in wave["answer"]["whole_writes"].items())
-        lines.append(f"  {_describe_program('answer', wave['answer'])}; whole writes at each step: {written}")
+        lines.append(f"  {_describe_program('answer', wave['answer'])}")
     usual, rates = report["at_best_with"], report["questions_a_second"].items()
     times = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in report["seconds"].items())
     lines.append(f"  at best (roofline, nothing measured), {usual} prefixes: {times}")
@@ -99,7 +104,21 @@ def _describe_program(name: str, program: dict) -> str:
     arguments, made, results, code = (program[key] / GIB for key in ("arguments", "temporaries", "outputs", "code"))
     meetings = program["collectives"]
     others = "".join(f", {count} {what}" for what, count in meetings["others"].items())
+    whole = (
+        f"{count} of a {part} ({section})"
+        for section, counts in program["whole_writes"].items()
+        for part, count in counts.items()
+        if count
+    )
     return (
         f"  {name}: arguments {arguments:.2f}, temporaries {made:.2f}, results {results:.2f}, program {code:.2f} GiB; "
-        f"collectives: {meetings['decoder']} a decoder layer, {meetings['tower']} a tower layer{others}"
+        f"moves {_describe_moved(program['once'])}"
+        + (f", {_describe_moved(program['step'])} a step" if program["step"] else "")
+        + f"; written whole: {', '.join(whole) or 'nothing'}"
+        + f"; collectives: {meetings['decoder']} a decoder layer, {meetings['tower']} a tower layer{others}"
     )
+
+
+def _describe_moved(moved: dict) -> str:
+    ratio = f" ({moved['ratio']:.2f} of the unavoidable)" if moved["ratio"] else ""
+    return f"{moved['bytes'] / GIB:.2f} GiB{ratio}"

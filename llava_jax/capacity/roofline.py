@@ -1,7 +1,7 @@
-"""What a TPU cannot be faster than: operations, bytes of HBM and bytes between chips, from the config alone.
+"""What chips cannot be faster than: operations, bytes of HBM and bytes between chips, from the config alone.
 
 A bound and no measurement: every chip works at its peak, nothing waits for the host, and only what is counted here is
-done. A program takes the longer of its operations and its HBM reads, and then its all-reduces, which nothing hides.
+done. A program takes the longer of its operations and its bytes of HBM, and then its all-reduces, which nothing hides.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llava_jax.capacity import cuda
 from llava_jax.config import LlavaConfig, TextConfig
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.benchmarks.benchmark import Workload
@@ -40,12 +41,26 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Chip:
-    """Peaks as docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} give them; a link is the bidirectional ICI bandwidth a
-    chip of those pages over its ports (4 of v5e and v6e, 6 of v4 and v5p), one way. `hbm` is what XLA lets a program
-    have, by its own message about one that wants more."""
+class Shapes:
+    """R rows after each prefix of P positions: Q of a question, and slots for new tokens."""
 
-    flops: float  # bfloat16, a second
+    prefix: int
+    rows: int
+    question: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peaks as docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} and NVIDIA's data sheets give them (without sparsity).
+
+    A link is one of the two by which a chip is in a ring, one way. Of a TPU: the bidirectional ICI bandwidth of those
+    pages over its ports (4 of v5e and v6e, 6 of v4 and v5p); of a GPU: half of what NVLink (or PCIe) carries one way.
+    `hbm` is what a program may have: on a TPU by XLA's own message about one that wants more, on a GPU the three
+    quarters of its memory that JAX takes by default.
+    """
+
+    flops: float  # bfloat16 (float16 where there is none), a second
     hbm: float  # bytes
     bandwidth: float  # HBM bytes a second
     link: float  # bytes a second
@@ -66,6 +81,11 @@ class Slice:
     topology: str
     chip_config: str = "default"
 
+    @property
+    def description(self) -> dict[str, str]:
+        """For `jax.experimental.topologies.get_topology_desc`."""
+        return dict(platform="tpu", topology_name=self.topology, chip_config_name=self.chip_config)
+
 
 # The names count chips, but v4's and v5p's count TensorCores: two to a chip, which are one device as a "megacore".
 SLICES = {
@@ -78,18 +98,58 @@ SLICES = {
 }
 
 
+@dataclass(frozen=True)
+class Gpus:
+    """Like GPUs of one machine. The link is in bytes a second, as a Chip's."""
+
+    card: cuda.Card
+    flops: float
+    link: float
+    chips: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return Chip(self.flops, 0.75 * self.card.memory, self.card.bandwidth, self.link)
+
+    @property
+    def description(self) -> dict[str, str]:
+        """For `jax.experimental.topologies.get_topology_desc`."""
+        config = cuda.target_config(self.card)
+        machine = f"1x1x{self.chips}"
+        return dict(platform="cuda", topology_name=self.card.name, target_config=config, topology=machine)
+
+
+GPUS = {
+    "h100": Gpus(cuda.H100, 989e12, 225e9),
+    "h100-8": Gpus(cuda.H100, 989e12, 225e9, 8),
+    "a100": Gpus(cuda.A100, 312e12, 150e9),
+    "a100-8": Gpus(cuda.A100, 312e12, 150e9, 8),
+    "l4": Gpus(cuda.L4, 121e12, 16e9),
+    "rtx4090": Gpus(cuda.RTX4090, 165e12, 16e9),
+    "t4": Gpus(cuda.T4, 65e12, 8e9),
+}
+TOPOLOGIES: dict[str, Slice | Gpus] = {**SLICES, **GPUS}
+
+
 # ---- what each program does, on one of the `tensor` chips that share a model
 
 
 @dataclass(frozen=True)
 class Work:
+    """What cannot be avoided. Of HBM: the kernels read once, each prefix read or written once, each slot of a suffix
+    (filled or not) read or written once, and a program's own large inputs and results; what passes between its layers
+    may stay on the chip."""
+
     flops: float
-    read: float  # bytes of HBM
+    moved: float  # bytes of HBM
     reduced: float  # bytes of the arrays that the chips add up
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved, self.reduced + other.reduced)
 
     def seconds(self, chip: Chip, tensor: int) -> float:
         """An all-reduce is a ring in both directions: of its bytes, 2 (n - 1) / n leave each chip by two links."""
-        alone = max(self.flops / chip.flops, self.read / chip.bandwidth)
+        alone = max(self.flops / chip.flops, self.moved / chip.bandwidth)
         return alone + (tensor - 1) / tensor * self.reduced / chip.link
 
 
@@ -116,8 +176,9 @@ def encode(config: LlavaConfig, tiles: int, tensor: int, precision: Precision = 
     depth, wide = config.projector_depth, config.text.hidden_size
     projector = config.mm_hidden_size * wide + (depth - 1) * wide**2 if depth else 0
     flops = tower / tensor + 2 * tiles * config.tokens_per_tile * projector
-    read = precision.kernel * kernels / tensor + BF16 * projector
-    return Work(flops, read, 2 * layers * positions * width * BF16)
+    moved = precision.kernel * kernels / tensor + BF16 * projector
+    moved += tiles * (3 * config.tile_size**2 + BF16 * config.tokens_per_tile * wide)  # uint8 in, features out
+    return Work(flops, moved, 2 * layers * positions * width * BF16)
 
 
 def prefill(config: LlavaConfig, positions: int, tensor: int, precision: Precision = Precision()) -> Work:
@@ -125,8 +186,8 @@ def prefill(config: LlavaConfig, positions: int, tensor: int, precision: Precisi
     text = config.text
     kernels = text.num_hidden_layers * layer_weights(text)
     flops = 2 * positions * kernels + 2 * positions**2 * _attention_width(text)
-    read = precision.kernel * kernels + positions * precision.prefix(text)
-    return Work(flops / tensor, read / tensor, _reduced(text, positions))
+    moved = precision.kernel * kernels + positions * precision.prefix(text)
+    return Work(flops / tensor, moved / tensor, _reduced(text, positions))
 
 
 def extend(
@@ -144,9 +205,22 @@ def extend(
     kernels, head = text.num_hidden_layers * layer_weights(text), text.hidden_size * text.vocab_size
     flops = 2 * new * kernels + 4 * new * (prefix + suffix) * _attention_width(text)
     flops += 2 * groups * rows * head  # of the last position alone
-    read = precision.kernel * kernels + BF16 * head
-    read += groups * (prefix * precision.prefix(text) + rows * suffix * position_bytes(text))
-    return Work(flops / tensor, read / tensor, _reduced(text, new))
+    moved = precision.kernel * kernels + BF16 * head
+    moved += groups * (prefix * precision.prefix(text) + rows * suffix * position_bytes(text))
+    return Work(flops / tensor, moved / tensor, _reduced(text, new))
+
+
+def works(config: LlavaConfig, shapes: Shapes, groups: int, tensor: int, precision: Precision) -> dict[str, Work]:
+    """What each program does: encoding one picture, the decoder over its prefix, the questions on `groups` prefixes, a
+    step of decoding their answers."""
+    after = shapes.question + shapes.slots
+    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, suffix=after, tensor=tensor, precision=precision)
+    return {
+        "encode": encode(config, config.max_tiles_per_image, tensor, precision),
+        "prefill": prefill(config, shapes.prefix, tensor, precision),
+        "question": extend(config, length=shapes.question, **wave),
+        "step": extend(config, length=1, **wave),
+    }
 
 
 def _attention_width(text: TextConfig) -> int:

@@ -172,17 +172,19 @@ def estimated_cycles(module: Module, name: str) -> int:
 # ---- arrays that are written whole
 
 
-def whole_writes(module: Module, parts: dict[str, set[int]]) -> dict[str, dict[str, int]]:
+Parts = dict[str, set[tuple[int, ...]]]
+Runs = list[tuple[int, Computation, Instruction]]
+
+
+def whole_writes(module: Module, parts: Parts) -> dict[str, dict[str, int]]:
     """How many times a program writes an array of a part's size, whole, to HBM: before its loop, at each of its steps
     and after it; or in the whole program, where there is no loop.
 
     An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. `parts` are the
-    sizes (numbers, not bytes) of arrays of each kind, by name.
+    shapes of arrays of each kind, by name; a compiler may give them other orders of their axes. A shape of one axis
+    stands for any shape of that size, where no other part has it.
     """
     return {section: _whole_writes(module, runs, parts) for section, runs in _sections(module).items()}
-
-
-Runs = list[tuple[int, Computation, Instruction]]
 
 
 def _sections(module: Module) -> dict[str, Runs]:
@@ -194,15 +196,26 @@ def _sections(module: Module) -> dict[str, Runs]:
     return {"before": runs[:loop], "step": step, "after": runs[loop + 1 :]}
 
 
-def _whole_writes(module: Module, runs: Runs, parts: dict[str, set[int]]) -> dict[str, int]:
+def _whole_writes(module: Module, runs: Runs, parts: Parts) -> dict[str, int]:
     found = Counter(dict.fromkeys(parts, 0))
     for times, where, instruction in runs:
         if not moves_nothing(instruction):
-            whole = [array for array, size in written(module, where, instruction) if size == array.bytes]
-            for array in whole:
-                names = [name for name, sizes in parts.items() if array.in_hbm and array.size in sizes]
-                found.update({names[0]: times} if names else {})
+            for array, size in written(module, where, instruction):
+                if array.in_hbm and size == array.bytes and (name := _part(array, parts)):
+                    found[name] += times
     return dict(found)
+
+
+def _part(array: Array, parts: Parts) -> str | None:
+    for shape in (array.shape, (array.size,)):
+        for name, shapes in parts.items():
+            if _axes(shape) in map(_axes, shapes):
+                return name
+    return None
+
+
+def _axes(shape: tuple[int, ...]) -> list[int]:
+    return sorted(size for size in shape if size != 1)
 
 
 # ---- what chips say to each other
