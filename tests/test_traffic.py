@@ -4,7 +4,7 @@ import pytest
 
 from llava_jax.capacity import traffic
 from llava_jax.capacity.hlo import parse
-from llava_jax.capacity.traffic import Collectives, Traffic
+from llava_jax.capacity.traffic import Collectives, Traffic, Watched
 
 FUSED = """HloModule fused
 
@@ -145,8 +145,10 @@ DECODING = """HloModule decoding
   %t = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) parameter(0)
   %whole = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
   %other = bf16[2,3]{1,0} get-tuple-element(%t), index=1
+  %one = bf16[1,8]{1,0} slice(%whole), slice={[0:1], [0:8]}
+  %i = s32[] constant(0)
   %fetched = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
-  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %x, %y), kind=kLoop, calls=%updates
+  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %one, %i), kind=kLoop, calls=%updates
   %turned = bf16[8,4]{1,0:T(8,128)(2,1)} transpose(%in_place), dimensions={1,0}
   %flat = (f32[3]{0}, bf16[6]{0:T(128)}) fusion(%other), kind=kLoop, calls=%adds
   ROOT %out = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) tuple(%whole, %other)
@@ -157,9 +159,20 @@ DECODING = """HloModule decoding
   ROOT %sum = (f32[3]{0}, bf16[6]{0}) reduce(%p)
 }
 
-ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+%products (x: bf16[7,4], w: bf16[4,7]) -> bf16[7,7] {
+  %x = bf16[7,4]{1,0} parameter(0)
+  %w = bf16[4,7]{1,0} parameter(1)
+  ROOT %dot = bf16[7,7]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (p: bf16[4,8], k: s8[3,7], v: s8[4,7]) -> bf16[4,8] {
   %p = bf16[4,8]{1,0} parameter(0)
+  %k = s8[3,7]{1,0} parameter(1)
+  %v = s8[4,7]{1,0} parameter(2)
   %merged = s8[7,7]{1,0} concatenate(%k, %v), dimensions={0}
+  %product = bf16[7,7]{1,0} fusion(%p, %k), kind=kOutput, calls=%products
+  %of_library = (bf16[5,3]{1,0}, s8[64]{0}) custom-call(%p, %k), custom_call_target="__cublas$gemm"
+  %activation = bf16[7,7]{1,0} add(%product, %product)
   %started = (bf16[4,8]{0,1}, bf16[4,8]{1,0}, u32[]) copy-start(%p)
   %copied = bf16[4,8]{0,1} copy-done(%started)
   %while.1 = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) while(%copied), condition=%cond, body=%body
@@ -169,15 +182,14 @@ ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
 
 
 def test_only_what_reaches_hbm_whole_counts():
-    parts = {"prefix": {(4, 1, 8), (32,)}, "suffix": {(2, 3), (6,)}, "kernel": {(6,), (7, 7), (2, 16)}}
-    assert traffic.whole_writes(parse(DECODING), parts) == {
+    watched = Watched({(7, 7), (3, 5)}, {"prefix": (4, 1, 8), "suffix": (2, 3)})
+    assert traffic.whole_writes(parse(DECODING), watched) == {
         "before": {"prefix": 1, "suffix": 0, "kernel": 1},
         "step": {"prefix": 1, "suffix": 1, "kernel": 0},
         "after": {"prefix": 0, "suffix": 1, "kernel": 0},
     }
-    assert traffic.whole_writes(
-        parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}')), {"x": {(8,)}}
-    ) == {"program": {"x": 3 + 1 + 2 + 1}}
+    twice = parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}'))
+    assert traffic.whole_writes(twice, Watched(set(), {"x": (8,)})) == {"program": {"x": 3 + 1 + 2 + 1, "kernel": 0}}
 
 
 def test_collectives_by_layer():

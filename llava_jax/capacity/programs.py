@@ -172,7 +172,7 @@ class Programs:
 
         encoded = compile_for(self.mesh, encode, self.params(), tiles)
         prefilled = compile_for(self.mesh, partial(generate.prefill, self.model), self.params(), batch)
-        work, kernels = self._works(rows), {"kernel": self._kernel_shapes()}
+        work, kernels = self._works(rows), traffic.Watched(self._kernel_shapes(), {})
         programs = {
             "encode": _read("encode", encoded, kernels, work["encode"]),
             "prefill": _read("prefill", prefilled, kernels, work["encode"] + work["prefill"]),
@@ -184,20 +184,20 @@ class Programs:
         the compiler finds that a chip has no room for it."""
         answer = partial(generate.generate_from_prefix, self.model, self.shapes.slots)
         answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
-        name, work, parts = f"answer to {groups} prefixes", self._works(groups), self._parts(groups, prefixes)
-        return answered and _read(name, answered, parts, work["question"], work["step"])
+        name, work, watched = f"answer to {groups} prefixes", self._works(groups), self._watched(groups, prefixes)
+        return answered and _read(name, answered, watched, work["question"], work["step"])
 
     def halves(self, groups: int, prefixes) -> dict[str, Program]:
         """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
         arguments, out = self._asked(groups, prefixes), {}
-        work, parts = self._works(groups), self._parts(groups, prefixes)
+        work, watched = self._works(groups), self._watched(groups, prefixes)
         ask = partial(generate.sample_first_token, self.model, self.shapes.slots)
         if asked := compile_if_it_fits(self.mesh, ask, *arguments):
-            out["question"] = _read("question", asked, parts, work["question"])
+            out["question"] = _read("question", asked, watched, work["question"])
             params, prefix, *_, sampling = arguments
             run, decoding = partial(generate.decode_loop, self.model), (params, prefix, asked.out, sampling, _LIMIT)
             if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
-                out["decode"] = _read("decode", decoded, parts, None, work["step"])
+                out["decode"] = _read("decode", decoded, watched, None, work["step"])
         return out
 
     def _asked(self, groups: int, prefixes):
@@ -210,14 +210,12 @@ class Programs:
         shards, tensor = num_batch_shards(self.mesh), self.mesh.shape.get("tensor", 1)
         return works(self.config, self.shapes, groups // shards, tensor, self.precision)
 
-    def _parts(self, groups: int, prefixes) -> traffic.Parts:
-        """What may not be copied, as it is on one chip: a layer's keys (any array of their size), and kernels."""
+    def _watched(self, groups: int, prefixes) -> traffic.Watched:
         prefix, shards = jax.tree.leaves(prefixes[0].keys_values)[0], num_batch_shards(self.mesh)
         _, heads, length, width = prefix.sharding.shard_shape(prefix.shape)
-        of_prefix = (groups // shards, heads, length, width)
-        of_suffix = (groups // shards, heads, self.shapes.rows, self.shapes.question + self.shapes.slots, width)
-        cache = {"prefix": of_prefix, "suffix": of_suffix}
-        return {name: {shape, (math.prod(shape),)} for name, shape in cache.items()} | {"kernel": self._kernel_shapes()}
+        groups, slots = groups // shards, self.shapes.question + self.shapes.slots
+        cache = {"prefix": (groups, heads, length, width), "suffix": (groups, heads, self.shapes.rows, slots, width)}
+        return traffic.Watched(self._kernel_shapes(), cache)
 
     def _kernel_shapes(self) -> set[tuple[int, ...]]:
         """Of each kernel on one chip, and of those of a layer that read the same input and may be put side by side."""
@@ -239,7 +237,9 @@ class Programs:
 _LIMIT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _read(name: str, compiled: Compiled, parts: traffic.Parts, once: Work | None, step: Work | None = None) -> Program:
+def _read(
+    name: str, compiled: Compiled, watched: traffic.Watched, once: Work | None, step: Work | None = None
+) -> Program:
     print(f"{name}: {compiled.seconds:.0f} s of compiling", file=sys.stderr)
     memory, module = compiled.executable.memory_analysis(), parse(compiled.text)
     return Program(
@@ -250,7 +250,7 @@ def _read(name: str, compiled: Compiled, parts: traffic.Parts, once: Work | None
         code=memory.generated_code_size_in_bytes,
         once=_moved(module, [module.entry], once),
         step=_moved(module, module.loops, step) if step else None,
-        whole_writes=traffic.whole_writes(module, parts),
+        whole_writes=traffic.whole_writes(module, watched),
         collectives=traffic.collectives(module),
     )
 

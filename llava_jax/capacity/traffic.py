@@ -5,6 +5,7 @@ All of it is read from the compiler's own text (`hlo.parse`): compiled, not meas
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -172,19 +173,39 @@ def estimated_cycles(module: Module, name: str) -> int:
 # ---- arrays that are written whole
 
 
-Parts = dict[str, set[tuple[int, ...]]]
+Shape = tuple[int, ...]
 Runs = list[tuple[int, Computation, Instruction]]
 
 
-def whole_writes(module: Module, parts: Parts) -> dict[str, dict[str, int]]:
-    """How many times a program writes an array of a part's size, whole, to HBM: before its loop, at each of its steps
-    and after it; or in the whole program, where there is no loop.
+@dataclass(frozen=True)
+class Watched:
+    """Shapes of arrays that are not to be written again, as a chip has them; compilers reorder their axes."""
 
-    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. `parts` are the
-    shapes of arrays of each kind, by name; a compiler may give them other orders of their axes. A shape of one axis
-    stands for any shape of that size, where no other part has it.
+    kernels: set[Shape]  # also of several side by side
+    cache: dict[str, Shape]  # of one layer's keys in each part; an array of that size in another shape is one too
+
+    def name(self, array: Array) -> str | None:
+        """What the array is one of: "kernel", or the part of the cache."""
+        axes = _axes(array.shape)
+        alike = [name for name, shape in self.cache.items() if _axes(shape) == axes]
+        if not alike and axes in map(_axes, self.kernels):
+            return "kernel"
+        alike += [name for name, shape in self.cache.items() if math.prod(shape) == array.size]
+        return alike[0] if alike else None
+
+
+def _axes(shape: Shape) -> list[int]:
+    return sorted(size for size in shape if size != 1)
+
+
+def whole_writes(module: Module, watched: Watched) -> dict[str, dict[str, int]]:
+    """How many times a program writes a watched array, whole, to HBM: before its loop, at each of its steps and after
+    it; or in the whole program, where there is no loop.
+
+    An update in place of one slot is none, nor is what is fetched into a core's own memory to be read. Of kernels only
+    arguments that are written again count: what a product makes may have their shape.
     """
-    return {section: _whole_writes(module, runs, parts) for section, runs in _sections(module).items()}
+    return {section: _whole_writes(module, runs, watched) for section, runs in _sections(module).items()}
 
 
 def _sections(module: Module) -> dict[str, Runs]:
@@ -196,26 +217,27 @@ def _sections(module: Module) -> dict[str, Runs]:
     return {"before": runs[:loop], "step": step, "after": runs[loop + 1 :]}
 
 
-def _whole_writes(module: Module, runs: Runs, parts: Parts) -> dict[str, int]:
-    found = Counter(dict.fromkeys(parts, 0))
+def _whole_writes(module: Module, runs: Runs, watched: Watched) -> dict[str, int]:
+    found = Counter(dict.fromkeys([*watched.cache, "kernel"], 0))
     for times, where, instruction in runs:
         if not moves_nothing(instruction):
-            for array, size in written(module, where, instruction):
-                if array.in_hbm and size == array.bytes and (name := _part(array, parts)):
-                    found[name] += times
+            whole = [a for a, size in written(module, where, instruction) if a.in_hbm and size == a.bytes]
+            names = [name for name in map(watched.name, whole) if name]
+            rewrites = _reads_an_argument(where, instruction) and not _is_product(module, instruction)
+            found.update({name: times for name in names if name != "kernel" or rewrites})
     return dict(found)
 
 
-def _part(array: Array, parts: Parts) -> str | None:
-    for shape in (array.shape, (array.size,)):
-        for name, shapes in parts.items():
-            if _axes(shape) in map(_axes, shapes):
-                return name
-    return None
+def _reads_an_argument(where: Computation, instruction: Instruction) -> bool:
+    makers = [where.behind(name) for name in instruction.operands]
+    makers = [where[maker.operands[0]] if maker.operation == "get-tuple-element" else maker for maker in makers]
+    return any(maker.operation == "parameter" for maker in makers)
 
 
-def _axes(shape: tuple[int, ...]) -> list[int]:
-    return sorted(size for size in shape if size != 1)
+def _is_product(module: Module, instruction: Instruction) -> bool:
+    if instruction.operation == "fusion":
+        return any(_is_product(module, inside) for inside in module.called_by(instruction))
+    return instruction.operation in ("dot", "convolution", "custom-call")
 
 
 # ---- what chips say to each other
