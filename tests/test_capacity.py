@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from llava_jax.capacity import programs, roofline
-from llava_jax.capacity.programs import (
-    AnswerBatch,
-    Capacity,
-    Collectives,
-    Program,
-    Programs,
-    Shapes,
-    compile_for,
-    slice_mesh,
-)
-from llava_jax.capacity.roofline import SLICES, V5E, WORKLOADS, Work
+from llava_jax.capacity import programs, roofline, traffic
+from llava_jax.capacity.hlo import parse
+from llava_jax.capacity.programs import AnswerBatch, Capacity, Moved, Program, Programs, compile_for, slice_mesh
+from llava_jax.capacity.roofline import SLICES, V5E, WORKLOADS, Shapes, Work
+from llava_jax.capacity.traffic import Collectives, Watched
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
@@ -71,9 +64,9 @@ def test_programs_of_a_wave():
     assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (2, 2)
     extras = {"all-reduce of embeddings": 1, "all-gather of token choice": 2}
     assert wave["question"].collectives == wave["decode"].collectives == Collectives(2, 0, extras)
-    assert wave["decode"].whole_writes == {"prefix": 0, "suffix": 0}
+    assert wave["decode"].whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
     answer = engine.answer(groups, prefixes)
-    assert answer.whole_writes == {"prefix": 0, "suffix": 0}
+    assert answer.whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
     assert answer.collectives == wave["decode"].collectives
     assert answer.total < wave["question"].total + wave["decode"].temporaries
     needed = programs.needed(once["prefill"], answer, params, prefix, groups)
@@ -96,60 +89,8 @@ def test_a_cache_that_is_rewritten_is_seen():
 
     by = jax.ShapeDtypeStruct((), jnp.float32)
     text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text
-    assert programs.whole_writes(text, {"any": shape}) == {"any": 1}
-
-
-def test_only_what_reaches_hbm_whole_counts():
-    text = """HloModule loops
-
-%updates (p: bf16[4,8], q: bf16[1,8], i: s32[]) -> bf16[4,8] {
-  %p = bf16[4,8]{1,0} parameter(0)
-  %q = bf16[1,8]{1,0} parameter(1)
-  %i = s32[] parameter(2)
-  ROOT %dus = bf16[4,8]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %q, %i, %i)
-}
-
-%body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {
-  %t = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) parameter(0)
-  %whole = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
-  %fetched = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
-  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %x, %y), kind=kLoop, calls=%updates
-  %turned = bf16[8,4]{1,0:T(8,128)(2,1)} transpose(%in_place), dimensions={1,0}
-  %flat = (f32[3]{0}, bf16[6]{0:T(128)}) fusion(%other), kind=kLoop, calls=%adds
-  ROOT %out = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) tuple(%whole, %other)
-}
-
-%adds (p: bf16[2,3]) -> (f32[3], bf16[6]) {
-  ROOT %sum = (f32[3]{0}, bf16[6]{0}) reduce(%p)
-}
-
-ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
-  %copied = bf16[4,8]{1,0} copy(%p)
-  ROOT %while.1 = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) while(%tuple), condition=%cond, body=%body
-}
-"""
-    assert programs.whole_writes(text, {"prefix": (4, 8), "suffix": (2, 3)}) == {"prefix": 1, "suffix": 1}
-
-
-def test_collectives_by_layer():
-    def lines(*instructions):
-        return "".join(
-            f'  %x.{n} = {array} {kind}(%y), metadata={{op_name="jit(run)/while/body/{path}/dot_general"}}\n'
-            for n, (array, kind, path) in enumerate(instructions)
-        )
-
-    body = lines(
-        ("bf16[4]{0}", "all-reduce-start", "language_model/layers_0/self_attn/o_proj"),
-        ("bf16[4]{0}", "all-reduce-done", "language_model/layers_0/self_attn/o_proj"),
-        ("(bf16[4]{0}, bf16[2]{0})", "all-reduce", "language_model/layers_0/mlp/down_proj"),
-        ("bf16[4]{0}", "all-gather", "language_model/layers_0/mlp/gate_proj"),
-        ("bf16[4]{0}", "all-reduce", "language_model/layers_11/mlp/down_proj"),
-        ("bf16[4]{0}", "collective-permute", "vision_tower/layers_0/fc1"),
-        ("bf16[4]{0}", "all-gather", "reduce"),
-    )
-    before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
-    text = f"%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
-    assert programs.collectives(text) == Collectives(3, 1, {"all-gather of token choice": 1})
+    step = traffic.whole_writes(parse(text), Watched(set(), {"any": shape}))["step"]
+    assert step == {"any": 1, "kernel": 0}
 
 
 # ---- what fits
@@ -187,8 +128,9 @@ def test_weights_are_those_of_the_parameters():
     decoder = {name: part for name, part in shapes["language_model"].items() if name.startswith("layers")}
     assert kernels(decoder) == text.num_hidden_layers * roofline.layer_weights(text)
     tower = {n: part for n, part in shapes["vision_tower"].items() if n.startswith("layers") and n != "layers_2"}
-    read = roofline.encode(config, 5, 1).read
-    assert read == 2 * (kernels(tower) + kernels(shapes["mm_projector"]))
+    tiles, features = 5 * 3 * 336**2, 2 * 5 * 576 * 4096
+    moved = roofline.encode(config, 5, 1).moved
+    assert moved == 2 * (kernels(tower) + kernels(shapes["mm_projector"])) + tiles + features
 
 
 def test_operations_are_those_that_are_lowered():
@@ -212,7 +154,7 @@ def test_a_step_reads_weights_and_cache():
     text = LlavaConfig.preset("1.6-vicuna-7b").text
     weights = 2 * (32 * roofline.layer_weights(text) + 4096 * 32000)
     work = roofline.extend(LlavaConfig.preset("1.6-vicuna-7b"), 4, 16, 1, 3072, 192, 8)
-    assert work.read == (weights + 4 * (3072 + 16 * 192) * 2**19) / 8
+    assert work.moved == (weights + 4 * (3072 + 16 * 192) * 2**19) / 8
 
 
 def test_more_chips_and_larger_waves_are_never_slower():
@@ -255,7 +197,7 @@ def test_an_int8_wave_on_one_chip():
     assert prefix == 1024 * precision.prefix(config.text) < 0.52 * 1024 * roofline.position_bytes(config.text)
     answer = engine.answer(groups, prefixes)
     assert answer.temporaries < groups * prefix
-    assert answer.whole_writes["prefix"] == 0
+    assert not any(whole["prefix"] for whole in answer.whole_writes.values())
 
 
 @pytest.mark.parametrize(
@@ -272,8 +214,12 @@ def test_a_wrong_flag_is_one_error(flags, said):
 
 
 def test_the_report(monkeypatch, capsys):
-    program = Program(1.0, 3 << 30, 1 << 30, 0, 1 << 29, Collectives(2, 0, {"all-reduce of embeddings": 1}))
-    decode = dataclasses.replace(program, whole_writes={"prefix": 0, "suffix": 5})
+    met = Collectives(2, 0, {"all-reduce of embeddings": 1})
+    program = Program(1.0, 3 << 30, 1 << 30, 0, 1 << 29, Moved(3 << 29, 1 << 29, 7), None, {"program": {}}, met)
+    whole = {"before": {"prefix": 0, "suffix": 0}, "step": {"prefix": 0, "suffix": 5}}
+    decode = dataclasses.replace(
+        program, once=Moved(1 << 29, 0, 0), step=Moved(5 << 28, 1 << 30, 0), whole_writes=whole
+    )
     fit = Capacity(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: AnswerBatch(7 << 30, decode)})
     monkeypatch.setattr(programs, "largest_wave", lambda engine, room: fit)
     run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
@@ -281,12 +227,15 @@ def test_the_report(monkeypatch, capsys):
     for said in (
         "v5e-8, data=1, tensor=8: room for 8 prefixes of 2560",
         "7.00 of 15.75 GiB",
-        "0 of a prefix, 5 of a suffix",
+        "decode: arguments 3.00, temporaries 1.00, results 0.00, program 0.50 GiB; moves 0.50 GiB, "
+        "1.25 GiB (1.25 of the unavoidable) a step; written whole: 5 of a suffix (step)",
+        "moves 1.50 GiB (3.00 of the unavoidable); written whole: nothing",
     ):
         assert said in out
     assert out.count("2 a decoder layer, 0 a tower layer, 1 all-reduce of embeddings") == 6
     run("--topology", "v5p-8", "--mesh", "data=2,tensor=2", "--json")
     report = json.loads(capsys.readouterr().out)
-    assert report["groups"] == 8 and report["waves"]["8"]["answer"]["whole_writes"]["suffix"] == 5
+    assert report["groups"] == 8 and report["waves"]["8"]["answer"]["whole_writes"]["step"]["suffix"] == 5
+    assert report["programs"]["decode"]["step"]["ratio"] == 1.25
     assert set(report["questions_a_second"]) == set(WORKLOADS)
     assert math.isclose(report["seconds"]["step"], 0.0061, rel_tol=0.5)

@@ -173,6 +173,7 @@ def estimated_cycles(module: Module, name: str) -> int:
 # ---- arrays that are written whole
 
 
+_MOVED = {"bitcast", "copy", "copy-start", "copy-done", "async-start", "async-done", "get-tuple-element"}
 Shape = tuple[int, ...]
 Runs = list[tuple[int, Computation, Instruction]]
 
@@ -223,15 +224,18 @@ def _whole_writes(module: Module, runs: Runs, watched: Watched) -> dict[str, int
         if not moves_nothing(instruction):
             whole = [a for a, size in written(module, where, instruction) if a.in_hbm and size == a.bytes]
             names = [name for name in map(watched.name, whole) if name]
-            rewrites = _reads_an_argument(where, instruction) and not _is_product(module, instruction)
+            rewrites = not _is_product(module, instruction) and any(
+                _is_argument(where, n) for n in instruction.operands
+            )
             found.update({name: times for name in names if name != "kernel" or rewrites})
     return dict(found)
 
 
-def _reads_an_argument(where: Computation, instruction: Instruction) -> bool:
-    makers = [where.behind(name) for name in instruction.operands]
-    makers = [where[maker.operands[0]] if maker.operation == "get-tuple-element" else maker for maker in makers]
-    return any(maker.operation == "parameter" for maker in makers)
+def _is_argument(where: Computation, name: str) -> bool:
+    """Whether a value is an argument of the program or of the loop's body, or one that was only moved."""
+    maker = where[name]
+    moved = maker.operation in _MOVED or (maker.operation == "custom-call" and _target(maker) in _FREE_CALLS)
+    return maker.operation == "parameter" or (moved and _is_argument(where, maker.operands[0]))
 
 
 def _is_product(module: Module, instruction: Instruction) -> bool:
