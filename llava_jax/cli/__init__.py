@@ -24,7 +24,7 @@ COMMANDS = {  # and their lines in `llava-jax --help`
     "evaluate": "answer a benchmark's question file",
     "score": "score an answer file",
     "submit": "write an answer file in the form that a benchmark's server takes",
-    "capacity": "what batch evaluation needs on a TPU that is not there",
+    "capacity": "what batch evaluation needs on TPUs and GPUs that are not there",
     "demo": "the whole path with the small model that the package bundles",
 }
 ALIASES = {"ahead": "capacity"}

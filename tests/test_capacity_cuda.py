@@ -1,0 +1,79 @@
+"""Programs compiled for GPUs that are not there, with llava-jax[cuda-ahead], which .ci/run has in a folder apart."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_capacity import small
+
+from llava_jax.capacity import cuda, traffic
+from llava_jax.capacity.hlo import parse
+from llava_jax.capacity.programs import Programs, abstract_params, compile_for, slice_mesh
+from llava_jax.capacity.report import compiler_is_there
+from llava_jax.capacity.roofline import GPUS, Precision, Shapes
+from llava_jax.capacity.traffic import Collectives, Watched
+from llava_jax.config import LlavaConfig
+
+pytestmark = [
+    pytest.mark.usefixtures("no_tpu"),
+    pytest.mark.skipif(not compiler_is_there("cuda"), reason="pip install 'llava-jax[cuda-ahead]'"),
+]
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_card_is_what_its_description_says(name):
+    devices = slice_mesh(GPUS[name], tensor=GPUS[name].chips).devices.flatten()
+    card = GPUS[name].card
+    assert len(devices) == GPUS[name].chips
+    assert {device.device_kind for device in devices} == {card.name}
+    assert {device.compute_capability for device in devices} == {"{}.{}".format(*card.capability)}
+
+
+def test_every_card_has_its_own_numbers():
+    cards = [cuda.H100, cuda.A100, cuda.L4, cuda.RTX4090, cuda.T4]
+    assert len({cuda.target_config(card) for card in cards}) == len(cards)
+
+
+def test_a_cache_that_is_rewritten_is_seen():
+    """A loop that changes one of two arrays whole, reads the other, and updates a slot of a third: 1 s."""
+    mesh, shape = slice_mesh(GPUS["h100"], tensor=1), (32, 4096, 1024)
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
+
+    def loop(read, rewritten, updated, by):
+        def body(i, carried):
+            rewritten, updated = carried
+            slot = jax.lax.dynamic_slice_in_dim(read, i, 1, axis=1) + read.sum(1, keepdims=True)
+            return rewritten * by + read, jax.lax.dynamic_update_slice_in_dim(updated, slot, i, axis=1)
+
+        return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
+
+    by = jax.ShapeDtypeStruct((), jnp.float32)
+    module = parse(compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text)
+    counts = traffic.whole_writes(module, Watched(set(), {"any": shape}))
+    assert {section: count["any"] for section, count in counts.items()} == {"before": 0, "step": 1, "after": 0}
+    (body,) = module.loops
+    whole, slot = 4 * 32 * 4096 * 1024, 4 * 32 * 1024
+    assert traffic.computation_traffic(module, body).moved == pytest.approx(3 * whole + 4 * slot, abs=100)
+
+
+def test_below_an_ampere_there_is_no_bfloat16():
+    config = small(LlavaConfig.preset("1.6-vicuna-7b"))
+    for name, dtype in (("t4", jnp.float16), ("a100", jnp.bfloat16)):
+        params = abstract_params(config, slice_mesh(GPUS[name], tensor=1))
+        assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("name, axes", [("h100", dict(tensor=1)), ("h100-8", dict(data=2, tensor=4))])
+def test_programs_of_a_wave(name, axes):
+    """Narrow, two layers: 15 s each."""
+    config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 4, 64, 64), 4
+    engine = Programs(config, slice_mesh(GPUS[name], **axes), shapes, Precision())
+    once, prefixes = engine.once()
+    wave = engine.halves(groups, prefixes)
+    for program in (*once.values(), wave["question"]):
+        assert program.step is None and 1 < program.once.ratio < 100
+    assert 1 < wave["decode"].step.ratio < 2
+    assert wave["decode"].outputs < 1 << 20  # the suffix is written where it was
+    alone = axes["tensor"] == 1
+    assert once["encode"].collectives == Collectives(0, 0 if alone else 2, {})
+    assert wave["decode"].collectives.decoder == (0 if alone else 2)
+    assert wave["decode"].whole_writes["step"]["prefix"] == 0
