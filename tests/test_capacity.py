@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from llava_jax.capacity import programs, roofline, traffic
 from llava_jax.capacity.hlo import parse
 from llava_jax.capacity.programs import AnswerBatch, Capacity, Moved, Program, Programs, compile_for, slice_mesh
-from llava_jax.capacity.roofline import SLICES, V5E, WORKLOADS, Shapes, Work
+from llava_jax.capacity.roofline import GPUS, SLICES, V5E, WORKLOADS, Shapes, Work
 from llava_jax.capacity.traffic import Collectives, Watched
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
@@ -211,6 +211,28 @@ def test_an_int8_wave_on_one_chip():
 def test_a_wrong_flag_is_one_error(flags, said):
     with pytest.raises(ValueError, match=said):
         run("--topology", "v5e-8", *flags)
+
+
+@pytest.mark.parametrize(
+    "there, flags, said",
+    [
+        ("tpu", ["--topology", "v5e-1", "h100"], "pip install 'llava-jax.cuda-ahead.'"),
+        ("cuda", ["--topology", "v5e-1", "h100"], "pip install libtpu"),
+        ("", [], "pip install libtpu"),
+    ],
+)
+def test_a_missing_compiler_is_one_error(monkeypatch, there, flags, said):
+    monkeypatch.setattr("llava_jax.cli.capacity.compiler_is_there", lambda platform: platform == there)
+    with pytest.raises(ValueError, match=said):
+        run(*flags)
+
+
+def test_by_default_all_that_can_be_compiled_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr("llava_jax.cli.capacity.compiler_is_there", lambda platform: platform == "cuda")
+    monkeypatch.setattr("llava_jax.cli.capacity.measure", lambda config, name, *_: asked.append(name))
+    run("--json")
+    assert asked == list(GPUS)
 
 
 def test_the_report(monkeypatch, capsys):
