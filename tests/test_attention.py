@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -165,9 +166,11 @@ def test_what_splash_does_not_take_goes_in_chunks(what):
     assert "tpu_custom_call" not in text and "dot_general" in text
 
 
-class Gpu:
-    def __init__(self, capability):
-        self.compute_capability = capability
+@dataclass
+class FakeGpu:
+    compute_capability: str
+    device_kind: str = "NVIDIA Something"
+    core_count: int = 100
 
 
 def pretend(monkeypatch, capability):
@@ -175,7 +178,7 @@ def pretend(monkeypatch, capability):
     here = jax.devices
 
     def devices(backend=None):
-        return [Gpu(capability)] if backend == "cuda" else here(backend)
+        return [FakeGpu(capability)] if backend == "cuda" else here(backend)
 
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llava_jax.parallel.gpu import target_gpu
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
@@ -144,14 +145,11 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
 
 
 def _cudnn_takes(q: jax.Array) -> bool:
-    """It has no float32, wants an Ampere or later, and can be traced only where such a GPU is."""
-    try:
-        capability = float(jax.devices("cuda")[0].compute_capability)
-    except RuntimeError:  # no such backend in this process
+    """It has no float32, and wants an Ampere or later."""
+    gpu = target_gpu()
+    if gpu is None or gpu.compute_capability < (8, 0) or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    widest = 256 if capability >= 9 else 128
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and capability >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if gpu.compute_capability >= (9, 0) else 128)
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:

@@ -5,32 +5,17 @@ Exact, no approximation: the weights on both parts are normalised together (Hydr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llava_jax.models.attention import MASKED
 from llava_jax.models.quantize import Int8
-
-
-class Part(NamedTuple):
-    """What queries [...] get from some of the keys that they see; `join` makes several parts into attention over all.
-
-    A kernel that gives its output already normalised, and lse = log(sum(exp(score))), gives the part (out, lse, 1).
-    """
-
-    sum: jax.Array  # float32 [..., D]: of the values, each times its weight, exp(score - largest)
-    largest: jax.Array  # float32 [...]: of the scores; MASKED or less where a query sees none of these keys
-    weight: jax.Array | int  # float32 [...]: the sum of the weights
-
-
-def join(*parts: Part) -> jax.Array:
-    """Exactly softmax(scores of all parts) @ values of all parts: float32 [..., D]."""
-    largest = jnp.stack([part.largest for part in parts]).max(0)
-    factors = [jnp.exp(part.largest - largest) for part in parts]
-    out = sum(part.sum * factor[..., None] for part, factor in zip(parts, factors, strict=True))
-    return out / sum(part.weight * factor for part, factor in zip(parts, factors, strict=True))[..., None]
+from llava_jax.parallel.gpu import target_gpu
+from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 
 def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -41,9 +26,8 @@ def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array
         prefix_k, prefix_v: [G, K, P, D], arrays or Int8.
         prefix_lengths: int32 [G], how many positions of the prefix are no padding.
     """
-    length = q.shape[2]
-    seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (q.shape[0], q.shape[1], length, length))
-    return _attention(q, k, v, seen, prefix_k, prefix_v, prefix_lengths)
+    arguments = q, k, v, None, prefix_k, prefix_v, prefix_lengths
+    return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
 
 
 def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -54,11 +38,47 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
         suffix_k, suffix_v: [G, K, R, S, D]; suffix_valid: bool [G, R, S].
         prefix_k, prefix_v, prefix_lengths: as in `question_attention`.
     """
-    return _attention(q, suffix_k, suffix_v, suffix_valid[:, :, None], prefix_k, prefix_v, prefix_lengths)
+    arguments = q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths
+    return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
 
 
-def _attention(q, k, v, seen, prefix_k, prefix_v, prefix_lengths):
-    """q [G, R, L, H, D]; k, v [G, K, R, S, D], of which each query sees `seen`, bool [G, R, L, S]."""
+def _kernel_for_gpu(q) -> dict[str, Callable]:
+    """{"cuda": what takes `_by_xla`'s arguments}, if the program is for a GPU that has it."""
+    gpu = target_gpu()
+    if gpu is None:
+        return {}
+    from llava_jax.models import triton_attention  # half a second, only where it is needed
+
+    if not triton_attention.takes(q, gpu):
+        return {}
+
+    def attend(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths):
+        groups, rows, length, heads, _ = q.shape
+        kv_heads = k.shape[1]
+        tiling = triton_attention.choose_tiling(rows * length * heads // kv_heads, groups * kv_heads, gpu)
+        return triton_attention.triton_attention(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths, tiling)
+
+    return {"cuda": partial(_on_mesh, attend)}
+
+
+def _on_mesh(attend, q, k, v, own_valid, *prefix):
+    """A kernel on each device's prefixes (`data`, `fsdp`) and heads (`tensor`), where the mesh's axes divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q, k, v, own_valid, *prefix)
+    groups, heads = dividing_axes(mesh, BATCH_AXES, len(q)), dividing_axes(mesh, ("tensor",), k.shape[1])
+    queries, by_head, by_group = P(groups, None, None, heads), P(groups, heads), P(groups)
+    specs = queries, by_head, by_head, by_group, by_head, by_head, by_group
+    run = jax.shard_map(attend, in_specs=specs, out_specs=queries, check_vma=False)
+    return run(q, k, v, own_valid, *prefix)
+
+
+def _by_xla(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths):
+    """q [G, R, L, H, D]; k, v [G, K, R, S, D], of which a row sees `own_valid`, bool [G, R, S]; None: each of a
+    question's positions sees those up to itself."""
+    groups, rows, length = q.shape[:3]
+    seen = jnp.tril(jnp.ones((length, length), bool)) if own_valid is None else own_valid[:, :, None]
+    seen = jnp.broadcast_to(seen, (groups, rows, length, k.shape[3]))
     heads = q.reshape(*q.shape[:3], k.shape[1], -1, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
     in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < prefix_lengths[:, None]
     arguments = heads, prefix_k, prefix_v, k, v, in_prefix, seen

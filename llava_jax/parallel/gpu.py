@@ -1,0 +1,59 @@
+"""Which GPU a program is for: kernels are chosen by it, so that what is compiled ahead for a GPU is what runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+# Compute capabilities by what stands in a device's kind, for GPUs that a program is compiled for without one.
+COMPUTE_CAPABILITIES = {
+    "T4": "7.5",
+    "V100": "7.0",
+    "A100": "8.0",
+    "A10": "8.6",
+    "L4": "8.9",
+    "RTX 4090": "8.9",
+    "H100": "9.0",
+    "H200": "9.0",
+    "B200": "10.0",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What kernels are chosen by."""
+
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+
+
+def target_gpu() -> Gpu | None:
+    """The NVIDIA GPU that the program being traced is for; None where it is for none.
+
+    That is the kind of GPU in the mesh of `jax.set_mesh`, or without a mesh this process's own.
+    """
+    wanted = jax.sharding.get_abstract_mesh().abstract_device
+    if wanted is not None and wanted.platform != "gpu":
+        return None
+    own = _own_gpu()
+    if own is not None and (wanted is None or wanted.device_kind == own.device_kind):
+        return Gpu(_version(own.compute_capability), own.core_count)
+    if wanted is None:
+        return None
+    words = wanted.device_kind.replace("-", " ")
+    known = (capability for name, capability in COMPUTE_CAPABILITIES.items() if f" {name} " in f" {words} ")
+    capability = next(known, None)
+    return None if capability is None else Gpu(_version(capability), wanted.num_cores)
+
+
+def _own_gpu():
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:  # this process has none
+        return None
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = map(int, text.split("."))
+    return major, minor
