@@ -182,9 +182,9 @@ class Axes:
         ("language_model/layers_3/mlp/up_proj/kernel", (4096, 11008), (None, "tensor")),
         ("language_model/layers_3/mlp/down_proj/kernel", (11008, 4096), ("tensor", None)),
         ("language_model/norm/scale", (4096,), ()),
-        ("vision_tower/layers_0/self_attn/out_proj/kernel", (1024, 1024), ("tensor", None)),
-        ("vision_tower/layers_0/mlp/fc1/bias", (4096,), ("tensor",)),
-        ("vision_tower/layers_0/mlp/fc2/kernel", (4096, 1024), ("tensor", None)),
+        ("vision_tower/layers_0/self_attn/out_proj/kernel", (1024, 1024), (None, None)),  # whole: tiles are divided
+        ("vision_tower/layers_0/mlp/fc1/bias", (4096,), ()),
+        ("vision_tower/layers_0/mlp/fc2/kernel", (4096, 1024), (None, None)),
         ("mm_projector/linear_1/kernel", (1024, 4096), (None, None)),
         ("image_newline", (4096,), ()),
     ],
@@ -228,7 +228,7 @@ assert held["language_model/layers_0/self_attn/o_proj/kernel"] == (4, 16)
 assert held["language_model/layers_0/mlp/up_proj/kernel"] == (16, 5)
 assert held["language_model/layers_0/mlp/down_proj/kernel"] == (5, 16)
 assert held["language_model/embed_tokens/embedding"] == (30, 16)  # 4 does not divide 30
-assert held["vision_tower/layers_0/mlp/fc1/kernel"] == (8, 3)
+assert held["vision_tower/layers_0/mlp/fc1/kernel"] == (8, 12)
 assert held["language_model/norm/scale"] == (16,)
 one = load_params(directory, config)
 assert all(value.devices() == {jax.devices()[0]} for value in jax.tree.leaves(one))

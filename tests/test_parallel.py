@@ -7,15 +7,29 @@ import sys
 
 SCRIPT = """
 import json, sys
-import llava_jax
+import jax, llava_jax
 import numpy as np
 from llava_jax.parallel.multihost import local_shards, place_rows
+from llava_jax.parallel.sharding import constrain_rows, constrain_sequence, each_its_own
 folder, picture = sys.argv[1:]
 mesh = llava_jax.make_mesh(data=4, tensor=2)
 rows = np.arange(24).reshape(8, 3)
 placed = place_rows([rows], mesh)[0]
 assert local_shards(mesh) == [0, 1, 2, 3] and placed.shape == rows.shape
 assert all(len(x.data) == 2 and np.array_equal(x.data, rows[x.index]) for x in placed.addressable_shards)
+seen = []
+def double(x):
+    seen.append(x.shape)
+    return 2 * constrain_rows(x)
+with jax.set_mesh(mesh):
+    for count in (1, 3, 8, 12):  # four shards of two devices, or rows that no shard divides
+        x = np.arange(5.0 * count).reshape(count, 5)
+        assert np.array_equal(jax.jit(lambda x: each_its_own(double, x))(x), 2 * x)
+    assert seen == [(8, 5), (8, 5), (8, 5), (16, 5)]
+    x = np.zeros((4, 256, 6))
+    spread = {length: jax.jit(constrain_sequence)(x[:, :length]) for length in (256, 254, 255)}
+    shapes = {length: out.addressable_shards[0].data.shape for length, out in spread.items()}
+    assert shapes == {256: (1, 128, 6), 254: (1, 254, 6), 255: (1, 255, 6)}
 llava, params = llava_jax.load(folder, mesh=mesh)
 kernel = params["language_model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
 assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 2

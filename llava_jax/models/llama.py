@@ -1,6 +1,6 @@
 """The Llama-family decoder. It keeps no cache: the caller gives each layer its attention, and gets back its state.
 
-Layers work on [..., L, E] with any leading axes: [B, L, E] in prefill and training, [G, R, L, E] in decode.
+A batch is [B, L, E] in prefill and training, [G, R, L, E] after a shared prefix; layers take either as [B, N, E].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 from llava_jax.config import TextConfig
 from llava_jax.models.linear import Linear
 from llava_jax.models.ops import apply_rotary, rms_norm, rotary_embedding
-from llava_jax.parallel.sharding import constrain_batch
+from llava_jax.parallel.sharding import constrain_batch, constrain_sequence
 
 # (q [..., L, H, D], k [..., L, K, D], v [..., L, K, D]) → (attended [..., L, H, D], anything to hand back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
@@ -34,12 +34,12 @@ class LlamaAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
-        """x [..., L, E]; cos, sin [..., L, D] → (output [..., L, E], what `attend` hands back)."""
+        """x [B, N, E]; cos, sin [..., L, D], of the same positions → (output [B, N, E], what `attend` hands back)."""
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
             out = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x)
-            return out.reshape(*x.shape[:-1], heads, config.head_dim)
+            return out.reshape(*cos.shape[:-1], heads, config.head_dim)
 
         q = apply_rotary(project("q_proj", config.num_attention_heads), cos, sin)
         k = apply_rotary(project("k_proj", config.num_key_value_heads), cos, sin)
@@ -65,11 +65,11 @@ class LlamaDecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
         eps = self.config.rms_norm_eps
-        normed = LlamaRMSNorm(eps, name="input_layernorm")(x)
+        normed = constrain_batch(LlamaRMSNorm(eps, name="input_layernorm")(x))
         attended, state = LlamaAttention(self.config, name="self_attn")(normed, cos, sin, attend)
-        x = x + attended
-        x = x + LlamaMLP(self.config, name="mlp")(LlamaRMSNorm(eps, name="post_attention_layernorm")(x))
-        return x, state
+        x = constrain_sequence(x + attended)
+        normed = constrain_batch(LlamaRMSNorm(eps, name="post_attention_layernorm")(x))
+        return constrain_sequence(x + LlamaMLP(self.config, name="mlp")(normed)), state
 
 
 class LlamaModel(nn.Module):
@@ -103,12 +103,13 @@ class LlamaModel(nn.Module):
             the hidden states as transformers lists them: embeddings, each layer's, the last one normed)
         """
         cos, sin = rotary_embedding(positions, self.config, seq_len, max_seq_len)
-        hidden_states, states = [x], []
+        shape, hidden_states, states = x.shape, [x], []
+        x = x.reshape(len(x), -1, shape[-1])
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, state = layer(constrain_batch(x), cos, sin, attend)
-            hidden_states.append(x)
+            x, state = layer(constrain_sequence(x), cos, sin, attend)
+            hidden_states.append(x.reshape(shape))
             states.append(state)
-        hidden_states[-1] = self.norm(constrain_batch(x))
+        hidden_states[-1] = self.norm(constrain_sequence(x)).reshape(shape)
         return hidden_states[-1], states, hidden_states
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.vision import build_vision_tower
+from llava_jax.parallel.sharding import each_its_own
 
 
 class LlavaLlamaForCausalLM(nn.Module):
@@ -39,7 +40,9 @@ class LlavaLlamaForCausalLM(nn.Module):
 
     def encode_images(self, tiles: jax.Array) -> jax.Array:
         """uint8 tiles [T, S, S, 3] → projected features [T, tokens_per_tile, E]."""
-        return self.mm_projector(self.vision_tower(tiles))
+        if self.config.s2:  # the tower makes tiles of each scale of these, and divides them itself
+            return each_its_own(self.mm_projector, self.vision_tower(tiles))
+        return each_its_own(lambda tiles: self.mm_projector(self.vision_tower(tiles)), tiles)
 
     def vision_features(self, tiles: jax.Array) -> jax.Array:
         """uint8 tiles [T, S, S, 3] → the tower's selected features [T, tokens_per_tile, mm_hidden_size]."""

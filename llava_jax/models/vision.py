@@ -10,7 +10,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig, VisionConfig
 from llava_jax.models.linear import Linear
 from llava_jax.models.ops import divide_exactly, quick_gelu
-from llava_jax.parallel.sharding import constrain_batch
+from llava_jax.parallel.sharding import constrain_rows, each_its_own
 
 
 def normalize_tiles(tiles: jax.Array, config: VisionConfig, dtype=jnp.float32) -> jax.Array:
@@ -145,7 +145,7 @@ class CLIPVisionTower(nn.Module):
         runs = count if self.is_initializing() else selected
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.layers[:runs]:
-            x = layer(constrain_batch(x))
+            x = layer(constrain_rows(x))
         if self.is_initializing():
             self.post_layernorm(x[:, 0])
         return x
@@ -192,7 +192,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         resize = bicubic_matrix(pixels.shape[1], scale)
         pixels = jnp.einsum("yh,thwc,xw->tyxc", resize, pixels, resize)
         pixels = pixels.reshape(count, n, base, n, base, 3).transpose(0, 1, 3, 2, 4, 5)
-        features = self.feature_select(pixels.reshape(count * n * n, base, base, 3))
+        features = each_its_own(self.feature_select, pixels.reshape(count * n * n, base, base, 3))
         features = features.reshape(count, n, n, side, side, -1).transpose(0, 1, 3, 2, 4, 5)
         blocks = features.reshape(count, side, n, side, n, -1)
         averaged = blocks.mean(axis=(2, 4), dtype=jnp.float32).astype(features.dtype)

@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # The end of a parameter's path (regex) → one logical axis for each dimension. The first match wins; a parameter that
@@ -13,6 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 LOGICAL_AXES = (
     (r"language_model/embed_tokens/embedding", ("vocab", "embed")),
     (r"language_model/lm_head/kernel", ("embed", "vocab")),
+    (r"vision_tower/.*/(q_proj|k_proj|v_proj|fc1)/kernel", ("embed", None)),  # each device works on its own tiles
+    (r"vision_tower/.*/(out_proj|fc2)/kernel", (None, "embed")),
+    (r"vision_tower/.*", ()),
     (r".*/(q_proj|k_proj|v_proj)/kernel", ("embed", "heads")),
     (r".*/(q_proj|k_proj|v_proj)/bias", ("heads",)),
     (r".*/(o_proj|out_proj)/kernel", ("heads", "embed")),
@@ -34,6 +38,7 @@ LOGICAL_AXES = (
 # Logical axis → mesh axis. `embed` (the residual stream) and `rank` are sharded in storage only, and only over `fsdp`.
 MESH_AXES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rank": "fsdp", None: None}
 BATCH_AXES = ("data", "fsdp")  # over which a batch's rows are sharded
+LEAST_POSITIONS = 128  # of a device, where a sequence is divided: fewer are not worth a second collective
 
 
 def make_mesh(devices=None, **axes: int) -> Mesh:
@@ -116,6 +121,49 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(dividing_axes(mesh, BATCH_AXES, len(x))))
+
+
+def constrain_sequence(x: jax.Array) -> jax.Array:
+    """x [B, L, E] as `constrain_batch` has it, and L divided over `tensor`, where that leaves enough to each device.
+
+    It is for what stands between the products of layers whose heads are divided. Each device normalizes and adds its
+    own positions alone, and the products' partial sums meet in a reduce-scatter and an all-gather, which together move
+    what one all-reduce moves (sequence parallelism, arXiv:2205.05198).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    positions = None if mesh.empty else dividing_axes(mesh, ("tensor",), x.shape[1])
+    if positions is None or len(x) * x.shape[1] // row_shards(len(x)) // mesh.shape["tensor"] < LEAST_POSITIONS:
+        return constrain_batch(x)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(dividing_axes(mesh, BATCH_AXES, len(x)), positions))
+
+
+def each_its_own(function, x: jax.Array) -> jax.Array:
+    """function(x), the rows of x divided over all devices of the mesh of `jax.set_mesh`, whatever their number.
+
+    Args:
+        function: [n, ...] → [n, ...], each row by itself; it has `constrain_rows` between its layers, and its weights
+            are whole on every device.
+        x: [n, ...], the shards of a batch one after another. Each gets rows of zeros until its devices divide it.
+
+    Returns:
+        as `constrain_batch` has it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(x)
+    shards = row_shards(len(x))
+    divided = x.reshape(shards, -1, *x.shape[1:])
+    count, devices = divided.shape[1], mesh.size // shards
+    padding = [(0, 0), (0, -count % devices), *[(0, 0)] * (x.ndim - 1)]
+    out = function(constrain_rows(jnp.pad(divided, padding).reshape(-1, *x.shape[1:])))
+    return constrain_batch(out.reshape(shards, -1, *out.shape[1:])[:, :count].reshape(len(x), *out.shape[1:]))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """x, its leading axis sharded over all axes of the mesh, or over the batch axes where not all divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = None if mesh.empty else dividing_axes(mesh, (*BATCH_AXES, "tensor"), len(x))
+    return constrain_batch(x) if rows is None else jax.lax.with_sharding_constraint(x, PartitionSpec(rows))
 
 
 def constrain_params(params):
