@@ -291,6 +291,28 @@ def test_splash_compiles_for_a_mesh_of_tpus(no_tpu, dtype, precision, backward):
     assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
 
 
+# ---- positions that all see each other
+
+
+def test_full_attention_is_the_plain_formula():
+    q, k, v = qkv(17, 4, 4, 8)
+    out, weights = attention.full_attention(q, k, v), attention.full_attention_weights(q, k)
+    for row in range(2):
+        np.testing.assert_allclose(
+            out[row], plain_attention(q[row], k[row], v[row], np.ones((17, 17), bool)), atol=2e-6
+        )
+    np.testing.assert_allclose(jnp.einsum("bhqk,bkhd->bqhd", weights, v), out, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "capability", "flash"), [(jnp.bfloat16, "8.0", True), (jnp.float32, "9.0", False)])
+def test_full_attention_by_cudnn(monkeypatch, dtype, capability, flash):
+    pretend(monkeypatch, capability)
+    part = jax.ShapeDtypeStruct((2, 577, 4, 64), dtype)  # the tower's positions
+    traced = jax.jit(lambda *parts: attention.full_attention(*parts)).trace(part, part, part)
+    assert ("__cudnn$fmha" in traced.lower(lowering_platforms=("cuda",)).as_text()) == flash
+    assert "__cudnn$fmha" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
 # ---- the whole matrix
 
 

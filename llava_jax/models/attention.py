@@ -169,6 +169,32 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array |
     return turn(attend(turn(q, first), turn(k, first), turn(v, first)), -first)
 
 
+# ---- positions that all see each other
+
+
+def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Each position over all of them: cudnn's flash attention on GPU, the whole matrix of weights elsewhere.
+
+    On a mesh the arrays stay divided over rows and heads as they are (cudnn's call can be divided so by itself).
+
+    Args:
+        q, k, v: [B, L, H, D], as is what comes out.
+    """
+    cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    kernels = {"cuda": cudnn} if _cudnn_takes(q) else {}
+    return jax.lax.platform_dependent(q, k, v, default=_over_whole_matrix, **kernels)
+
+
+def _over_whole_matrix(q, k, v):
+    return jnp.einsum("bhqk,bkhd->bqhd", full_attention_weights(q, k).astype(v.dtype), v)
+
+
+def full_attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √D): q, k [B, L, H, D] → float32 [B, H, L, L]. q is scaled first, as CLIP does."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+
+
 # ---- a whole matrix
 
 

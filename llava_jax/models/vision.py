@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import LlavaConfig, VisionConfig
+from llava_jax.models.attention import full_attention, full_attention_weights
 from llava_jax.models.linear import Linear
 from llava_jax.models.ops import divide_exactly, quick_gelu
 from llava_jax.parallel.sharding import constrain_rows, each_its_own
@@ -63,13 +64,14 @@ class CLIPAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [T, 1 + N, E] → the same shape."""
         v = self._heads(self.v_proj(x))
-        return self.out_proj(jnp.einsum("thqk,tkhd->tqhd", self.weights(x).astype(x.dtype), v).reshape(x.shape))
+        return self.out_proj(full_attention(*self._queries_keys(x), v).reshape(x.shape))
 
     def weights(self, x: jax.Array) -> jax.Array:
         """What each position looks at, float32 [T, H, 1 + N, 1 + N]."""
-        q, k = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
-        scores = jnp.einsum("tqhd,tkhd->thqk", q * q.shape[-1] ** -0.5, k)
-        return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        return full_attention_weights(*self._queries_keys(x))
+
+    def _queries_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.config.num_attention_heads, -1)
