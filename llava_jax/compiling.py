@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -14,6 +15,28 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llava_jax.inputs.types import Batch, Questions
+
+# Products by Triton, which reads int8 kernels as they are; and no kernels above 16 MB that are copied side by side at
+# every step, to be multiplied at once.
+GPU_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
+
+
+def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | int]:
+    """What to tell XLA of a program for the mesh's devices, or this process's: of the options above, those it knows."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "gpu":
+        return {}
+    return {name: value for name, value in GPU_COMPILER_OPTIONS.items() if _is_option(name, value)}
+
+
+@functools.cache
+def _is_option(name: str, value: bool | int) -> bool:
+    """XLA renames its options from time to time, and refuses a program with one that it does not know."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 class LoggedJit:

@@ -1,10 +1,13 @@
 """The engine below the text: what it gives is what `Llava` gives, and a call costs no walk over the parameters."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 from small import small_model
 
-from llava_jax.compiling import LoggedJit
+from llava_jax.compiling import GPU_COMPILER_OPTIONS, LoggedJit, compiler_options
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import merged_length, pack
@@ -53,3 +56,12 @@ def test_options_are_one_checked_value():
     assert [generation_options(defaults, n).output_capacity for n in (1, 32, 33, 512)] == [32, 32, 64, 512]
     with pytest.raises(ValueError, match="temperature, seed are two ways to say it; give one"):
         generation_options(defaults, temperature=1.0, seed=0, sampling=Greedy())
+
+
+def test_only_gpus_compilers_are_told_options(monkeypatch):
+    """And nothing that this XLA does not know, which it would refuse."""
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    assert compiler_options() == compiler_options(jax.make_mesh((1,), ("data",))) == {}
+    assert compiler_options(gpu) == GPU_COMPILER_OPTIONS
+    monkeypatch.setitem(GPU_COMPILER_OPTIONS, "xla_gpu_of_another_time", True)
+    assert "xla_gpu_of_another_time" not in compiler_options(gpu)

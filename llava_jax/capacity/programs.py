@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from llava_jax.capacity import traffic
 from llava_jax.capacity.hlo import Module, parse
 from llava_jax.capacity.roofline import Gpus, Precision, Shapes, Slice, Work, position_bytes, works
+from llava_jax.compiling import compiler_options
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
@@ -123,10 +124,9 @@ def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Co
     precision = jax.default_matmul_precision("default")  # "highest" has no splash in bfloat16
     tpu = mesh.devices.flat[0].platform == "tpu"
     dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}  # as_text() cannot parse all that libtpu writes
-    no_gpu = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}  # there is none to try forms on
     with jax.set_mesh(mesh), precision:
         lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
-        compiled = lowered.compile(dump if tpu else no_gpu)
+        compiled = lowered.compile(dump if tpu else compiler_options(mesh))
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text() if tpu else compiled.as_text()
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
     return Compiled(compiled, text, out, time.perf_counter() - began)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from llava_jax.compiling import LoggedJit
+from llava_jax.compiling import LoggedJit, compiler_options
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import cache, generate
 from llava_jax.inference.cache import Prefix
@@ -55,7 +55,7 @@ class Engine:
         self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
 
         def program(name: str, function, **options) -> LoggedJit:
-            return LoggedJit(name, jax.jit(function, **options), mesh)
+            return LoggedJit(name, jax.jit(function, compiler_options=compiler_options(mesh), **options), mesh)
 
         def of_model(name: str, function, **options) -> LoggedJit:
             return program(name, partial(function, model), **options)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llava_jax.checkpoint import PARAMS, check_tree, load_config, load_params, stored_tree
-from llava_jax.compiling import LoggedJit, enable_compilation_cache
+from llava_jax.compiling import LoggedJit, compiler_options, enable_compilation_cache
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.batch import Room, next_tokens, pack, room_for, stack_shards
 from llava_jax.inputs.conversation import pick_conv_mode
@@ -204,7 +204,8 @@ def compiled_step(options: TrainOptions, config: LlavaConfig, state, optimizer, 
     model = LlavaLlamaForCausalLM(config, remat=options.gradient_checkpointing)
     loss = loss_function(model, options.dtype, options.lora_alpha / options.lora_r, options.lora_dropout, options.seed)
     shardings = None if mesh is None else (param_shardings(state, mesh), None)
-    jitted = jax.jit(partial(train_step, loss, optimizer), donate_argnums=0, out_shardings=shardings)
+    step, compiler = partial(train_step, loss, optimizer), compiler_options(mesh)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=compiler)
     return LoggedJit("the training step", jitted, mesh)
 
 
