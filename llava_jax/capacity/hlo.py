@@ -121,7 +121,7 @@ def trip_count(loop: Instruction) -> int | None:
 
 def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
-    entry, lines = "", {}
+    entry, lines = "", dict[str, Instruction]()
     for line in text.splitlines():
         if header := _HEADER.match(line):
             lines = {}

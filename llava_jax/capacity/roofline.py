@@ -213,13 +213,16 @@ def extend(
 def works(config: LlavaConfig, shapes: Shapes, groups: int, tensor: int, precision: Precision) -> dict[str, Work]:
     """What each program does: encoding one picture, the decoder over its prefix, the questions on `groups` prefixes, a
     step of decoding their answers."""
-    after = shapes.question + shapes.slots
-    wave = dict(groups=groups, rows=shapes.rows, prefix=shapes.prefix, suffix=after, tensor=tensor, precision=precision)
+
+    def of_wave(length: int) -> Work:
+        suffix = shapes.question + shapes.slots
+        return extend(config, groups, shapes.rows, length, shapes.prefix, suffix, tensor, precision)
+
     return {
         "encode": encode(config, config.max_tiles_per_image, tensor, precision),
         "prefill": prefill(config, shapes.prefix, tensor, precision),
-        "question": extend(config, length=shapes.question, **wave),
-        "step": extend(config, length=1, **wave),
+        "question": of_wave(shapes.question),
+        "step": of_wave(1),
     }
 
 

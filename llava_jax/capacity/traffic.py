@@ -185,10 +185,12 @@ class Watched:
     kernels: set[Shape]  # also of several side by side
     cache: dict[str, Shape]  # of one layer's keys in each part; an array of that size in another shape is one too
 
-    def name(self, array: Array) -> str | None:
+    def name(self, array: Array, is_product: bool) -> str | None:
         """What the array is one of: "kernel", or the part of the cache."""
         axes = _axes(array.shape)
         alike = [name for name, shape in self.cache.items() if _axes(shape) == axes]
+        if is_product:
+            return alike[0] if alike else None  # another shape is a coincidence
         if not alike and axes in map(_axes, self.kernels):
             return "kernel"
         alike += [name for name, shape in self.cache.items() if math.prod(shape) == array.size]
@@ -221,13 +223,13 @@ def _sections(module: Module) -> dict[str, Runs]:
 def _whole_writes(module: Module, runs: Runs, watched: Watched) -> dict[str, int]:
     found = Counter(dict.fromkeys([*watched.cache, "kernel"], 0))
     for times, where, instruction in runs:
-        if not moves_nothing(instruction):
-            whole = [a for a, size in written(module, where, instruction) if a.in_hbm and size == a.bytes]
-            names = [name for name in map(watched.name, whole) if name]
-            rewrites = not _is_product(module, instruction) and any(
-                _is_argument(where, n) for n in instruction.operands
-            )
-            found.update({name: times for name in names if name != "kernel" or rewrites})
+        if moves_nothing(instruction):
+            continue
+        is_product = _is_product(module, instruction)
+        whole = [a for a, size in written(module, where, instruction) if a.in_hbm and size == a.bytes]
+        for name in (watched.name(array, is_product) for array in whole):
+            if name and (name != "kernel" or any(_is_argument(where, operand) for operand in instruction.operands)):
+                found[name] += times
     return dict(found)
 
 
