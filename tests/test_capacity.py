@@ -50,9 +50,11 @@ def test_programs_of_a_wave():
     config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 256
     engine = Programs(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Precision())
     once, prefixes = engine.once()
-    wave = engine.halves(groups, prefixes)
+    question, state = engine.question(groups, prefixes)
+    wave = {"question": question, "decode": engine.decode(groups, prefixes, state)}
     params, prefix = programs.chip_bytes(engine.params()), programs.chip_bytes(prefixes[0].keys_values)
     assert prefix == 1024 * roofline.position_bytes(config.text) // 8
+    assert prefixes[0].keys_values[0][0].sharding.spec[1] == "tensor"  # so does test_ceilings.py suppose
     assert once["encode"].arguments == pytest.approx(params, abs=4 * MIB)  # and the tiles
     assert wave["question"].arguments == pytest.approx(params + groups * prefix, abs=4 * MIB)
     suffix = groups * 16 * 128 * prefix // 1024

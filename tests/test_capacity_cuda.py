@@ -68,7 +68,8 @@ def test_programs_of_a_wave(name, axes):
     config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 4, 64, 64), 4
     engine = Programs(config, slice_mesh(GPUS[name], **axes), shapes, Precision())
     once, prefixes = engine.once()
-    wave = engine.halves(groups, prefixes)
+    question, state = engine.question(groups, prefixes)
+    wave = {"question": question, "decode": engine.decode(groups, prefixes, state)}
     for program in (*once.values(), wave["question"]):
         assert program.step is None and 1 < program.once.ratio < 100
     assert 1 < wave["decode"].step.ratio < 2

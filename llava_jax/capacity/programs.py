@@ -103,9 +103,6 @@ def chip_bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# There is no GPU to try forms on.
-
-
 class Compiled(NamedTuple):
     """What `compile_for` gives."""
 
@@ -193,18 +190,20 @@ class Programs:
         name, work, watched = f"answer to {groups} prefixes", self._works(groups), self._watched(groups, prefixes)
         return answered and _read(name, answered, watched, work["question"], work["step"])
 
-    def halves(self, groups: int, prefixes) -> dict[str, Program]:
-        """The same as two programs, to be looked at one by one; those that fit, for both want more together."""
-        arguments, out = self._asked(groups, prefixes), {}
-        work, watched = self._works(groups), self._watched(groups, prefixes)
+    def question(self, groups: int, prefixes) -> tuple[Program, Any] | None:
+        """(question prefill alone, to be looked at by itself, and the state that it gives), if it fits."""
         ask = partial(generate.sample_first_token, self.model, self.shapes.slots)
-        if asked := compile_if_it_fits(self.mesh, ask, *arguments):
-            out["question"] = _read("question", asked, watched, work["question"])
-            params, prefix, *_, sampling = arguments
-            run, decoding = partial(generate.decode_loop, self.model), (params, prefix, asked.out, sampling, _LIMIT)
-            if decoded := compile_if_it_fits(self.mesh, run, *decoding, donate_argnums=2):
-                out["decode"] = _read("decode", decoded, watched, None, work["step"])
-        return out
+        asked = compile_if_it_fits(self.mesh, ask, *self._asked(groups, prefixes))
+        watched, work = self._watched(groups, prefixes), self._works(groups)["question"]
+        return asked and (_read("question", asked, watched, work), asked.out)
+
+    def decode(self, groups: int, prefixes, state) -> Program | None:
+        """The decode loop alone, if it fits."""
+        params, prefix, *_, sampling = self._asked(groups, prefixes)
+        run, arguments = partial(generate.decode_loop, self.model), (params, prefix, state, sampling, _LIMIT)
+        decoded = compile_if_it_fits(self.mesh, run, *arguments, donate_argnums=2)
+        watched, work = self._watched(groups, prefixes), self._works(groups)["step"]
+        return decoded and _read("decode", decoded, watched, None, work)
 
     def _asked(self, groups: int, prefixes):
         prefix, last = jax.tree.map(lambda x: _array(x.sharding, groups, *x.shape[1:], dtype=x.dtype), prefixes)
@@ -308,8 +307,17 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
 
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
-    halves = programs.halves(min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
+    halves = _halves(programs, min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
     return Capacity(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
+
+
+def _halves(programs: Programs, groups: int, prefixes) -> dict[str, Program]:
+    """What `answer` consists of, where it fits, for both want more together."""
+    if not (asked := programs.question(groups, prefixes)):
+        return {}
+    question, state = asked
+    decode = programs.decode(groups, prefixes, state)
+    return {"question": question} | ({"decode": decode} if decode else {})
 
 
 def search(compiled, room: float, params: int, bound: int) -> dict[int, AnswerBatch]:
