@@ -3,10 +3,10 @@
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from test_attention import pretend
+from test_attention import FakeGpu, pretend
 
 from llava_jax import make_mesh
-from llava_jax.parallel.gpu import Gpu, target_gpu
+from llava_jax.parallel.gpu import Gpu, half_precision, target_gpu
 
 
 def gpu_mesh(kind, multiprocessors):
@@ -45,3 +45,14 @@ def test_this_process_has_a_gpu(monkeypatch):
         assert target_gpu() == Gpu((8, 9), 58)
     with jax.set_mesh(make_mesh(data=1)):
         assert target_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("7.5", "float16"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), ("gfx942", "bfloat16")]
+)
+def test_half_precision_of_a_gpu(capability, dtype):
+    assert half_precision(FakeGpu(capability)) == dtype
+
+
+def test_half_precision_of_another_chip():
+    assert half_precision(jax.devices()[0]) == "bfloat16"

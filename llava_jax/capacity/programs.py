@@ -34,6 +34,7 @@ from llava_jax.inputs.groups import MAX_GROUPS
 from llava_jax.inputs.types import Batch, Questions
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
 from llava_jax.models.quantize import is_quantized, with_scales
+from llava_jax.parallel.gpu import half_precision
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
 
 
@@ -79,15 +80,9 @@ def slice_mesh(where: Slice | Gpus, **axes: int) -> Mesh:
     return make_mesh(topologies.get_topology_desc(**where.description).devices, **axes)
 
 
-def half_precision(mesh: Mesh):
-    """bfloat16, or float16 for GPUs that have no bfloat16."""
-    capability = getattr(mesh.devices.flat[0], "compute_capability", None)
-    return jnp.float16 if capability is not None and float(capability) < 8 else jnp.bfloat16
-
-
 def abstract_params(config: LlavaConfig, mesh: Mesh, quantize: str | None = None):
     """The parameters as `ShapeDtypeStruct`s in half precision, or int8, divided as the rules table has it."""
-    dtype = half_precision(mesh)
+    dtype = half_precision(mesh.devices.flat[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), param_shapes(config))
     if quantize is not None:
         shapes = with_scales(shapes, [path for path in flatten_dict(shapes, sep="/") if is_quantized(path)])

@@ -64,7 +64,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model is asked, and how it is held."""
     parser.add_argument("--model-path", required=True, help="a directory that convert/from_hf.py wrote")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (by the checkpoint)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(float32 on CPU, bfloat16 elsewhere)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="(float32 on CPU, float16 on GPUs before Ampere, else bfloat16)"
+    )
     add_int8_arguments(parser)
 
 

@@ -344,7 +344,8 @@ def load(
 
     Args:
         directory: what `convert/from_hf.py` wrote.
-        dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU.
+        dtype: of the parameters, and so of the arithmetic; None is float32 on CPU and bfloat16 on a GPU or TPU (float16
+            on a GPU before Ampere, which has no bfloat16).
         mesh: a `jax.sharding.Mesh` to shard the parameters over (see `llava_jax.make_mesh`); None is one device.
         reading: "llava-hf" for transformers' reading of the same weights (see `LlavaConfig`); None is the original's.
         quantize: "int8" to hold the kernels of the decoder's and the tower's layers so, whatever is stored; None is as

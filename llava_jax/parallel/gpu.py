@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 # Compute capabilities by what stands in a device's kind, for GPUs that a program is compiled for without one.
 COMPUTE_CAPABILITIES = {
@@ -45,6 +47,15 @@ def target_gpu() -> Gpu | None:
     known = (capability for name, capability in COMPUTE_CAPABILITIES.items() if f" {name} " in f" {words} ")
     capability = next(known, None)
     return None if capability is None else Gpu(_version(capability), wanted.num_cores)
+
+
+def half_precision(device: jax.Device) -> jnp.dtype:
+    """What a device computes in at half the width of float32: float16 for an NVIDIA GPU before Ampere, else bfloat16.
+
+    XLA has no bfloat16 there, and would make float32 of every weight at each step.
+    """
+    nvidia = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    return jnp.dtype(jnp.float16 if nvidia and int(nvidia.group(1)) < 8 else jnp.bfloat16)
 
 
 def _own_gpu():
