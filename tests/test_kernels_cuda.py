@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_capacity import small
 
-from llava_jax.capacity.programs import slice_mesh
+from llava_jax.capacity.programs import Programs, slice_mesh
 from llava_jax.capacity.report import compiler_is_there
-from llava_jax.capacity.roofline import GPUS
+from llava_jax.capacity.roofline import GPUS, Precision, Shapes
+from llava_jax.config import LlavaConfig
 from llava_jax.models.attention import causal_attention, full_attention
 from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.quantize import Int8
@@ -114,3 +116,13 @@ def test_the_tower_by_cudnn_on_a_mesh(by):
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == 1
     assert not any(sent in text for sent in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     assert program.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+def test_without_the_kernel_the_suffix_is_not_turned_round():
+    """Neither before the decode loop nor after it: narrow, two layers, 15 s."""
+    config, shapes = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 128)
+    programs = Programs(config, slice_mesh(GPUS["t4"], tensor=1), shapes, Precision())
+    prefixes = programs.once()[1]
+    decode = programs.decode(4, prefixes, programs.question(4, prefixes)[1])
+    written = {section: counts["suffix"] for section, counts in decode.whole_writes.items()}
+    assert written == {"before": 0, "step": 0, "after": 0}

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.models.attention import MASKED
@@ -40,6 +41,15 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
     """
     arguments = q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths
     return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, its last axis together in memory on a GPU too: else XLA's form of attention has the whole suffix turned round
+    before the decode loop and after it."""
+    if target_gpu() is None:
+        return x
+    layout = Layout(tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(x, cuda=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 def _kernel_for_gpu(q) -> dict[str, Callable]:

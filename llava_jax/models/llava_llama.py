@@ -15,7 +15,7 @@ from llava_jax.models.attention import (
     causal_mask,
     weighted_values,
 )
-from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.cache_attention import decode_attention, question_attention, row_major
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import to_int8
@@ -144,7 +144,9 @@ class LlavaLlamaForCausalLM(nn.Module):
         def attend_with(prefix_kv, suffix_kv):
             def attend(q, *new):
                 k, v = (
-                    jax.lax.dynamic_update_slice_in_dim(old, _kv_heads_first(x).astype(old.dtype), slot, axis=3)
+                    row_major(
+                        jax.lax.dynamic_update_slice_in_dim(old, _kv_heads_first(x).astype(old.dtype), slot, axis=3)
+                    )
                     for old, x in zip(suffix_kv, new, strict=True)
                 )
                 return decode_attention(q, k, v, suffix.valid, *prefix_kv, prefix.lengths), (k, v)
