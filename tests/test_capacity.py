@@ -62,8 +62,9 @@ def test_programs_of_a_wave():
     assert wave["decode"].arguments == pytest.approx(params + groups * prefix + suffix, abs=4 * MIB)
     assert wave["decode"].outputs < MIB  # the suffix is written where it was
 
-    assert once["encode"].collectives == Collectives(0, 2, {})
-    assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (2, 2)
+    assert once["encode"].collectives == Collectives(0, 0, {"all-gather of features": 1})
+    print(once["prefill"].collectives, wave["question"].collectives)
+    assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (4, 0)
     extras = {"all-reduce of embeddings": 1, "all-gather of token choice": 2}
     assert wave["question"].collectives == wave["decode"].collectives == Collectives(2, 0, extras)
     assert wave["decode"].whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
@@ -249,7 +250,7 @@ def test_the_report(monkeypatch, capsys):
     run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
     out = capsys.readouterr().out
     for said in (
-        "v5e-8, data=1, tensor=8: room for 8 prefixes of 2560",
+        "v5e-8, data=4, tensor=2: room for 8 prefixes of 2560",
         "7.00 of 15.75 GiB",
         "decode: arguments 3.00, temporaries 1.00, results 0.00, program 0.50 GiB; moves 0.50 GiB, "
         "1.25 GiB (1.25 of the unavoidable) a step; written whole: 5 of a suffix (step)",

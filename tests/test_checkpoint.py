@@ -20,7 +20,7 @@ from llava_jax import checkpoint
 from llava_jax.checkpoint import load_config, load_params, save_params
 from llava_jax.config import LlavaConfig
 from llava_jax.conversion.from_hf import convert
-from llava_jax.parallel.sharding import make_mesh, partition_spec
+from llava_jax.parallel.sharding import default_axes, make_mesh, partition_spec
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,22 @@ class Axes:
 def test_table(path, shape, spec):
     assert partition_spec(path, shape, Axes(data=2, tensor=4)) == jax.sharding.PartitionSpec(*spec)
     assert not any(partition_spec(path, shape, Axes(data=2)))
+
+
+@pytest.mark.parametrize(
+    ("devices", "kv_heads", "params", "memory", "axes"),
+    [
+        (8, 32, 13.2, 15.75, (4, 2)),  # a 7B in bfloat16 on v5e-8
+        (8, 32, 6.9, 15.75, (8, 1)),  # in int8
+        (8, 40, 24.5, 15.75, (2, 4)),  # a 13B
+        (8, 32, 13.2, 31.24, (8, 1)),  # v6e-8
+        (4, 8, 13.2, 15.75, (2, 2)),
+        (8, 4, 60, 15.75, (2, 4)),  # no more than the kv heads, whatever is left
+        (3, 8, 13.2, 15.75, (3, 1)),
+    ],
+)
+def test_axes_by_default(devices, kv_heads, params, memory, axes):
+    assert tuple(default_axes(devices, kv_heads, params, memory).values()) == axes
 
 
 def test_mesh_that_cannot_be(converted):

@@ -38,10 +38,13 @@ def measure(
 ) -> dict:
     """What one slice or GPU makes of it, as plain values; `describe` puts it into words."""
     from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
+    from llava_jax.models.llava_llama import param_bytes
     from llava_jax.parallel.sharding import default_axes
 
     where = TOPOLOGIES[name]
-    axes = axes or default_axes(where.chips, config.text.num_key_value_heads)
+    if not axes:
+        params = param_bytes(config, roofline.BF16, precision.quantize)
+        axes = default_axes(where.chips, config.text.num_key_value_heads, params, where.chip.hbm)
     if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)

@@ -269,7 +269,8 @@ def collectives(module: Module) -> Collectives:
             if layer:
                 met[section, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
             else:
-                met[section, f"{kind} of {'embeddings' if 'embed' in path else 'token choice'}"] += 1
+                what = "features" if "encode_images" in path else "embeddings" if "embed" in path else "token choice"
+                met[section, f"{kind} of {what}"] += 1
     most: Counter[str] = Counter()
     for (_, what, *_), count in met.items():
         most[what] = max(most[what], count)

@@ -27,7 +27,7 @@ from llava_jax.inputs.conversation import Conversation, conv_templates, pick_con
 from llava_jax.inputs.groups import Group, PrefixBatch
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
-from llava_jax.parallel.sharding import default_axes, make_mesh
+from llava_jax.parallel.sharding import make_mesh
 
 MOST_NAMED_ROWS = 20  # of which something is not asked
 TEXT_ONLY = 16  # questions without a picture that share a prefix
@@ -147,10 +147,10 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
 
     options, lines = job.options, []
     groups: list[Group] = []
-    devices, axes = jax.local_devices(), dict(options.mesh)
-    if not axes and len(devices) > 1:  # all of them, dividing the heads as far as they can be divided
-        axes = default_axes(len(devices), job.config.text.num_key_value_heads)
-    mesh = make_mesh(devices, **axes) if axes else None
+    if options.mesh:
+        mesh = make_mesh(jax.local_devices(), **dict(options.mesh))
+    else:
+        mesh = batching.default_mesh(job.config, options.dtype, options.quantize)
     llava, params = llava_jax.load(
         options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
     )

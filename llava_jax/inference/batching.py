@@ -9,13 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from llava_jax.config import LlavaConfig
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.generation_options import GenerationOptions
 from llava_jax.inputs.batch import pack, room_for, stack_shards
 from llava_jax.inputs.groups import Group, PrefixBatch, bucket_rows, pack_questions, plan_prefix_batches
 from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.types import Batch, ProcessedImage
+from llava_jax.models.llava_llama import param_bytes
+from llava_jax.parallel.sharding import default_axes, make_mesh
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
@@ -30,6 +34,17 @@ def memory_budget(params) -> int:
     if "bytes_limit" not in stats:
         return CPU_BUDGET
     return int(SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+
+
+def default_mesh(config: LlavaConfig, dtype: str | None, quantize: str | None) -> Mesh | None:
+    """All devices of this process, as `default_axes` has them for a model of this dtype; None where there is one."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    single = dtype == "float32" or (dtype is None and devices[0].platform == "cpu")
+    params = param_bytes(config, 4 if single else 2, quantize)
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", CPU_BUDGET)
+    return make_mesh(devices, **default_axes(len(devices), config.text.num_key_value_heads, params, memory))
 
 
 def plan(

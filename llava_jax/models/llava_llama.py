@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from llava_jax.models.attention import (
 from llava_jax.models.cache_attention import decode_attention, question_attention, row_major
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
-from llava_jax.models.quantize import to_int8
+from llava_jax.models.quantize import is_quantized, to_int8
 from llava_jax.models.vision import build_vision_tower
 from llava_jax.parallel.sharding import each_its_own
 
@@ -185,3 +187,10 @@ def param_shapes(config: LlavaConfig) -> dict:
 def flat_param_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Path ("a/b/kernel") → shape of every parameter."""
     return {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
+
+
+def param_bytes(config: LlavaConfig, itemsize: int, quantize: str | None = None) -> int:
+    """What all parameters take, a number `itemsize` bytes, or with the kernels that `quantize` makes int8."""
+    shapes = flat_param_shapes(config)
+    small = set() if quantize is None else set(filter(is_quantized, shapes))
+    return sum(math.prod(shape) * (1 if path in small else itemsize) for path, shape in shapes.items())

@@ -59,9 +59,18 @@ def make_mesh(devices=None, **axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed])
 
 
-def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
-    """Axes for this many devices by default: `tensor` as far as it divides the kv heads, `data` for the rest."""
-    tensor = math.gcd(devices, kv_heads)
+def default_axes(devices: int, kv_heads: int, params: int, memory: int) -> dict[str, int]:
+    """Axes for this many devices by default: `tensor` as small as leaves half of their memory to caches, then `data`.
+
+    Devices that divide rows say nothing to each other; those that divide a layer do so twice in it. By the estimate of
+    docs/capacity.md, `data` gives more answers a second on every slice as long as the parameters fit so.
+
+    Args:
+        params: bytes of all parameters.
+        memory: bytes of one device.
+    """
+    most = math.gcd(devices, kv_heads)
+    tensor = next((n for n in range(1, most) if most % n == 0 and params <= n * memory / 2), most)
     return {"data": devices // tensor, "tensor": tensor}
 
 
