@@ -40,6 +40,15 @@ FUSED = """HloModule fused
   ROOT %both = (f32[8,100]{1,0}, f32[8]{0}) tuple(%new, %sum)
 }
 
+%updated_only_to_be_read (p: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %x = f32[8,1]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = f32[] constant(0)
+  %new = f32[8,100]{1,0} dynamic-update-slice(%p, %x, %i, %i)
+  ROOT %sum = f32[8]{0} reduce(%new, %zero), dimensions={1}, to_apply=%add
+}
+
 %padded (x: f32[8,1], i: s32[]) -> f32[8,100] {
   %x = f32[8,1]{1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -59,6 +68,7 @@ ENTRY %main (a: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
   %a = f32[8,100]{1,0} parameter(0)
   %x = f32[8,1]{1,0} parameter(1)
   %i = s32[] parameter(2)
+  %held = f32[8,100]{1,0:S(1)} parameter(3)
   %INSTRUCTION
 }
 """
@@ -72,6 +82,7 @@ ENTRY %main (a: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
         ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%updated", 32 + 4, 64),
         ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%nested", 32 + 4, 64),
         ("f = (f32[8,100]{1,0}, f32[8]{0}) fusion(%a, %x, %i), calls=%updated_and_read", 3200 + 32 + 4, 32 + 32),
+        ("f = f32[8]{0} fusion(%a, %x, %i), kind=kInput, calls=%updated_only_to_be_read", 3200 + 32 + 4, 32),
         ("f = f32[8,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%padded", 32 + 4, 3200),
         ("f = f32[8,100]{1,0} dynamic-update-slice(%a, %x, %i, %i)", 32 + 4, 32),
         ("f = f32[8,4]{1,0} slice(%a), slice={[0:8], [0:4]}", 128, 128),
@@ -88,6 +99,7 @@ ENTRY %main (a: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
         ),
         ("f = (f32[8,100]{1,0:S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%a)", 3200, 0),
         ("f = f32[8,100]{1,0:S(1)} copy-done(%f)", 0, 0),
+        ("f = f32[8,100]{0,1} copy(%held)", 0, 3200),
         ("f = ((f32[8,100]{1,0}), f32[8,10]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a, %i), calls=%sliced", 320 + 4, 0),
         ("f = (f32[8,100]{1,0}, f32[16,100]{1,0}) all-gather-start(%a), dimensions={0}", 3200, 6400),
         ("f = f32[8,100]{1,0} all-reduce(%a), to_apply=%add", 3200, 3200),
@@ -210,8 +222,8 @@ def test_collectives_by_layer():
     )
     scattered = lines(("bf16[4]{0}", "all-reduce", "vision_tower/layers_1/fc1"))
     before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
-    before += "  %f = bf16[4]{0} fusion(%y), kind=kCustom, calls=%scatter\n" * 2
+    before += "".join(f"  %f.{n} = bf16[4]{{0}} fusion(%y), kind=kCustom, calls=%scatter\n" for n in range(2))
     before += "  %loop = bf16[4]{0} while(%y), condition=%c, body=%body\n"
     text = f"%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\n%scatter (p: bf16[4]) -> bf16[2] {{\n{scattered}}}\n"
     text += f"\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
-    assert traffic.collectives(parse(text)) == Collectives(3, 1, {"all-gather of token choice": 1})
+    assert traffic.collectives(parse(text)) == Collectives(3, 2, {"all-gather of token choice": 1})
