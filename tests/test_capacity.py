@@ -63,7 +63,6 @@ def test_programs_of_a_wave():
     assert wave["decode"].outputs < MIB  # the suffix is written where it was
 
     assert once["encode"].collectives == Collectives(0, 0, {"all-gather of features": 1})
-    print(once["prefill"].collectives, wave["question"].collectives)
     assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (4, 0)
     extras = {"all-reduce of embeddings": 1, "all-gather of token choice": 2}
     assert wave["question"].collectives == wave["decode"].collectives == Collectives(2, 0, extras)

@@ -75,6 +75,6 @@ def test_programs_of_a_wave(name, axes):
     assert 1 < wave["decode"].step.ratio < 2
     assert wave["decode"].outputs < 1 << 20  # the suffix is written where it was
     alone = axes["tensor"] == 1
-    assert once["encode"].collectives == Collectives(0, 0 if alone else 2, {})
+    assert once["encode"].collectives == Collectives(0, 0, {} if alone else {"all-gather of features": 1})
     assert wave["decode"].collectives.decoder == (0 if alone else 2)
     assert wave["decode"].whole_writes["step"]["prefix"] == 0

@@ -113,83 +113,109 @@ def test_bytes_of_an_instruction(instruction, read, written):
     assert traffic.instruction_traffic(module, entry, entry["f"]) == Traffic(read, written)
 
 
-LOOPS = """HloModule loops
-
-%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %t = (s32[], f32[8]{0}) parameter(0)
-  %x = f32[8]{0} get-tuple-element(%t), index=1
-  ROOT %y = f32[8]{0} negate(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
+UNKNOWN = """%c (t: pred[]) -> pred[] {
+  ROOT %t = pred[] parameter(0)
 }
 
-%called (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0)
-  ROOT %y = f32[8]{0} negate(%x)
-}
+"""
+LOOPS = f"""HloModule loops
 
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0)
-  %thrice = (s32[], f32[8]{0}) while(%x), body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %call = f32[8]{0} call(%x), to_apply=%called
-  %decode = (s32[], f32[8]{0}) while(%call), condition=%c, body=%body
-  ROOT %out = f32[8]{0} negate(%call), backend_config={"window_config":{"estimated_cycles":"5"}}
-}
+{UNKNOWN}
+%counting (t: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %t = (s32[], f32[8]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8]{{0}} get-tuple-element(%t), index=1
+  %y = f32[8]{{0}} negate(%x)
+  %two = s32[] constant(2), metadata={{op_name="step"}}
+  %next = s32[] add(%i, %two)
+  ROOT %both = (s32[], f32[8]{{0}}) tuple(%next, %y)
+}}
+
+%below_8 (t: (s32[], f32[8])) -> pred[] {{
+  %t = (s32[], f32[8]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %limit = s32[] constant(8)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %t = (s32[], f32[8]{{0}}) parameter(0)
+  %x = f32[8]{{0}} get-tuple-element(%t), index=1
+  ROOT %y = f32[8]{{0}} negate(%x), backend_config={{"window_config":{{"estimated_cycles":"7"}}}}
+}}
+
+%called (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = f32[8]{{0}} negate(%x)
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %thrice = (s32[], f32[8]{{0}}) while(%x), body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+  %counted = (s32[], f32[8]{{0}}) while(%x), condition=%below_8, body=%counting
+  %call = f32[8]{{0}} call(%x), to_apply=%called
+  %decode = (s32[], f32[8]{{0}}) while(%call), condition=%c, body=%body
+  ROOT %out = f32[8]{{0}} negate(%call), backend_config={{"window_config":{{"estimated_cycles":"5"}}}}
+}}
 """
 
 
 def test_loops_and_calls_count_as_often_as_they_run():
     module = parse(LOOPS)
-    assert traffic.computation_traffic(module, "main") == Traffic(32 * 5, 32 * 5)
+    assert traffic.computation_traffic(module, "main") == Traffic(32 * 5 + 4 * 40, 32 * 5 + 4 * 36)
     assert traffic.estimated_cycles(module, "main") == 3 * 7 + 5
     assert module.loops == ["body"]
     assert traffic.computation_traffic(module, "body") == Traffic(32, 32)
 
 
-DECODING = """HloModule decoding
+DECODING = f"""HloModule decoding
 
-%updates (p: bf16[4,8], q: bf16[1,8], i: s32[]) -> bf16[4,8] {
-  %p = bf16[4,8]{1,0} parameter(0)
-  %q = bf16[1,8]{1,0} parameter(1)
+{UNKNOWN}
+
+%updates (p: bf16[4,8], q: bf16[1,8], i: s32[]) -> bf16[4,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %q = bf16[1,8]{{1,0}} parameter(1)
   %i = s32[] parameter(2)
-  ROOT %dus = bf16[4,8]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %q, %i, %i)
-}
+  ROOT %dus = bf16[4,8]{{1,0:T(8,128)(2,1)}} dynamic-update-slice(%p, %q, %i, %i)
+}}
 
-%body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {
-  %t = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) parameter(0)
-  %whole = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
-  %other = bf16[2,3]{1,0} get-tuple-element(%t), index=1
-  %one = bf16[1,8]{1,0} slice(%whole), slice={[0:1], [0:8]}
+%body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {{
+  %t = (bf16[4,8]{{1,0}}, bf16[2,3]{{1,0}}) parameter(0)
+  %whole = bf16[4,8]{{1,0:T(8,128)(2,1)}} get-tuple-element(%t), index=0
+  %other = bf16[2,3]{{1,0}} get-tuple-element(%t), index=1
+  %one = bf16[1,8]{{1,0}} slice(%whole), slice={{[0:1], [0:8]}}
   %i = s32[] constant(0)
-  %fetched = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
-  %in_place = bf16[4,8]{1,0:T(8,128)(2,1)} fusion(%whole, %one, %i), kind=kLoop, calls=%updates
-  %turned = bf16[8,4]{1,0:T(8,128)(2,1)} transpose(%in_place), dimensions={1,0}
-  %flat = (f32[3]{0}, bf16[6]{0:T(128)}) fusion(%other), kind=kLoop, calls=%adds
-  ROOT %out = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) tuple(%whole, %other)
-}
+  %fetched = bf16[4,8]{{1,0:T(8,128)(2,1)S(1)}} copy(%whole)
+  %in_place = bf16[4,8]{{1,0:T(8,128)(2,1)}} fusion(%whole, %one, %i), kind=kLoop, calls=%updates
+  %turned = bf16[8,4]{{1,0:T(8,128)(2,1)}} transpose(%in_place), dimensions={{1,0}}
+  %flat = (f32[3]{{0}}, bf16[6]{{0:T(128)}}) fusion(%other), kind=kLoop, calls=%adds
+  ROOT %out = (bf16[4,8]{{1,0}}, bf16[2,3]{{1,0}}) tuple(%whole, %other)
+}}
 
-%adds (p: bf16[2,3]) -> (f32[3], bf16[6]) {
-  %p = bf16[2,3]{1,0} parameter(0)
-  ROOT %sum = (f32[3]{0}, bf16[6]{0}) reduce(%p)
-}
+%adds (p: bf16[2,3]) -> (f32[3], bf16[6]) {{
+  %p = bf16[2,3]{{1,0}} parameter(0)
+  ROOT %sum = (f32[3]{{0}}, bf16[6]{{0}}) reduce(%p)
+}}
 
-%products (x: bf16[7,4], w: bf16[4,7]) -> bf16[7,7] {
-  %x = bf16[7,4]{1,0} parameter(0)
-  %w = bf16[4,7]{1,0} parameter(1)
-  ROOT %dot = bf16[7,7]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
+%products (x: bf16[7,4], w: bf16[4,7]) -> bf16[7,7] {{
+  %x = bf16[7,4]{{1,0}} parameter(0)
+  %w = bf16[4,7]{{1,0}} parameter(1)
+  ROOT %dot = bf16[7,7]{{1,0}} dot(%x, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
 
-ENTRY %main (p: bf16[4,8], k: s8[3,7], v: s8[4,7]) -> bf16[4,8] {
-  %p = bf16[4,8]{1,0} parameter(0)
-  %k = s8[3,7]{1,0} parameter(1)
-  %v = s8[4,7]{1,0} parameter(2)
-  %merged = s8[7,7]{1,0} concatenate(%k, %v), dimensions={0}
-  %product = bf16[7,7]{1,0} fusion(%p, %k), kind=kOutput, calls=%products
-  %of_library = (bf16[5,3]{1,0}, s8[64]{0}) custom-call(%p, %k), custom_call_target="__cublas$gemm"
-  %activation = bf16[7,7]{1,0} add(%product, %product)
-  %started = (bf16[4,8]{0,1}, bf16[4,8]{1,0}, u32[]) copy-start(%p)
-  %copied = bf16[4,8]{0,1} copy-done(%started)
-  %while.1 = (bf16[4,8]{1,0}, bf16[2,3]{1,0}) while(%copied), condition=%cond, body=%body
-  ROOT %back = bf16[2,3]{1,0} copy(%while.1)
-}
+ENTRY %main (p: bf16[4,8], k: s8[3,7], v: s8[4,7]) -> bf16[4,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %k = s8[3,7]{{1,0}} parameter(1)
+  %v = s8[4,7]{{1,0}} parameter(2)
+  %merged = s8[7,7]{{1,0}} concatenate(%k, %v), dimensions={{0}}
+  %product = bf16[7,7]{{1,0}} fusion(%p, %k), kind=kOutput, calls=%products
+  %of_library = (bf16[5,3]{{1,0}}, s8[64]{{0}}) custom-call(%p, %k), custom_call_target="__cublas$gemm"
+  %activation = bf16[7,7]{{1,0}} add(%product, %product)
+  %started = (bf16[4,8]{{0,1}}, bf16[4,8]{{1,0}}, u32[]) copy-start(%p)
+  %copied = bf16[4,8]{{0,1}} copy-done(%started)
+  %while.1 = (bf16[4,8]{{1,0}}, bf16[2,3]{{1,0}}) while(%copied), condition=%c, body=%body
+  ROOT %back = bf16[2,3]{{1,0}} copy(%while.1)
+}}
 """
 
 
@@ -200,8 +226,10 @@ def test_only_what_reaches_hbm_whole_counts():
         "step": {"prefix": 1, "suffix": 1, "kernel": 0},
         "after": {"prefix": 0, "suffix": 1, "kernel": 0},
     }
-    twice = parse(LOOPS.replace("condition=%c,", '"known_trip_count":{"n":"2"}'))
-    assert traffic.whole_writes(twice, Watched(set(), {"x": (8,)})) == {"program": {"x": 3 + 1 + 2 + 1, "kernel": 0}}
+    twice = parse(LOOPS.replace("condition=%c,", 'condition=%c, backend_config={"known_trip_count":{"n":"2"}},'))
+    assert traffic.whole_writes(twice, Watched(set(), {"x": (8,)})) == {
+        "program": {"x": 3 + 4 + 1 + 2 + 1, "kernel": 0}
+    }
 
 
 def test_collectives_by_layer():
@@ -224,6 +252,8 @@ def test_collectives_by_layer():
     before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
     before += "".join(f"  %f.{n} = bf16[4]{{0}} fusion(%y), kind=kCustom, calls=%scatter\n" for n in range(2))
     before += "  %loop = bf16[4]{0} while(%y), condition=%c, body=%body\n"
-    text = f"%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\n%scatter (p: bf16[4]) -> bf16[2] {{\n{scattered}}}\n"
+    text = (
+        f"{UNKNOWN}%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\n%scatter (p: bf16[4]) -> bf16[2] {{\n{scattered}}}\n"
+    )
     text += f"\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
     assert traffic.collectives(parse(text)) == Collectives(3, 2, {"all-gather of token choice": 1})

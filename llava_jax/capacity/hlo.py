@@ -103,20 +103,30 @@ class Module:
         branch, and as many steps of a loop as the compiler knows of. What is in a fusion is not apart from it."""
         for instruction in self[name]:
             yield 1, self[name], instruction
-            times = (trip_count(instruction) or 0) if instruction.operation == "while" else 1
+            times = (self.trip_count(instruction) or 0) if instruction.operation == "while" else 1
             if times and instruction.operation in ("while", "call", "conditional"):
                 for called in instruction.called:
                     yield from ((times * n, where, inside) for n, where, inside in self.runs(called))
 
     @property
     def loops(self) -> list[str]:
-        """The bodies of the entry's loops whose number of steps the compiler does not know, such as decoding."""
-        return [i.called[0] for _, _, i in self.runs(self.entry) if i.operation == "while" and trip_count(i) is None]
+        """The bodies of the entry's loops whose number of steps is not known, such as decoding."""
+        return [i.called[0] for _, _, i in self.runs(self.entry) if i.operation == "while" and not self.trip_count(i)]
 
-
-def trip_count(loop: Instruction) -> int | None:
-    known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-    return int(known) if known else None
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How many steps a loop takes, where the text says so, or where it counts up from 0 to a constant."""
+        if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
+        condition, body = self[loop.attribute(r"condition=%?([\w.-]+)")], self.called_by(loop)
+        if condition.root.operation != "compare" or "direction=LT" not in condition.root.attributes:
+            return None
+        counter, limit = map(condition.behind, condition.root.operands)
+        if counter.operation != "get-tuple-element" or limit.operation != "constant":
+            return None
+        stepped = body.behind(body.root.operands[int(counter.attribute(r"index=(\d+)"))])
+        steps = [body.behind(name) for name in stepped.operands]
+        by = [int(value.attributes) for value in steps if value.operation == "constant"]
+        return -(-int(limit.attributes) // by[0]) if stepped.operation == "add" and by else None
 
 
 def parse(text: str) -> Module:
@@ -137,8 +147,8 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     made, rest = _until_closed(rest)  # a type, as "(f32[2]{0}, f32[3]{0}) tuple(…)" begins with it
     operation, _, rest = rest.lstrip().partition("(")
     inside, attributes = _until_closed("(" + rest)
-    if operation == "parameter":
-        attributes = inside.strip("()")  # its number
+    if operation in ("parameter", "constant"):
+        attributes = inside.strip("()")  # its number, or what it is
     called = tuple(re.findall(r"[\w.-]+", " ".join(_CALLED.findall(attributes))))
     operands = tuple(_OPERAND.findall(inside))
     return Instruction(name, operation, arrays(_result_of(operation, made)), operands, called, attributes, is_root)

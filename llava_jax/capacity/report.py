@@ -3,6 +3,7 @@ moved and copied, how fast it is at best."""
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 import math
 from dataclasses import asdict
@@ -14,7 +15,6 @@ from llava_jax.inputs.batch import bucket_count
 from llava_jax.inputs.groups import MAX_GROUPS
 
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}  # either will do
 QUESTION = 64  # positions of a question, padded
 ASSUMED = "assumed: " + "; ".join(
     f"{name} has {b.questions:,} questions on {b.images:,} images of {b.size[0]} x {b.size[1]}, {b.question} tokens "
@@ -24,7 +24,15 @@ ASSUMED = "assumed: " + "; ".join(
 
 
 def compiler_is_there(platform: str) -> bool:
-    return any(importlib.util.find_spec(name) for name in COMPILERS[platform])
+    """Of "tpu" or "cuda", whose attention is cuDNN's where it can be: that must be there to be traced."""
+    if platform == "tpu":
+        return _is_installed("libtpu")
+    cudnn = (_is_installed("nvidia") and _is_installed("nvidia.cudnn")) or ctypes.util.find_library("cudnn")
+    return bool(cudnn) and (_is_installed("jax_cuda12_plugin") or _is_installed("jax_cuda13_plugin"))
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def measure(

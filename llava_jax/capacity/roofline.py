@@ -165,20 +165,21 @@ def position_bytes(text: TextConfig) -> int:
 
 
 def encode(config: LlavaConfig, tiles: int, tensor: int, precision: Precision = Precision()) -> Work:
-    """`encode_images`. The projector is not divided over `tensor`: each chip does the whole of it."""
+    """`encode_images`. Each of the `tensor` chips has all of its kernels, and its share of the tiles; then all of them
+    get the features of all."""
     vision, width = config.vision, config.vision.hidden_size
     layers = config.mm_vision_select_layer % (vision.num_hidden_layers + 1)  # those that are run
     kernels = layers * (4 * width**2 + 2 * width * vision.intermediate_size)
     views = sum((scale // vision.image_size) ** 2 for scale in config.s2_scales) if config.s2 else 1
-    positions = tiles * views * (vision.num_patches + 1)
+    positions = tiles * views * (vision.num_patches + 1) / tensor
     attention = 4 * layers * positions * (vision.num_patches + 1) * width
     tower = 2 * positions * (kernels + 3 * vision.patch_size**2 * width) + attention
     depth, wide = config.projector_depth, config.text.hidden_size
     projector = config.mm_hidden_size * wide + (depth - 1) * wide**2 if depth else 0
-    flops = tower / tensor + 2 * tiles * config.tokens_per_tile * projector
-    moved = precision.kernel * kernels / tensor + BF16 * projector
-    moved += tiles * (3 * config.tile_size**2 + BF16 * config.tokens_per_tile * wide)  # uint8 in, features out
-    return Work(flops, moved, 2 * layers * positions * width * BF16)
+    flops = tower + 2 * tiles * config.tokens_per_tile * projector / tensor
+    features = BF16 * tiles * config.tokens_per_tile * wide
+    moved = precision.kernel * kernels + BF16 * projector + 3 * tiles * config.tile_size**2 / tensor + features
+    return Work(flops, moved, features / 2)  # to gather an array takes half of what it takes to add it up
 
 
 def prefill(config: LlavaConfig, positions: int, tensor: int, precision: Precision = Precision()) -> Work:

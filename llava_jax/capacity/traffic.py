@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from llava_jax.capacity.hlo import Array, Computation, Instruction, Module, trip_count
+from llava_jax.capacity.hlo import Array, Computation, Instruction, Module
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"}
 _FREE |= {"while", "call", "conditional"}  # what they run counts by itself
@@ -213,10 +213,11 @@ def whole_writes(module: Module, watched: Watched) -> dict[str, dict[str, int]]:
 
 def _sections(module: Module) -> dict[str, Runs]:
     runs = list(module.runs(module.entry))
-    loop = next((n for n, (_, _, i) in enumerate(runs) if i.operation == "while" and trip_count(i) is None), None)
+    loops = module.loops
+    loop = next((n for n, (_, _, i) in enumerate(runs) if i.operation == "while" and i.called[0] in loops), None)
     if loop is None:
         return {"program": runs}
-    step = [run for name in module.loops for run in module.runs(name)]
+    step = [run for name in loops for run in module.runs(name)]
     return {"before": runs[:loop], "step": step, "after": runs[loop + 1 :]}
 
 
@@ -264,23 +265,29 @@ def collectives(module: Module) -> Collectives:
     """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
     met: Counter[tuple[str, ...]] = Counter()
     for section, runs in _sections(module).items():
-        for kind, path in (found for _, _, i in runs for found in _collectives(module, i)):
+        for times, kind, path in ((n, *found) for n, _, i in runs for found in _collectives(module, i)):
             layer = re.search(r"/layers_\d+/", path)
             if layer:
-                met[section, "tower" if "vision_tower" in path else "decoder", layer.group()] += 1
+                met[section, "tower" if "vision_tower" in path else "decoder", layer.group()] += times
             else:
-                what = "features" if "encode_images" in path else "embeddings" if "embed" in path else "token choice"
-                met[section, f"{kind} of {what}"] += 1
+                met[section, f"{kind} of {_subject(path)}"] += times
     most: Counter[str] = Counter()
     for (_, what, *_), count in met.items():
         most[what] = max(most[what], count)
     return Collectives(most.pop("decoder", 0), most.pop("tower", 0), dict(most))
 
 
-def _collectives(module: Module, instruction: Instruction) -> Iterator[tuple[str, str]]:
+def _subject(path: str) -> str:
+    if re.search("encode_images|mm_projector|vision_tower", path):
+        return "features"
+    return "embeddings" if "embed" in path else "token choice"
+
+
+def _collectives(module: Module, instruction: Instruction, path: str = "") -> Iterator[tuple[str, str]]:
     """(its kind, its `op_name`) of an instruction that is a collective, or of those that it wraps."""
+    path = instruction.path or path
     if found := re.fullmatch(_COLLECTIVE, instruction.operation):
-        yield found.group(1), instruction.path
+        yield found.group(1), path
     elif instruction.operation in ("fusion", "async-start"):
         for inside in module.called_by(instruction):
-            yield from _collectives(module, inside)
+            yield from _collectives(module, inside, path)
