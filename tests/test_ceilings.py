@@ -38,8 +38,8 @@ class Ceiling:
 
 
 CEILINGS = {  # by topology and groups x rows
-    ("h100", 1, 1): Ceiling(1.35, 2, {"step": {"kernel": 2}}),
-    ("h100", 8, 16): Ceiling(1.20, 2, {"step": {"kernel": 2}}),
+    ("h100", 1, 1): Ceiling(1.01, 2),
+    ("h100", 8, 16): Ceiling(1.13, 2),
     ("v5e-1", 1, 1): Ceiling(1.01, 2, {"after": {"suffix": 4}}),
     ("v5e-1", 8, 16): Ceiling(1.02, 2, {"before": {"suffix": 4, "kernel": 2}, "after": {"suffix": 4}}),
     ("v5e-4", 1, 1): Ceiling(1.01, 2, {"after": {"suffix": 4}}),
