@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,10 +19,10 @@ from llava_jax.inputs.types import Batch, Questions
 
 # Products by Triton, which reads int8 kernels as they are; and no kernels above 16 MB that are copied side by side at
 # every step, to be multiplied at once.
-GPU_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
+GPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | int]:
+def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
     """What to tell XLA of a program for the mesh's devices, or this process's: of the options above, those it knows."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if platform != "gpu":
@@ -30,7 +31,7 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | int]:
 
 
 @functools.cache
-def _is_option(name: str, value: bool | int) -> bool:
+def _is_option(name: str, value: Any) -> bool:
     """XLA renames its options from time to time, and refuses a program with one that it does not know."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()

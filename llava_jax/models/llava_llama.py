@@ -144,14 +144,14 @@ class LlavaLlamaForCausalLM(nn.Module):
         (normed hidden states [G, R, 1, E], each layer's suffix (k, v) [G, K, R, S, D])."""
 
         def attend_with(prefix_kv, suffix_kv):
+            prefix_k, prefix_v = prefix_kv
+
             def attend(q, *new):
                 k, v = (
-                    row_major(
-                        jax.lax.dynamic_update_slice_in_dim(old, _kv_heads_first(x).astype(old.dtype), slot, axis=3)
-                    )
-                    for old, x in zip(suffix_kv, new, strict=True)
+                    row_major(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), slot, axis=3))
+                    for old, x in zip(suffix_kv, map(_kv_heads_first, new), strict=True)
                 )
-                return decode_attention(q, k, v, suffix.valid, *prefix_kv, prefix.lengths), (k, v)
+                return decode_attention(q, k, v, suffix.valid, prefix_k, prefix_v, prefix.lengths), (k, v)
 
             return attend
 

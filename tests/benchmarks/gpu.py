@@ -1,0 +1,296 @@
+"""What one GPU makes of inference: its own tests, then each program at the size of a 7B, as shares of the card's peaks.
+
+    python tests/benchmarks/gpu.py --output gpu.json      # under ten minutes; stops by itself before they are over
+    JAX_PLATFORMS=cpu python tests/benchmarks/gpu.py --tiny    # anywhere: whether all of it runs
+
+Weights and caches are random and made on the device, so that no checkpoint is needed: prefixes of 3,072 positions,
+questions of 64. A program is called once, which compiles it, and then five times; its time is the median. A step of
+decoding is what more steps take longer. `XLA` is attention over the cache without the kernel.
+
+The shares are of what cannot be avoided (`llava_jax.capacity.roofline`) in that time: bytes of the bandwidth and
+operations of the peak in half precision. Each row is printed, and written, as it comes; what there is no time for is
+named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+REPOSITORY = Path(__file__).parents[2]
+PREFIX, QUESTION, SLOTS = 3072, 64, 128
+FEW_STEPS, MANY_STEPS = 9, 41
+CALLS = 5
+WAVES = (8, 16), (1, 1), (8, 1)  # prefixes, rows of each
+TESTS_SHARE = 0.4  # of the time, at most
+
+
+def run_tests(tiny: bool, seconds: float) -> str:
+    """The last line of `pytest -m accelerator`, in a process of its own, which leaves the card as it was."""
+    command = [sys.executable, "-m", "pytest", "-m", "accelerator", *(["--collect-only"] if tiny else [])]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    last = (done.stdout or done.stderr).strip().splitlines()[-1:]
+    return "\n".join([*failed, *last])
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    form: str  # how attention over the cache is computed: "kernel" or "XLA"; "" where there is none
+    int8: bool
+    wave: tuple[int, int]
+
+
+def cases() -> list[Case]:
+    """What matters most comes first, and one precision after the other, for each is made anew."""
+    large, one, some = WAVES
+
+    def both(form: str, int8: bool, wave) -> list[Case]:
+        return [Case(name, form, int8, wave) for name in ("question", "decode")]
+
+    out = []
+    for int8 in (False, True):
+        out += [Case("encode", "", int8, one), Case("prefill", "", int8, one)]
+        out += both("kernel", int8, large) + both("kernel", int8, one) + both("XLA", int8, large)
+    for int8 in (True, False):
+        out += both("kernel", int8, some) + both("XLA", int8, one) + both("XLA", int8, some)
+    return out
+
+
+class Bench:
+    """A model of random weights in one precision, and its programs."""
+
+    def __init__(self, config, int8: bool):
+        import jax
+
+        from llava_jax.inference.engine import Engine
+        from llava_jax.inference.generation_options import GenerationOptions
+        from llava_jax.inference.sampling import Greedy
+        from llava_jax.parallel.gpu import half_precision
+
+        self.config, self.int8, self.dtype = config, int8, half_precision(jax.devices()[0])
+        self.options = GenerationOptions(SLOTS, Greedy())
+        self.params = random_params(config, self.dtype, int8)
+        self.engines = {form: Engine(config, int8_prefix=int8) for form in ("", "kernel", "XLA")}
+
+    def call(self, case: Case) -> Callable[[], float]:
+        """What runs the case once, and returns its seconds."""
+        engine, params = self.engines[case.form], self.params
+        if case.name == "encode":
+            tiles = self.batch().tiles
+            return partial(seconds_of, lambda: engine.encode_images(params, tiles))
+        if case.name == "prefill":
+            batch = self.batch()
+            return partial(seconds_of, lambda: engine.prefill(params, batch))
+        prefix, questions = self.prefix(case.wave[0]), self.questions(case.wave)
+        ask = partial(engine.sample_first_token, params, prefix, questions, self.options)
+        if case.name == "question":
+            return partial(seconds_of, ask)
+
+        def decode(steps: int) -> float:
+            state = ask()  # the last one is used up
+            return seconds_of(lambda: engine.decode(params, prefix, state, self.options, steps))
+
+        return lambda: (decode(MANY_STEPS) - decode(FEW_STEPS)) / (MANY_STEPS - FEW_STEPS)
+
+    def batch(self):
+        """A picture's tiles and a prompt of text and its features."""
+        import jax.numpy as jnp
+
+        from llava_jax.inputs.types import Batch
+
+        size, positions = self.config.tile_size, jnp.arange(PREFIX, dtype=jnp.int32)[None]
+        tiles = random_array((self.config.max_tiles_per_image, size, size, 3), jnp.uint8)
+        table = 128 + len(tiles) * self.config.tokens_per_tile  # text, and features behind it
+        text, whole = jnp.zeros(128, jnp.int32), jnp.ones((1, PREFIX), bool)
+        return Batch(tiles, text, positions % table, positions, whole, jnp.full(1, PREFIX, jnp.int32))
+
+    def prefix(self, groups: int):
+        """Full prefixes of random keys and values."""
+        import jax
+        import jax.numpy as jnp
+
+        from llava_jax.inference.cache import Prefix
+        from llava_jax.models.quantize import to_int8
+
+        text = self.config.text
+        shape = groups, text.num_key_value_heads, PREFIX, text.head_dim
+
+        def one(seed: int):
+            array = random_array(shape, self.dtype, seed=seed)
+            return to_int8(array, -1) if self.int8 else array
+
+        layers = [(one(2 * i), one(2 * i + 1)) for i in range(text.num_hidden_layers)]
+        return jax.block_until_ready(Prefix(layers, jnp.full(groups, PREFIX, jnp.int32)))
+
+    def questions(self, wave: tuple[int, int]):
+        import jax.numpy as jnp
+
+        from llava_jax.inputs.types import Questions
+
+        ids = jnp.arange(QUESTION) % self.config.text.vocab_size
+        full = jnp.full(wave, QUESTION, jnp.int32)
+        return Questions(jnp.broadcast_to(ids, (*wave, QUESTION)), full, jnp.ones(wave, bool))
+
+
+def random_array(shape: tuple[int, ...], dtype, scale: float = 1.0, seed: int = 0):
+    import jax
+    import jax.numpy as jnp
+
+    if dtype == jnp.uint8:
+        return jax.random.bits(jax.random.key(seed), shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(scale, dtype)
+
+
+def random_params(config, dtype, int8: bool) -> dict:
+    """Normal weights about as large as trained ones, made on the device one after another."""
+    import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from llava_jax.models.llava_llama import param_shapes
+    from llava_jax.models.quantize import SCALE, is_quantized, to_int8
+
+    params: dict[str, Any] = {}
+    for seed, (path, leaf) in enumerate(flatten_dict(param_shapes(config), sep="/").items()):
+        if path.endswith(("scale", "bias")):
+            params[path] = jnp.full(leaf.shape, path.endswith("scale"), dtype)
+            continue
+        params[path] = random_array(leaf.shape, dtype, leaf.shape[0] ** -0.5, seed)
+        if int8 and is_quantized(path):
+            params[path], params[f"{path.removesuffix('kernel')}{SCALE}"] = to_int8(params[path], 0)
+    return unflatten_dict(params, sep="/")
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    import jax
+
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def work_of(config, case: Case):
+    from llava_jax.capacity.roofline import Precision, Shapes, works
+
+    slots = (FEW_STEPS + MANY_STEPS) // 2  # that hold something, on average
+    shapes = Shapes(PREFIX, case.wave[1], QUESTION, slots if case.name == "decode" else 0)
+    precision = Precision("int8", True) if case.int8 else Precision()
+    work = works(config, shapes, case.wave[0], 1, precision)
+    return (
+        work["encode"] + work["prefill"]
+        if case.name == "prefill"
+        else work[{"decode": "step"}.get(case.name, case.name)]
+    )
+
+
+def peaks(kind: str):
+    """(bytes a second, operations a second) of a card by its name, or None."""
+    from llava_jax.capacity.roofline import GPUS
+
+    known = {gpus.card.name: (gpus.card.bandwidth, gpus.flops) for gpus in GPUS.values()}
+    return (known | {"NVIDIA H200": (4.8e12, 989e12)}).get(kind)
+
+
+def measure(bench: Bench, case: Case, kind: str) -> dict:
+    xla = mock.patch("llava_jax.models.cache_attention.target_gpu", lambda: None)  # what is traced now has no kernel
+    row = case._asdict()
+    if case.form == "XLA":
+        xla.start()
+    try:
+        run, began = bench.call(case), time.perf_counter()
+        run()
+        row["first_seconds"] = time.perf_counter() - began
+        row["seconds"] = statistics.median(run() for _ in range(CALLS))
+    except RuntimeError as error:  # no room, most likely
+        return row | {"error": str(error).splitlines()[0][:200]}
+    finally:
+        mock.patch.stopall()
+    work, peak = work_of(bench.config, case), peaks(kind)
+    if peak:
+        row["of_bandwidth"] = work.moved / row["seconds"] / peak[0]
+        row["of_flops"] = work.flops / row["seconds"] / peak[1]
+    return row
+
+
+def rows(config, kind: str, deadline: float) -> Iterator[dict]:
+    """Until there is no time for one more like the slowest so far; then the cases that are left, without figures."""
+    bench, slowest = None, 0.0
+    for case in cases():
+        began = time.perf_counter()
+        if began + slowest > deadline:
+            yield case._asdict() | {"error": "no time"}
+            continue
+        if bench is None or bench.int8 != case.int8:
+            bench = None  # both would not fit
+            bench = Bench(config, case.int8)
+        yield measure(bench, case, kind)
+        slowest = max(slowest, time.perf_counter() - began)
+
+
+def describe(row: dict) -> str:
+    cells = [row["name"], "int8" if row["int8"] else "half", row["form"], "{} x {}".format(*row["wave"])]
+    if "error" in row:
+        return "| " + " | ".join([*cells, row["error"]]) + " |"
+    shares = [f"{row[name]:.0%}" if name in row else "" for name in ("of_bandwidth", "of_flops")]
+    return "| " + " | ".join([*cells, f"{1e3 * row['seconds']:.2f}", *shares, f"{row['first_seconds']:.0f}"]) + " |"
+
+
+def model(tiny: bool):
+    """A 7B that never ends an answer."""
+    from llava_jax.config import LlavaConfig
+
+    config = LlavaConfig.preset("1.6-vicuna-7b")
+    config = config.replace(generation=dataclasses.replace(config.generation, eos_token_ids=()))
+    if not tiny:
+        return config
+    text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return config.replace(
+        text=dataclasses.replace(config.text, **text, head_dim=16, vocab_size=128),
+        vision=dataclasses.replace(config.vision, **vision),
+        mm_hidden_size=32,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="a JSON file, written anew after each row")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
+    parser.add_argument("--tiny", action="store_true", help="a model of no size, and the tests only collected")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    os.environ.setdefault("JAX_PLATFORMS", "cuda")
+    tests = run_tests(args.tiny, TESTS_SHARE * 60 * args.minutes)
+    print(f"pytest -m accelerator, {time.perf_counter() - began:.0f} s: {tests}", flush=True)
+
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    report: dict[str, Any] = {"device": kind, "jax": jax.__version__, "tests": tests, "rows": []}
+    print(f"\n{kind}, jax {jax.__version__}\n\n| | | attention | wave | ms | of bandwidth | of peak | first call, s |")
+    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |", flush=True)
+    for row in rows(model(args.tiny), kind, began + 60 * args.minutes):
+        print(describe(row), flush=True)
+        report["rows"].append(row)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
