@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from test_attention import normal, pretend
 
 import llava_jax
 from llava_jax import checkpoint
@@ -21,7 +22,7 @@ from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import CacheLayout, MemoryEstimate
-from llava_jax.models.linear import Linear
+from llava_jax.models.linear import Linear, matmul_of_one_row
 from llava_jax.models.quantize import Int8, quantize_params, to_int8
 from llava_jax.training.train import train
 from llava_jax.training.train_options import TrainOptions
@@ -208,3 +209,17 @@ def test_it_is_for_inference_only(tmp_path):
     with pytest.raises(ValueError, match=message):
         train(TrainOptions(stage="finetune", model_path=str(folder), data_path="-", output_dir=str(tmp_path / "tuned")))
     assert not (tmp_path / "tuned").exists()
+
+
+def test_one_row_is_a_sum():
+    x, kernel = 3 * normal(1, 1, 96), to_int8(normal(96, 40, seed=1), 0).values
+    np.testing.assert_allclose(matmul_of_one_row(x, kernel), x @ np.float32(kernel), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("capability", "rows", "summed"), [("7.5", 1, True), ("7.5", 2, False), ("8.0", 1, False)])
+def test_before_an_ampere_one_row_is_no_product(monkeypatch, capability, rows, summed):
+    pretend(monkeypatch, capability)
+    params = {"kernel": jnp.ones((64, 32), jnp.int8), "kernel_scale": jnp.ones(32)}
+    run = jax.jit(lambda x: Linear(32, use_bias=False).apply({"params": params}, x))
+    text = run.trace(jnp.ones((1, rows, 64), jnp.float16)).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("dot_general" not in text) == summed

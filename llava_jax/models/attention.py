@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llava_jax.parallel.gpu import target_gpu
+from llava_jax.parallel.gpu import AMPERE, target_gpu
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
@@ -147,7 +147,7 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
 def _cudnn_takes(q: jax.Array) -> bool:
     """It has no float32, and wants an Ampere or later."""
     gpu = target_gpu()
-    if gpu is None or gpu.compute_capability < (8, 0) or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if gpu is None or gpu.compute_capability < AMPERE or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if gpu.compute_capability >= (9, 0) else 128)
 

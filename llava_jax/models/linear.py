@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.quantize import SCALE
+from llava_jax.parallel.gpu import AMPERE, target_gpu
 
 
 class Linear(nn.Module):
@@ -24,7 +28,7 @@ class Linear(nn.Module):
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
             out = x @ kernel
             return out if bias is None else out + bias
-        out = jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once)
+        out = jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once, **_for_old_gpus(x))
         out = out * self.get_variable("params", SCALE)
         return (out if bias is None else out + bias).astype(x.dtype)
 
@@ -32,6 +36,18 @@ class Linear(nn.Module):
 def _matmul_at_once(x, kernel):
     """x [..., in] @ int8 kernel [in, out] in float32."""
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _for_old_gpus(x) -> dict[str, Callable]:
+    """A single row on a GPU before Ampere, for which XLA would write the whole kernel to memory as float32."""
+    gpu = target_gpu()
+    one_row = math.prod(x.shape[:-1]) == 1
+    return {"cuda": matmul_of_one_row} if one_row and gpu is not None and gpu.compute_capability < AMPERE else {}
+
+
+def matmul_of_one_row(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One x [..., in] @ int8 kernel [in, out] in float32, as a sum that reads the kernel as it is."""
+    return jnp.sum(x[..., None].astype(jnp.float32) * kernel.astype(jnp.float32), axis=-2)
 
 
 def _matmul_in_strips(x, kernel):

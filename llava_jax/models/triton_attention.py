@@ -19,13 +19,13 @@ from jax.experimental.pallas import triton
 from llava_jax.models.attention import MASKED
 from llava_jax.models.parts import Part, join
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import Gpu
+from llava_jax.parallel.gpu import AMPERE, Gpu
 
 MIN_QUERIES, MAX_QUERIES = 16, 128  # of a tile: the fewest that a tensor core multiplies, the most that registers hold
 WARP_QUERIES = 16  # of a tile, for each warp; four warps at least
 MANY_KEYS, FEW_KEYS = 64, 32  # read at a time; before Hopper, registers hold fewer beside more than the fewest queries
 MIN_WIDTH, MAX_WIDTH = 16, 128  # of a head
-AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
+HOPPER = (9, 0)
 LARGE_SHARED_MEMORY = (8, 0), (9, 0), (10, 0)  # those with more than 128 KiB of it a multiprocessor
 TINY = 1e-30  # in place of a sum of no weights
 

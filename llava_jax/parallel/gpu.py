@@ -21,6 +21,8 @@ COMPUTE_CAPABILITIES = {
     "B200": "10.0",
 }
 
+AMPERE = (8, 0)  # the first compute capability with bfloat16, and the first that Triton compiles for
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -54,8 +56,9 @@ def half_precision(device: jax.Device) -> jnp.dtype:
 
     XLA has no bfloat16 there, and would make float32 of every weight at each step.
     """
-    nvidia = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
-    return jnp.dtype(jnp.float16 if nvidia and int(nvidia.group(1)) < 8 else jnp.bfloat16)
+    capability = str(getattr(device, "compute_capability", ""))
+    nvidia = re.fullmatch(r"\d+\.\d+", capability)
+    return jnp.dtype(jnp.float16 if nvidia and _version(capability) < AMPERE else jnp.bfloat16)
 
 
 def _own_gpu():
