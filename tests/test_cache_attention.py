@@ -7,8 +7,9 @@ import pytest
 from test_attention import normal, plain_attention
 
 from llava_jax.models.attention import causal_attention
-from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.cache_attention import attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
+from llava_jax.models.tpu_attention import decode_apart, question_by_splash
 
 GROUPS, ROWS, LENGTHS = 2, 3, np.array([7, 4], np.int32)
 
@@ -49,6 +50,34 @@ def test_one_position(kv_heads):
     assert_plain(out, *arrays, valid[:, :, None])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_position_is_appended(kv_heads, platform):
+    """What is in its slot before, and behind it, is not looked at."""
+    q, k, v, *prefix = arrays = parts(kv_heads, new=1, slots=6)
+    valid, slot = np.random.default_rng(0).random((GROUPS, ROWS, 6)) < 0.6, 4
+    valid[..., slot], valid[..., 5] = True, False
+    before = [np.where(np.arange(6)[:, None] == slot, 7.0, x).astype(np.float32) for x in (k, v)]
+    new = [x[:, :, :, slot : slot + 1] for x in (k, v)]
+    if platform == "cpu":
+        out, suffix = jax.jit(attend_and_append)(q, new, before, valid, slot, *prefix, LENGTHS)
+        for ours, expected in zip(suffix, (k, v), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    else:
+        seen = valid & (np.arange(6) != slot)
+        out = jax.jit(decode_apart)(q, new, before, seen, *prefix, LENGTHS)
+    assert_plain(np.asarray(out), *arrays, valid[:, :, None])
+
+
+def test_a_tpu_takes_int8_prefixes():
+    q, k, v, *prefix = (x / 3 for x in parts(2, new=1, slots=4, width=16, prefix=24))
+    lengths, valid = np.array([24, 17]), np.ones((GROUPS, ROWS, 4), bool)
+    int8 = [to_int8(x, -1) for x in prefix]
+    before = valid & (np.arange(4) < 3)
+    got = jax.jit(decode_apart)(q, (k[:, :, :, 3:], v[:, :, :, 3:]), (k, v), before, *int8, lengths)
+    np.testing.assert_allclose(got, jax.jit(decode_attention)(q, k, v, valid, *int8, lengths), atol=2e-6)
+
+
 def test_questions_continue_causal_attention():
     """Positions 5.. of a causal sequence, its first 5 as the prefix."""
     q, k, v = normal(1, 9, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)
@@ -57,6 +86,40 @@ def test_questions_continue_causal_attention():
     own = (x[:, 5:].swapaxes(1, 2)[:, :, None] for x in (k, v))
     split = jax.jit(question_attention)(q[:, None, 5:], *own, *prefix)
     np.testing.assert_allclose(split[:, 0], whole[:, 5:], atol=1e-6)
+
+
+def by_splash(*arguments):
+    q, k, v, *prefix = arguments
+    return question_by_splash(q, k, v, None, *prefix, interpret=True)
+
+
+@pytest.mark.parametrize("kv_heads, new", [(1, 1), (2, 5), (4, 50)])
+def test_questions_by_splash(kv_heads, new):
+    """Prefixes of two blocks, one of them padding for the most part; queries of one block, or of two."""
+    q, k, v, *prefix = (x / 3 for x in parts(kv_heads, new=new, slots=new, width=64, prefix=384))
+    lengths = np.array([384, 70], np.int32)
+    expected = jax.jit(question_attention)(q, k, v, *prefix, lengths)
+    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *prefix, lengths), expected, atol=2e-6)
+    int8 = [to_int8(x, -1) for x in prefix]
+    expected = jax.jit(question_attention)(q, k, v, *int8, lengths)
+    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *int8, lengths), expected, atol=2e-6)
+
+
+def lowered(platform, positions=384, precision="default"):
+    """Question attention in bfloat16, as a platform has it that need not be here."""
+    q, own, prefix = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((1, 2, 8, 4, 64), (1, 2, 2, 8, 64), (1, 2, positions, 64))
+    )
+    arguments = q, own, own, prefix, prefix, jax.ShapeDtypeStruct((1,), jnp.int32)
+    with jax.default_matmul_precision(precision):
+        traced = jax.jit(question_attention).trace(*arguments)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_is_for_tpus_and_whole_blocks():
+    assert "tpu_custom_call" in lowered("tpu")
+    assert "tpu_custom_call" not in lowered("cpu") + lowered("tpu", positions=100) + lowered("tpu", precision="highest")
 
 
 def test_an_int8_prefix_is_the_prefix_that_it_stands_for():

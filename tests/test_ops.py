@@ -1,6 +1,8 @@
 """Pure functions and the projector against PyTorch, transformers and plain float64 formulas."""
 
 import dataclasses
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,27 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from llava_jax.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.models import ops
+from llava_jax.models.linear import matmul_few_rows
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.vision import bicubic_matrix, normalize_tiles
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# ---- linear layers
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 16), (1, 3, 16), (2, 9, 16)])
+def test_few_rows_are_padded_for_the_matrix_unit(shape):
+    """What a TPU does is the product, with rows added or without."""
+    x, kernel, rows = normal(*shape), normal(16, 4, seed=1), int(np.prod(shape[:-1]))
+    out = jax.jit(partial(matmul_few_rows, jnp.matmul, rows))(x, kernel)
+    np.testing.assert_allclose(out, x @ kernel, atol=1e-5)
+    compiled = jax.jit(partial(matmul_few_rows, jnp.matmul, rows)).lower(x, kernel).as_text()
+    multiplied = int(re.search(r"dot_general.*\(tensor<(\d+)x16xf32>", compiled).group(1))
+    assert multiplied == rows if rows >= 8 else multiplied >= 8
 
 
 # ---- norm, division, activation

@@ -46,7 +46,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array 
 
 def _on_one_device(q, k, v, valid):
     platforms = {"cpu": head_by_head_attention}
-    if _splash_takes(q):
+    if splash_takes(q.shape[1], q.shape[-1], q.dtype):
         platforms["tpu"] = splash_attention
     if _cudnn_takes(q):
         platforms["cuda"] = cudnn_attention
@@ -114,11 +114,12 @@ def _attend_chunk(q, k, v, valid, start: int):
     return (out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)  # [L, D] divisions instead of [L, L]
 
 
-def _splash_takes(q: jax.Array) -> bool:
-    """Its blocks are 128 positions at least; heads of less than half a 128-wide lane would waste it."""
+def splash_takes(length: int, width: int, dtype) -> bool:
+    """Keys of that many positions, `width` numbers each. Its blocks are 128 positions at least; heads of less than half
+    a 128-wide lane would waste it."""
     exact = jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
-    half = q.dtype != jnp.float32  # its products of half precision cannot be asked to be more exact than they are
-    return q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and not (half and exact)
+    half = dtype != jnp.float32  # its products of half precision cannot be asked to be more exact than they are
+    return length % 128 == 0 and width % 64 == 0 and not (half and exact)
 
 
 def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from llava_jax.models import tpu_attention
 from llava_jax.models.attention import MASKED
 from llava_jax.models.quantize import Int8
 from llava_jax.parallel.gpu import target_gpu
@@ -27,8 +28,10 @@ def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array
         prefix_k, prefix_v: [G, K, P, D], arrays or Int8.
         prefix_lengths: int32 [G], how many positions of the prefix are no padding.
     """
-    arguments = q, k, v, None, prefix_k, prefix_v, prefix_lengths
-    return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
+    arguments, platforms = (q, k, v, None, prefix_k, prefix_v, prefix_lengths), _kernel_for_gpu(q)
+    if tpu_attention.splash_takes_questions(q, prefix_k):
+        platforms["tpu"] = partial(_on_mesh, tpu_attention.question_by_splash)
+    return jax.lax.platform_dependent(*arguments, default=_by_xla, **platforms)
 
 
 def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -43,7 +46,38 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
     return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
 
 
-def row_major(x: jax.Array) -> jax.Array:
+def attend_and_append(q, new, suffix, suffix_valid, slot, *prefix) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`decode_attention` of a new position, whose key and value go into a slot of the suffix.
+
+    Args:
+        new: (k, v), [G, K, R, 1, D], of the new position.
+        suffix: (k, v), [G, K, R, S, D], without it; suffix_valid: bool [G, R, S], with it.
+        slot: int32, the same for all rows.
+        prefix: as in `question_attention`.
+
+    Returns:
+        (out [G, R, 1, H, D], the suffix with the new position)
+    """
+    arguments = q, new, suffix, suffix_valid, slot, *prefix
+    return jax.lax.platform_dependent(*arguments, default=_append_first, tpu=_append_last)
+
+
+def _append_first(q, new, suffix, valid, slot, *prefix):
+    k, v = (_row_major(x) for x in _append(suffix, new, slot))
+    return decode_attention(q, k, v, valid, *prefix), (k, v)
+
+
+def _append_last(q, new, suffix, valid, slot, *prefix):
+    before = valid & (jnp.arange(valid.shape[-1]) != slot)
+    return tpu_attention.decode_apart(q, new, suffix, before, *prefix), _append(suffix, new, slot)
+
+
+def _append(suffix, new, slot):
+    pairs = zip(suffix, new, strict=True)
+    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis=3) for old, x in pairs)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
     """x, its last axis together in memory on a GPU too: else XLA's form of attention has the whole suffix turned round
     before the decode loop and after it."""
     if target_gpu() is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from llava_jax.models.quantize import SCALE
 from llava_jax.parallel.gpu import AMPERE, target_gpu
+from llava_jax.parallel.sharding import row_shards
 
 
 class Linear(nn.Module):
@@ -26,11 +28,33 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         if not self.has_variable("params", SCALE):
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-            out = x @ kernel
+            out = _product(x, kernel, jnp.matmul)
             return out if bias is None else out + bias
-        out = jax.lax.platform_dependent(x, kernel, cpu=_matmul_in_strips, default=_matmul_at_once, **_for_old_gpus(x))
+        out = _product(x, kernel, _matmul_at_once, cpu=_matmul_in_strips, **_for_old_gpus(x))
         out = out * self.get_variable("params", SCALE)
         return (out if bias is None else out + bias).astype(x.dtype)
+
+
+FEW_ROWS = 512  # on each device: up to about here, a TPU takes longer to read a kernel than to multiply by it
+MATRIX_UNIT_ROWS = 8  # with fewer, XLA multiplies on the vector unit, which takes longer than reading the kernel
+
+
+def _product(x, kernel, matmul, **platforms):
+    """x [..., in] by kernel [in, out], by `matmul` where `platforms` has nothing else."""
+    rows = math.prod(x.shape[:-1]) // row_shards(x.shape[0])
+    if rows < FEW_ROWS:
+        platforms["tpu"] = partial(matmul_few_rows, matmul, rows)
+    return jax.lax.platform_dependent(x, kernel, default=matmul, **platforms) if platforms else matmul(x, kernel)
+
+
+def matmul_few_rows(matmul, rows: int, x, kernel):
+    """`matmul` on a TPU, apart from what splits its result into heads: as one, they want the kernel in another layout,
+    and copy all of it."""
+    count = x.shape[-2]
+    if rows < MATRIX_UNIT_ROWS:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, MATRIX_UNIT_ROWS - count), (0, 0)])
+    out = jax.lax.optimization_barrier(matmul(x.reshape(-1, x.shape[-1]), kernel))
+    return out.reshape(*x.shape[:-1], -1)[..., :count, :]
 
 
 def _matmul_at_once(x, kernel):

@@ -17,7 +17,7 @@ from llava_jax.models.attention import (
     causal_mask,
     weighted_values,
 )
-from llava_jax.models.cache_attention import decode_attention, question_attention, row_major
+from llava_jax.models.cache_attention import attend_and_append, question_attention
 from llava_jax.models.llama import LlamaModel
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import is_quantized, to_int8
@@ -144,14 +144,9 @@ class LlavaLlamaForCausalLM(nn.Module):
         (normed hidden states [G, R, 1, E], each layer's suffix (k, v) [G, K, R, S, D])."""
 
         def attend_with(prefix_kv, suffix_kv):
-            prefix_k, prefix_v = prefix_kv
-
             def attend(q, *new):
-                k, v = (
-                    row_major(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), slot, axis=3))
-                    for old, x in zip(suffix_kv, map(_kv_heads_first, new), strict=True)
-                )
-                return decode_attention(q, k, v, suffix.valid, prefix_k, prefix_v, prefix.lengths), (k, v)
+                k, v = (_kv_heads_first(x).astype(old.dtype) for x, old in zip(new, suffix_kv, strict=True))
+                return attend_and_append(q, (k, v), suffix_kv, suffix.valid, slot, *prefix_kv, prefix.lengths)
 
             return attend
 

@@ -1,0 +1,128 @@
+"""Attention over the cache in the forms that libtpu makes the most of, by its own estimate (compiled, not measured)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from llava_jax.models.attention import MASKED, splash_takes
+from llava_jax.models.parts import Part, join
+from llava_jax.models.quantize import Int8
+
+MATRIX_UNIT_ROWS = 8  # with fewer, XLA multiplies on the vector unit, which takes longer than reading the keys
+
+
+def decode_apart(q, new, suffix, before, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
+    """One new position a row, whose own key and value are not in the suffix yet.
+
+    If they were, XLA would fetch the whole suffix into a core's memory, update it there and write all of it back.
+
+    Args:
+        q: [G, R, 1, H, D], as is what comes out; new: (k, v), [G, K, R, 1, D], of the new positions.
+        suffix: (k, v), [G, K, R, S, D]; before: bool [G, R, S], which slots of it are seen.
+        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_lengths: int32 [G].
+    """
+    suffix_k, suffix_v = suffix
+    groups, kv_heads, rows, _, width = suffix_k.shape
+    of_rows = q.reshape(groups, rows, kv_heads, -1, width).swapaxes(1, 2)  # [G, K, R, h, D]
+    heads = of_rows.reshape(groups, kv_heads, -1, width)  # of all rows, [G, K, R·h, D]: XLA lays these out densely
+    own = _part(heads.reshape(of_rows.shape), suffix_k, suffix_v, before[:, None, :, None])
+    own = jax.tree.map(lambda x: x.reshape(*heads.shape[:3], *x.shape[4:]), own)
+    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < prefix_lengths[:, None]
+    shared = _part(heads, prefix_k, prefix_v, in_prefix[:, None, None])
+    out = join(shared, own, _new_part(heads, *new)).astype(q.dtype)
+    return out.reshape(of_rows.shape).swapaxes(1, 2).reshape(q.shape)
+
+
+def _part(q, k, v, seen) -> Part:
+    """Queries q [..., X, D] over k, v [..., S, D], arrays or Int8, as far as `seen`, bool [..., 1 or X, S].
+
+    An int8 position's scale meets its score, or its weight, instead of its D numbers.
+    """
+    count, wide = q.shape[-2], dict(preferred_element_type=jnp.float32)
+    (k, k_scale), (v, v_scale) = _with_scale(k, q.dtype), _with_scale(v, q.dtype)
+    scores = jnp.einsum("...xd,...sd->...xs", _matrix_unit_rows(q), k, **wide) * q.shape[-1] ** -0.5 * k_scale
+    scores = jnp.where(seen if seen.shape[-2] == 1 else _matrix_unit_rows(seen), scores, MASKED)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    out = jnp.einsum("...xs,...sd->...xd", (weights * v_scale).astype(v.dtype), v, **wide)
+    return Part(out[..., :count, :], largest[..., :count, 0], weights.sum(-1)[..., :count])
+
+
+def _matrix_unit_rows(q):
+    """[..., X, D] with X at least MATRIX_UNIT_ROWS; those added are not looked at."""
+    count = q.shape[-2]
+    if count == 1:
+        return jnp.broadcast_to(q, (*q.shape[:-2], MATRIX_UNIT_ROWS, q.shape[-1]))
+    return jnp.pad(q, [(0, 0)] * (q.ndim - 2) + [(0, max(0, MATRIX_UNIT_ROWS - count)), (0, 0)])
+
+
+def _new_part(heads, k, v) -> Part:
+    """heads [G, K, R·h, D], each over the one key of its row, k and v [G, K, R, 1, D]."""
+    per_row = heads.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x[..., 0, :], per_row, axis=2).astype(jnp.float32) for x in (k, v))
+    return Part(v, jnp.sum(heads.astype(jnp.float32) * k, axis=-1) * heads.shape[-1] ** -0.5, 1)
+
+
+def _with_scale(x, dtype):
+    """Values [..., S, D], and what to multiply their products [..., X, S] by."""
+    return (x.values.astype(dtype), x.scale[..., None, :]) if isinstance(x, Int8) else (x, 1)
+
+
+# ---- questions
+
+BLOCKS = 512, 256, 128  # positions at a time, of queries and of keys
+
+
+def splash_takes_questions(q, prefix_k) -> bool:
+    """Whether `question_by_splash` does; see `attention.splash_takes`."""
+    width, positions = q.shape[-1], jax.tree.leaves(prefix_k)[0].shape[2]
+    return splash_takes(positions, width, q.dtype)
+
+
+def question_by_splash(q, k, v, _, prefix_k, prefix_v, prefix_lengths, interpret: bool = False) -> jax.Array:
+    """`cache_attention.question_attention`, over the prefix by splash (see `attention.splash_attention`), which keeps
+    no scores. P must be a multiple of 128, D of 64; `interpret` runs it in Pallas' interpreter, on any platform."""
+    groups, rows, length, count, width = q.shape
+    kv_heads = k.shape[1]
+    heads = q.transpose(0, 3, 1, 2, 4)  # [G, H, R, Q, D]
+    flat = heads.reshape(groups, count, rows * length, width)
+    flat = jnp.pad(flat, [(0, 0), (0, 0), (0, -flat.shape[2] % BLOCKS[-1]), (0, 0)])
+    out, lse = _over_prefix(flat, prefix_k, prefix_v, prefix_lengths, interpret)
+    shape = groups, kv_heads, count // kv_heads, rows, length, width
+    out, lse = out[:, :, : rows * length].reshape(shape), lse[:, :, : rows * length].reshape(shape[:-1])
+    own = _part(heads.reshape(shape), k[:, :, None], v[:, :, None], jnp.tril(jnp.ones((length, length), bool)))
+    joined = join(Part(out.astype(jnp.float32), lse, 1), own).astype(q.dtype)
+    return joined.reshape(heads.shape).transpose(0, 2, 3, 1, 4)
+
+
+def _over_prefix(q, k, v, lengths, interpret: bool):
+    """q [G, H, X, D] over all of k, v [G, K, P, D] before `lengths`: (out [G, H, X, D], log-sum-exp float32 [G, H, X]).
+
+    int8 keys and values become half precision one group after another: splash has no scales.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, only where it is needed
+
+    rows, positions = q.shape[2], jax.tree.leaves(k)[0].shape[2]
+    block_q, block_kv = (next(size for size in BLOCKS if count % size == 0) for count in (rows, positions))
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.FullMask((rows, positions))] * q.shape[1]),
+        block_sizes=splash.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv),
+        save_residuals=True,
+        interpret=interpret,
+    )
+
+    def of_group(group):
+        q, k, v, length = group
+        scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not
+        in_prefix = (jnp.arange(positions) < length).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.ones(rows, jnp.int32), in_prefix)
+        out, (lse,) = kernel(scaled, _dequantized(k, q.dtype), _dequantized(v, q.dtype), segments)
+        return out, lse
+
+    arguments = q, k, v, lengths
+    return jax.lax.map(of_group, arguments) if isinstance(k, Int8) else jax.vmap(of_group)(arguments)
+
+
+def _dequantized(x, dtype):
+    return (x.values * x.scale[..., None]).astype(dtype) if isinstance(x, Int8) else x
