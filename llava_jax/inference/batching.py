@@ -98,13 +98,13 @@ def _over_rows(
 
 def prefill(engine: Engine, params, batch: PrefixBatch, images: Images):
     """(Prefix, last hidden states [G, E]) of a batch, `prefill_batch_size` prefixes of each shard after another."""
-    size, each, shards, parts = batch.prefill_batch_size, batch.groups_per_shard, engine.num_shards, []
+    size, each, shards, wave = batch.prefill_batch_size, batch.groups_per_shard, engine.num_shards, None
     for first in range(0, each, size):
         starts = range(first, each * shards, each)
         packed = [_pack_groups(engine.config, batch.groups[i : i + size], size, images) for i in starts]
         whole = packed[0] if shards == 1 else stack_shards(packed, room_for(packed), engine.config)
-        parts.append(engine.prefill(params, engine.place(whole)))
-    return engine.concat_prefixes(parts)
+        wave = engine.add_to_wave(wave, engine.prefill(params, engine.place(whole)), first, each)
+    return wave
 
 
 def _pack_groups(config, groups: Sequence[Group], count: int, images: Images) -> Batch:

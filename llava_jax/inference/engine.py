@@ -68,7 +68,8 @@ class Engine:
         self._generate_from_prefix = of_model("answer", generate.generate_from_prefix, static_argnums=0)
         self._score = of_model("score", generate.score)
         self._append_to_prefix = program("append", cache.append_to_prefix, static_argnums=(0, 1))
-        self._concat_prefixes = program("join", cache.concat_prefixes, static_argnums=0)
+        self._start_wave = program("wave", cache.start_wave, static_argnums=(0, 1))
+        self._add_to_wave = program("join", cache.add_to_wave, static_argnums=0, donate_argnums=1)
         self._forward = of_model("forward", _forward, static_argnums=(0, 1))
         self._encode_images = of_model("encode_images", partial(_call, "encode_images"))
         self._embed_multimodal = of_model("embed_multimodal", partial(_call, "embed_multimodal"))
@@ -142,9 +143,15 @@ class Engine:
         """A tree of arrays with a batch's rows, or G, in front: each shard's on the devices of that shard."""
         return arrays if self.mesh is None else jax.device_put(arrays, batch_sharding(self.mesh))
 
-    def concat_prefixes(self, parts):
-        """Several results of `prefill` as one, in each shard one after another."""
-        return parts[0] if len(parts) == 1 else self._concat_prefixes(self.num_shards, parts)
+    def add_to_wave(self, wave, part, first: int, count: int):
+        """A wave of `count` prefixes on each shard, with a result of `prefill` as those from `first` on.
+
+        `wave` is None for the first ones, and else used up: there is never more than one wave and one such result.
+        """
+        if wave is not None:
+            return self._add_to_wave(self.num_shards, wave, part, np.int32(first))
+        whole = count * self.num_shards == len(part[0].lengths)
+        return part if whole else self._start_wave(self.num_shards, count, part)
 
     def append_to_prefix(self, prefix: Prefix, state: DecodeState, question: Questions, capacity: int) -> Prefix:
         """The only row's question and answer behind its prefix; see `cache.append_to_prefix` for what is valid."""
