@@ -15,6 +15,13 @@ FUSED = """HloModule fused
   ROOT %slice = f32[8,10]{1,0} dynamic-slice(%doubled, %i, %i), dynamic_slice_sizes={8,10}
 }
 
+%summed_in_part (p: f32[8,100]) -> f32[2] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %sum = f32[8]{0} reduce(%p, %zero), dimensions={1}, to_apply=%add
+  ROOT %slice = f32[2]{0} slice(%sum), slice={[0:2]}
+}
+
 %summed (p: f32[8,100]) -> f32[8] {
   %p = f32[8,100]{1,0} parameter(0)
   %zero = f32[] constant(0)
@@ -79,6 +86,7 @@ ENTRY %main (a: f32[8,100], x: f32[8,1], i: s32[]) -> f32[8] {
     [
         ("f = f32[8,10]{1,0} fusion(%a, %i), kind=kLoop, calls=%sliced", 320 + 4, 320),
         ("f = f32[8]{0} fusion(%a), kind=kInput, calls=%summed", 3200, 32),
+        ("f = f32[2]{0} fusion(%a), kind=kLoop, calls=%summed_in_part", 800, 8),
         ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%updated", 32 + 4, 64),
         ("f = f32[800]{0} fusion(%a, %x, %i), kind=kLoop, calls=%nested", 32 + 4, 64),
         ("f = (f32[8,100]{1,0}, f32[8]{0}) fusion(%a, %x, %i), calls=%updated_and_read", 3200 + 32 + 4, 32 + 32),

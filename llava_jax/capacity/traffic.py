@@ -18,17 +18,7 @@ _FREE |= {"while", "call", "conditional"}  # what they run counts by itself
 _FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding"}
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand holds the new numbers
-_NEEDS_ALL = {
-    "dot",
-    "convolution",
-    "custom-call",
-    "sort",
-    "reduce",
-    "reduce-window",
-    "concatenate",
-    "pad",
-    "broadcast",
-}
+_NEEDS_ALL = {"dot", "convolution", "custom-call", "sort", "reduce-window", "broadcast"}  # for any part of a result
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def _share_read(module: Module, instruction: Instruction, place: int, operand: I
 
 
 def _share_needed(module: Module, computation: Computation, value: Instruction) -> float:
-    """How much of a value within a fusion is needed. What is computed number by number is only computed where it is."""
+    """How much of a value within a fusion is needed: most of what is made of it is only made where it is needed."""
     if value.is_root:
         return 1
     return min(1, sum(_share_needed_by(module, computation, value, user) for user in computation.users[value.name]))
@@ -112,8 +102,7 @@ def _share_needed_by(module: Module, computation: Computation, value: Instructio
     if user.operation in _UPDATES and places == [0]:
         return 0 if _is_result(computation, user) else 1
     share = max(_share_read(module, user, place, value) for place in places)
-    number_by_number = user.operation not in _NEEDS_ALL and _bytes(user) and user.made[0].size >= value.made[0].size
-    return share * _share_needed(module, computation, user) if number_by_number else share
+    return share if user.operation in _NEEDS_ALL else share * _share_needed(module, computation, user)
 
 
 def _is_result(computation: Computation, value: Instruction) -> bool:
