@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llava_jax.capacity.programs import Programs, half_precision, slice_mesh
-from llava_jax.capacity.report import compiler_is_there
+from llava_jax.capacity.programs import Programs, slice_mesh
+from llava_jax.capacity.report import compiler_is_there, default_axes
 from llava_jax.capacity.roofline import GPUS, TOPOLOGIES, Precision, Shapes
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate
@@ -24,7 +24,8 @@ from llava_jax.inference.cache import Prefix
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.types import Questions
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.sharding import batch_sharding, default_axes, num_batch_shards
+from llava_jax.parallel.gpu import half_precision
+from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 
 pytestmark = pytest.mark.usefixtures("no_tpu")
 QUESTION, SLOTS, PREFIX = 64, 128, 3072
@@ -50,7 +51,7 @@ CEILINGS = {  # by topology and groups x rows
     ("v5e-8", 8, 16): Ceiling(
         1.05, 8, {"before": {"suffix": 14, "kernel": 24}, "step": {"suffix": 2}, "after": {"suffix": 16}}
     ),
-    ("v6e-8", 1, 1): Ceiling(1.01, 2, {"after": {"suffix": 4}}),
+    ("v6e-8", 1, 1): Ceiling(1.01, 2, {"step": {"suffix": 2}, "after": {"suffix": 4}}),
     ("v6e-8", 8, 16): Ceiling(
         1.33, 8, {"before": {"suffix": 13, "kernel": 8}, "step": {"suffix": 16}, "after": {"suffix": 16}}
     ),
@@ -58,22 +59,21 @@ CEILINGS = {  # by topology and groups x rows
 QUESTION_MIB = 330  # temporaries of question prefill on an H100, 8 x 16
 
 
-def wide(layers: int) -> LlavaConfig:
-    config = LlavaConfig.preset("1.6-vicuna-7b")
+def shallow(config: LlavaConfig, layers: int) -> LlavaConfig:
     text, vision = (dataclasses.replace(part, num_hidden_layers=layers) for part in (config.text, config.vision))
     return config.replace(text=text, vision=vision)
 
 
 def programs(topology: str, rows: int, layers: int) -> Programs:
-    where, config = TOPOLOGIES[topology], wide(layers)
-    mesh = slice_mesh(where, **default_axes(where.chips, config.text.num_key_value_heads))
+    where, config = TOPOLOGIES[topology], LlavaConfig.preset("1.6-vicuna-7b")
     precision = Precision("int8", True) if topology == "v5e-1" else Precision()  # it has no room for bfloat16
-    return Programs(config, mesh, Shapes(PREFIX, rows, QUESTION, SLOTS), precision)
+    mesh = slice_mesh(where, **default_axes(config, where, precision))
+    return Programs(shallow(config, layers), mesh, Shapes(PREFIX, rows, QUESTION, SLOTS), precision)
 
 
 def prefixes(of: Programs, groups: int):
     """What prefill gives, abstract: divided over the batch's axes, and by heads over `tensor`."""
-    text, dtype = of.config.text, half_precision(of.mesh)
+    text, dtype = of.config.text, half_precision(of.mesh.devices.flat[0])
     by_group, by_head = batch_sharding(of.mesh), heads_sharding(of)
     array = jax.ShapeDtypeStruct
     keys = groups, text.num_key_value_heads, PREFIX, text.head_dim

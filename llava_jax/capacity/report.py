@@ -46,13 +46,9 @@ def measure(
 ) -> dict:
     """What one slice or GPU makes of it, as plain values; `describe` puts it into words."""
     from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
-    from llava_jax.models.llava_llama import param_bytes
-    from llava_jax.parallel.sharding import default_axes
 
     where = TOPOLOGIES[name]
-    if not axes:
-        params = param_bytes(config, roofline.BF16, precision.quantize)
-        axes = default_axes(where.chips, config.text.num_key_value_heads, params, where.chip.hbm)
+    axes = axes or default_axes(config, where, precision)
     if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
@@ -66,6 +62,15 @@ def measure(
         usual = min(MAX_GROUPS, fit.groups // data)
         report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, precision))
     return report
+
+
+def default_axes(config: LlavaConfig, where: Slice | Gpus, precision: Precision) -> dict[str, int]:
+    """The mesh that evaluation makes of these chips."""
+    from llava_jax.models.llava_llama import param_bytes
+    from llava_jax.parallel import sharding
+
+    params = param_bytes(config, roofline.BF16, precision.quantize)
+    return sharding.default_axes(where.chips, config.text.num_key_value_heads, params, where.chip.hbm)
 
 
 def _add_ratios(program: dict) -> None:
