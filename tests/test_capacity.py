@@ -71,8 +71,8 @@ def test_programs_of_a_wave():
     assert answer.whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
     assert answer.collectives == wave["decode"].collectives
     assert answer.total < wave["question"].total + wave["decode"].temporaries
-    needed = programs.needed(once["prefill"], answer, params, prefix, groups)
-    assert needed >= max(answer.total, params + 2 * groups * prefix)
+    needed = programs.needed(once["prefill"], answer, prefix, groups)
+    assert needed >= max(answer.total, params + (groups + 1) * prefix)
 
 
 def test_a_cache_that_is_rewritten_is_seen():

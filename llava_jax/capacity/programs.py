@@ -1,6 +1,6 @@
 """Batch evaluation's programs, compiled for chips that are not there, and what the compiler made of them.
 
-libtpu alone is needed for TPUs, and JAX's CUDA plugin for GPUs. Neither may look for its chips: see NO_CHIPS in
+libtpu alone is needed for TPUs, and JAX's CUDA plugin for GPUs. Neither may look for its chips: see NO_TPU in
 `llava_jax.capacity.report`.
 """
 
@@ -299,7 +299,7 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
 
     def compiled(size: int) -> AnswerBatch | None:
         answer = programs.answer(size * shards, prefixes)
-        return None if answer is None else AnswerBatch(needed(once["prefill"], answer, params, prefix, size), answer)
+        return None if answer is None else AnswerBatch(needed(once["prefill"], answer, prefix, size), answer)
 
     tried = search(compiled, room, params, bound)
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
@@ -339,10 +339,11 @@ def search(compiled, room: float, params: int, bound: int) -> dict[int, AnswerBa
     return dict(sorted(tried.items()))
 
 
-def needed(prefill: Program, answer: Program, params: int, prefix: int, size: int) -> int:
+def needed(prefill: Program, answer: Program, prefix: int, size: int) -> int:
     """The most that one chip holds at any time for a wave of `size` prefixes on each shard.
 
-    That is one of: the last prefill, with the other prefixes there; all of them being joined; answering.
+    That is the last prefill, beside the memory of all prefixes if there is more than one, or answering.
     """
-    at_most = max(prefill.total + (size - 1) * prefix, params + 2 * size * prefix, answer.total)
+    wave = size * prefix if size > 1 else 0
+    at_most = max(prefill.total + wave, answer.total)
     return at_most + prefill.code + answer.code
