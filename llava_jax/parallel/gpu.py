@@ -38,8 +38,6 @@ def target_gpu() -> Gpu | None:
     That is the kind of GPU in the mesh of `jax.set_mesh`, or without a mesh this process's own.
     """
     wanted = jax.sharding.get_abstract_mesh().abstract_device
-    if wanted is not None and wanted.platform != "gpu":
-        return None
     own = _own_gpu()
     if own is not None and (wanted is None or wanted.device_kind == own.device_kind):
         return Gpu(_version(own.compute_capability), own.core_count)
