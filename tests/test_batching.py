@@ -8,9 +8,11 @@ import pytest
 from small import small_model
 
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batching import SHARE
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.groups import (
     CacheLayout,
+    Group,
     MemoryEstimate,
     Prompt,
     common_length,
@@ -20,6 +22,7 @@ from llava_jax.inputs.groups import (
 )
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 from llava_jax.inputs.types import Batch, Questions
+from llava_jax.models.llava_llama import param_bytes
 
 OPTIONS = {"max_new_tokens": 8}
 
@@ -173,9 +176,18 @@ def test_waves_hold_every_group_once_within_the_budget():
         assert all(wave.bytes <= budget or (len(wave.groups), wave.rows) == (1, 1) for wave in waves)
     assert max(len(wave.groups) for wave in waves) > 1
     small, large = (MemoryEstimate(config, layout, prefix, 16, 32) for prefix in (1024, 3072))
-    assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 8) < large.bytes(2, 8)
+    assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 64) < large.bytes(2, 64)
     # 7B in bf16: 0.5 MiB a position
     assert large.bytes(1, 1) > 3072 * 2**19
+
+
+def test_all_questions_of_a_pope_picture_go_at_once_on_an_h100():
+    """A 7B in bfloat16, in the three quarters of 80 GB that JAX takes; 18 questions on each of 8 pictures."""
+    config, layout = LlavaConfig.preset("1.6-vicuna-7b"), CacheLayout(itemsize=2, kernels=True)
+    group = Group(np.zeros(1), (np.zeros(30),) * 18, tuple(range(18)), "picture", 2928)
+    budget = int(SHARE * (0.75 * 84.9e9 - param_bytes(config, 2)))
+    (wave,) = plan_prefix_batches([group] * 8, config, layout, 128, budget)
+    assert (wave.groups_per_shard, wave.rows) == (8, 20)
 
 
 def test_one_text_is_one_where_a_list_is_meant(small, pictures):

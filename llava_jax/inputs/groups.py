@@ -16,6 +16,7 @@ from llava_jax.inputs.types import Questions
 MAX_GROUPS = 8  # prefixes at a time on each shard: more gain nothing once the weights are read for all of them
 PREFILL_POSITIONS = 4096  # positions at a time in prefill: more only crowd the caches and the memory
 PREFILL_CHUNK = 512  # query rows whose attention scores are alive at once
+SCORE_BYTES = 7  # of a score where attention is not by a kernel: float32, its weight, and some of both at once
 
 
 class Prompt(NamedTuple):
@@ -90,6 +91,7 @@ class CacheLayout:
     shards: int = 1  # devices that divide the prefixes among themselves
     tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
     int8_prefix: bool = False
+    kernels: bool = False  # attention is by kernels, which keep no scores in memory
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def plan_prefix_batches(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device of prefixes and rows of these lengths: the cache, and the larger prefill's activations."""
+    """Bytes on one device that prefixes and rows of these lengths take, parameters aside; within a tenth of what XLA
+    says of the compiled programs of a 7B."""
 
     config: LlavaConfig
     layout: CacheLayout
@@ -151,16 +154,20 @@ class MemoryEstimate:
         return max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
 
     def bytes(self, groups: int, rows: int) -> int:
-        text, layout = self.config.text, self.layout
-        divided_by = layout.tensor if text.num_key_value_heads % layout.tensor == 0 else 1
+        """The prefixes, and the most that is there beside them, in prefill or in answering."""
+        text, tensor, itemsize = self.config.text, self.layout.tensor, self.layout.itemsize
+        divided_by = tensor if text.num_key_value_heads % tensor == 0 else 1
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads // divided_by  # vectors of a position
-        in_suffix = cached * text.head_dim * layout.itemsize  # bytes of a position
-        in_prefix = cached * (text.head_dim + 4) if layout.int8_prefix else in_suffix  # int8 has a float32 scale
-        cache = groups * (self.prefix * in_prefix + rows * (self.question + self.output_capacity) * in_suffix)
-        activations = (4 * text.hidden_size + 3 * text.intermediate_size // divided_by) * layout.itemsize
-        scores = 4 * text.num_attention_heads // divided_by  # float32
-        prefill = self.prefill_batch_size(groups) * self.prefix * (activations + scores * PREFILL_CHUNK)
-        prefill = max(prefill, groups * self.prefix * in_prefix)  # prefixes before and after they are joined
-        seen = self.prefix + self.question + self.output_capacity
-        questions = groups * rows * self.question * (activations + scores * seen)
-        return cache + max(prefill, questions) + 8 * groups * rows * text.vocab_size
+        position = cached * text.head_dim * itemsize
+        prefixes = groups * self.prefix * (cached * (text.head_dim + 4) if self.layout.int8_prefix else position)
+        hidden = text.hidden_size * itemsize
+        activations = 3 * hidden + 2 * text.intermediate_size // divided_by * itemsize
+        scores = 0 if self.layout.kernels else SCORE_BYTES * text.num_attention_heads // divided_by
+
+        together = self.prefill_batch_size(groups)
+        prefill = together * self.prefix * (activations + scores * PREFILL_CHUNK)
+        prefill += prefixes // groups * together if together < groups else 0  # what it gives, beside the wave
+        slots, asked = groups * rows * (self.question + self.output_capacity), groups * rows * self.question
+        questions = asked * (position + activations + scores * (self.prefix + self.question))
+        decode = slots * position + asked * hidden + 8 * groups * rows * text.vocab_size
+        return prefixes + max(prefill, questions, decode)
