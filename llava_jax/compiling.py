@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from llava_jax.inputs.types import Batch, Questions
@@ -22,19 +22,33 @@ from llava_jax.inputs.types import Batch, Questions
 GPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
-    """What to tell XLA of a program for the mesh's devices, or this process's: of the options above, those it knows."""
+# Nothing goes back from a core's own memory to HBM, where XLA would update whole suffixes and write them back at every
+# step.
+TPU_DECODING_OPTIONS = {"xla_msa_max_outstanding_evictions": 0}
+
+
+def compiler_options(mesh: Mesh | None = None, decodes: bool = False) -> dict[str, bool | int]:
+    """What to tell XLA of a program for the mesh's devices, or this process's: of the options above, those it knows.
+
+    Args:
+        decodes: whether the decode loop is in the program.
+    """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    if platform != "gpu":
-        return {}
-    return {name: value for name, value in GPU_COMPILER_OPTIONS.items() if _is_option(name, value)}
+    options: dict[str, bool | int] = {}
+    if platform == "gpu":
+        options |= GPU_COMPILER_OPTIONS
+    if platform == "tpu" and decodes:
+        options |= TPU_DECODING_OPTIONS
+    where = mesh if platform == "tpu" else None  # any XLA knows the options for GPUs, and only a TPU's those for TPUs
+    return {name: value for name, value in options.items() if _is_option(name, value, where)}
 
 
 @functools.cache
-def _is_option(name: str, value: Any) -> bool:
+def _is_option(name: str, value: bool | int, mesh: Mesh | None) -> bool:
     """XLA renames its options from time to time, and refuses a program with one that it does not know."""
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda: 0, out_shardings=where, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from small import small_model
 
-from llava_jax.compiling import GPU_COMPILER_OPTIONS, LoggedJit, compiler_options
+from llava_jax.capacity.programs import slice_mesh
+from llava_jax.capacity.roofline import SLICES
+from llava_jax.compiling import GPU_COMPILER_OPTIONS, TPU_DECODING_OPTIONS, LoggedJit, compiler_options
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import merged_length, pack
@@ -58,10 +60,17 @@ def test_options_are_one_checked_value():
         generation_options(defaults, temperature=1.0, seed=0, sampling=Greedy())
 
 
-def test_only_gpus_compilers_are_told_options(monkeypatch):
+def test_only_accelerators_compilers_are_told_options(monkeypatch):
     """And nothing that this XLA does not know, which it would refuse."""
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert compiler_options() == compiler_options(jax.make_mesh((1,), ("data",))) == {}
+    assert compiler_options() == compiler_options(jax.make_mesh((1,), ("data",)), decodes=True) == {}
     assert compiler_options(gpu) == GPU_COMPILER_OPTIONS
     monkeypatch.setitem(GPU_COMPILER_OPTIONS, "xla_gpu_of_another_time", True)
     assert "xla_gpu_of_another_time" not in compiler_options(gpu)
+
+
+def test_a_tpus_decode_loop_writes_no_suffix_back(monkeypatch, no_tpu):
+    tpus = slice_mesh(SLICES["v5e-4"], data=1, tensor=4)
+    assert compiler_options(tpus, decodes=True) == TPU_DECODING_OPTIONS and compiler_options(tpus) == {}
+    monkeypatch.setitem(TPU_DECODING_OPTIONS, "xla_msa_of_another_time", 0)
+    assert "xla_msa_of_another_time" not in compiler_options(tpus, decodes=True)

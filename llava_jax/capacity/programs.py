@@ -108,23 +108,23 @@ class Compiled(NamedTuple):
 
 
 def compile_for(mesh: Mesh, function, *arguments, **options) -> Compiled:
-    """`jax.jit(function)` for abstract arguments."""
+    """`jax.jit(function)` for abstract arguments; `decodes`: see `compiler_options`."""
     thread = ThreadPoolExecutor(1)  # of its own: the compiler holds the one that calls it for minutes, deaf to Ctrl-C
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return thread.submit(_compile_for, folder, mesh, function, *arguments, **options).result()
 
 
-def _compile_for(folder: str, mesh: Mesh, function, *arguments, **options) -> Compiled:
+def _compile_for(folder: str, mesh: Mesh, function, *arguments, decodes: bool = False, **options) -> Compiled:
     began = time.perf_counter()
     precision = jax.default_matmul_precision("default")  # "highest" has no splash in bfloat16
     tpu = mesh.devices.flat[0].platform == "tpu"
     with jax.set_mesh(mesh), precision:
         lowered = jax.jit(function, keep_unused=True, **options).lower(*arguments)
+        asked: dict[str, Any] = compiler_options(mesh, decodes)
         if tpu:  # as_text() cannot parse all that libtpu writes
-            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **asked})
             text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
         else:
-            asked: Any = compiler_options(mesh)  # JAX annotates less than it takes
             compiled = lowered.compile(asked)
             text = compiled.as_text() or ""
     out = jax.tree.map(lambda x, at: _array(at, *x.shape, dtype=x.dtype), lowered.out_info, compiled.output_shardings)
@@ -182,7 +182,7 @@ class Programs:
         """What evaluation runs for a wave of that many of those prefixes: question prefill and decode; None where
         the compiler finds that a chip has no room for it."""
         answer = partial(generate.generate_from_prefix, self.model, self.shapes.slots)
-        answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT)
+        answered = compile_if_it_fits(self.mesh, answer, *self._asked(groups, prefixes), _LIMIT, decodes=True)
         name, work, watched = f"answer to {groups} prefixes", self._works(groups), self._watched(groups, prefixes)
         return answered and _read(name, answered, watched, work["question"], work["step"])
 
@@ -197,7 +197,7 @@ class Programs:
         """The decode loop alone, if it fits."""
         params, prefix, *_, sampling = self._asked(groups, prefixes)
         run, arguments = partial(generate.decode_loop, self.model), (params, prefix, state, sampling, _LIMIT)
-        decoded = compile_if_it_fits(self.mesh, run, *arguments, donate_argnums=2)
+        decoded = compile_if_it_fits(self.mesh, run, *arguments, decodes=True, donate_argnums=2)
         watched, work = self._watched(groups, prefixes), self._works(groups)["step"]
         return decoded and _read("decode", decoded, watched, None, work)
 

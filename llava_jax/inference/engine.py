@@ -56,18 +56,19 @@ class Engine:
         self.config, self.mesh = config, mesh
         self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
 
-        def program(name: str, function, **options) -> LoggedJit:
-            return LoggedJit(name, jax.jit(function, compiler_options=compiler_options(mesh), **options), mesh)
+        def program(name: str, function, decodes: bool = False, **options) -> LoggedJit:
+            compiler = compiler_options(mesh, decodes)
+            return LoggedJit(name, jax.jit(function, compiler_options=compiler, **options), mesh)
 
         def of_model(name: str, function, **options) -> LoggedJit:
             return program(name, partial(function, model), **options)
 
-        self._generate = of_model("generate", generate.generate, static_argnums=0)
+        self._generate = of_model("generate", generate.generate, decodes=True, static_argnums=0)
         self._prefill_and_sample = of_model("start", generate.prefill_and_sample, static_argnums=0)
-        self._decode = of_model("decode", generate.decode_loop, donate_argnums=2)
+        self._decode = of_model("decode", generate.decode_loop, decodes=True, donate_argnums=2)
         self._prefill = of_model("prefill", generate.prefill)
         self._first_token = of_model("first token", generate.sample_first_token, static_argnums=0)
-        self._generate_from_prefix = of_model("answer", generate.generate_from_prefix, static_argnums=0)
+        self._generate_from_prefix = of_model("answer", generate.generate_from_prefix, decodes=True, static_argnums=0)
         self._score = of_model("score", generate.score)
         self._append_to_prefix = program("append", cache.append_to_prefix, static_argnums=(0, 1))
         self._start_wave = program("wave", cache.start_wave, static_argnums=(0, 1))
