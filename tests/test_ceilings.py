@@ -106,7 +106,7 @@ def state(of: Programs, groups: int):
 def cases():
     for topology, groups, rows in CEILINGS:
         of_a_gpu = pytest.mark.skipif(not compiler_is_there("cuda"), reason="pip install 'llava-jax[cuda-ahead]'")
-        daily = (topology, groups) == ("v6e-8", 1)  # 3 s
+        daily = (topology, groups) == ("v5e-4", 1)  # 5 s
         mark = of_a_gpu if topology in GPUS else () if daily else pytest.mark.long
         yield pytest.param(topology, groups, rows, marks=mark, id=f"{topology}-{groups}x{rows}")
 
