@@ -14,10 +14,13 @@ named at the end.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cuda")
+
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +31,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.capacity.roofline import GPUS, Precision, Shapes, works
+from llava_jax.config import LlavaConfig
+from llava_jax.inference.cache import Prefix
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.generation_options import GenerationOptions
+from llava_jax.inference.sampling import Greedy
+from llava_jax.inputs.types import Batch, Questions
+from llava_jax.models.llava_llama import param_shapes
+from llava_jax.models.quantize import SCALE, is_quantized, to_int8
+from llava_jax.parallel.gpu import half_precision
+
 REPOSITORY = Path(__file__).parents[2]
 PREFIX, QUESTION, SLOTS = 3072, 64, 128
 FEW_STEPS, MANY_STEPS = 9, 41
@@ -37,7 +55,7 @@ TESTS_SHARE = 0.4  # of the time, at most
 
 
 def run_tests(tiny: bool, seconds: float) -> str:
-    """The last line of `pytest -m accelerator`, in a process of its own, which leaves the card as it was."""
+    """The last line of `pytest -m accelerator`, in a process of its own, before this one takes the card's memory."""
     command = [sys.executable, "-m", "pytest", "-m", "accelerator", *(["--collect-only"] if tiny else [])]
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds)
@@ -77,13 +95,6 @@ class Bench:
     """A model of random weights in one precision, and its programs."""
 
     def __init__(self, config, int8: bool):
-        import jax
-
-        from llava_jax.inference.engine import Engine
-        from llava_jax.inference.generation_options import GenerationOptions
-        from llava_jax.inference.sampling import Greedy
-        from llava_jax.parallel.gpu import half_precision
-
         self.config, self.int8, self.dtype = config, int8, half_precision(jax.devices()[0])
         self.options = GenerationOptions(SLOTS, Greedy())
         self.params = random_params(config, self.dtype, int8)
@@ -111,10 +122,6 @@ class Bench:
 
     def batch(self):
         """A picture's tiles and a prompt of text and its features."""
-        import jax.numpy as jnp
-
-        from llava_jax.inputs.types import Batch
-
         size, positions = self.config.tile_size, jnp.arange(PREFIX, dtype=jnp.int32)[None]
         tiles = random_array((self.config.max_tiles_per_image, size, size, 3), jnp.uint8)
         table = 128 + len(tiles) * self.config.tokens_per_tile  # text, and features behind it
@@ -123,12 +130,6 @@ class Bench:
 
     def prefix(self, groups: int):
         """Full prefixes of random keys and values."""
-        import jax
-        import jax.numpy as jnp
-
-        from llava_jax.inference.cache import Prefix
-        from llava_jax.models.quantize import to_int8
-
         text = self.config.text
         shape = groups, text.num_key_value_heads, PREFIX, text.head_dim
 
@@ -140,19 +141,12 @@ class Bench:
         return jax.block_until_ready(Prefix(layers, jnp.full(groups, PREFIX, jnp.int32)))
 
     def questions(self, wave: tuple[int, int]):
-        import jax.numpy as jnp
-
-        from llava_jax.inputs.types import Questions
-
         ids = jnp.arange(QUESTION) % self.config.text.vocab_size
         full = jnp.full(wave, QUESTION, jnp.int32)
         return Questions(jnp.broadcast_to(ids, (*wave, QUESTION)), full, jnp.ones(wave, bool))
 
 
 def random_array(shape: tuple[int, ...], dtype, scale: float = 1.0, seed: int = 0):
-    import jax
-    import jax.numpy as jnp
-
     if dtype == jnp.uint8:
         return jax.random.bits(jax.random.key(seed), shape, dtype)
     return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(scale, dtype)
@@ -160,12 +154,6 @@ def random_array(shape: tuple[int, ...], dtype, scale: float = 1.0, seed: int = 
 
 def random_params(config, dtype, int8: bool) -> dict:
     """Normal weights about as large as trained ones, made on the device one after another."""
-    import jax.numpy as jnp
-    from flax.traverse_util import flatten_dict, unflatten_dict
-
-    from llava_jax.models.llava_llama import param_shapes
-    from llava_jax.models.quantize import SCALE, is_quantized, to_int8
-
     params: dict[str, Any] = {}
     for seed, (path, leaf) in enumerate(flatten_dict(param_shapes(config), sep="/").items()):
         if path.endswith(("scale", "bias")):
@@ -178,31 +166,22 @@ def random_params(config, dtype, int8: bool) -> dict:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    import jax
-
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def work_of(config, case: Case):
-    from llava_jax.capacity.roofline import Precision, Shapes, works
-
+    """What the case cannot avoid; a picture's prefill encodes it too."""
     slots = (FEW_STEPS + MANY_STEPS) // 2  # that hold something, on average
     shapes = Shapes(PREFIX, case.wave[1], QUESTION, slots if case.name == "decode" else 0)
-    precision = Precision("int8", True) if case.int8 else Precision()
-    work = works(config, shapes, case.wave[0], 1, precision)
-    return (
-        work["encode"] + work["prefill"]
-        if case.name == "prefill"
-        else work[{"decode": "step"}.get(case.name, case.name)]
-    )
+    work = works(config, shapes, case.wave[0], 1, Precision("int8", True) if case.int8 else Precision())
+    of_case = {"encode": work["encode"], "prefill": work["encode"] + work["prefill"]}
+    return (of_case | {"question": work["question"], "decode": work["step"]})[case.name]
 
 
 def peaks(kind: str):
     """(bytes a second, operations a second) of a card by its name, or None."""
-    from llava_jax.capacity.roofline import GPUS
-
     known = {gpus.card.name: (gpus.card.bandwidth, gpus.flops) for gpus in GPUS.values()}
     return (known | {"NVIDIA H200": (4.8e12, 989e12)}).get(kind)
 
@@ -253,8 +232,6 @@ def describe(row: dict) -> str:
 
 def model(tiny: bool):
     """A 7B that never ends an answer."""
-    from llava_jax.config import LlavaConfig
-
     config = LlavaConfig.preset("1.6-vicuna-7b")
     config = config.replace(generation=dataclasses.replace(config.generation, eos_token_ids=()))
     if not tiny:
@@ -275,11 +252,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of no size, and the tests only collected")
     args = parser.parse_args()
     began = time.perf_counter()
-    os.environ.setdefault("JAX_PLATFORMS", "cuda")
     tests = run_tests(args.tiny, TESTS_SHARE * 60 * args.minutes)
     print(f"pytest -m accelerator, {time.perf_counter() - began:.0f} s: {tests}", flush=True)
-
-    import jax
 
     kind = jax.devices()[0].device_kind
     report: dict[str, Any] = {"device": kind, "jax": jax.__version__, "tests": tests, "rows": []}
