@@ -28,3 +28,9 @@ def join(*parts: Part) -> jax.Array:
     out = [part.sum * factor[..., None] for part, factor in zip(parts, factors, strict=True)]
     weights = [part.weight * factor for part, factor in zip(parts, factors, strict=True)]
     return reduce(add, out) / reduce(add, weights)[..., None]
+
+
+def join_along_first_axis(parts: Part) -> jax.Array:
+    """`join` of many parts whose arrays are one: [parts, ...]."""
+    factors = jnp.exp(parts.largest - parts.largest.max(0))
+    return (parts.sum * factors[..., None]).sum(0) / (parts.weight * factors).sum(0)[..., None]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from llava_jax.models.attention import MASKED
-from llava_jax.models.parts import Part, join
+from llava_jax.models.parts import Part, join_along_first_axis
 from llava_jax.models.quantize import Int8
 from llava_jax.parallel.gpu import AMPERE, Gpu
 
@@ -100,7 +100,7 @@ def triton_attention(
     )
     out = run(inputs)
     if tiling.splits > 1:
-        out = join(*map(Part, *out)).astype(q.dtype)
+        out = join_along_first_axis(Part(*out)).astype(q.dtype)
     return out.reshape(q.shape)
 
 
