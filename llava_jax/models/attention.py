@@ -156,7 +156,7 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     return out.swapaxes(1, 2)
 
 
-def _cudnn_takes(q: jax.Array) -> bool:
+def _cudnn_takes(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """It has no float32, and wants an Ampere or later."""
     gpu = target_gpu()
     if gpu is None or gpu.compute_capability < AMPERE or q.dtype not in (jnp.bfloat16, jnp.float16):
