@@ -154,20 +154,18 @@ class MemoryEstimate:
         return max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
 
     def bytes(self, groups: int, rows: int) -> int:
-        """The prefixes, and the most that is there beside them, in prefill or in answering."""
+        """The prefixes, and beside them one prefill, or the rows' suffixes and the prefill of their questions."""
         text, tensor, itemsize = self.config.text, self.layout.tensor, self.layout.itemsize
         divided_by = tensor if text.num_key_value_heads % tensor == 0 else 1
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads // divided_by  # vectors of a position
         position = cached * text.head_dim * itemsize
         prefixes = groups * self.prefix * (cached * (text.head_dim + 4) if self.layout.int8_prefix else position)
-        hidden = text.hidden_size * itemsize
-        activations = 3 * hidden + 2 * text.intermediate_size // divided_by * itemsize
+        activations = (3 * text.hidden_size + 2 * text.intermediate_size // divided_by) * itemsize
         scores = 0 if self.layout.kernels else SCORE_BYTES * text.num_attention_heads // divided_by
 
         together = self.prefill_batch_size(groups)
         prefill = together * self.prefix * (activations + scores * PREFILL_CHUNK)
         prefill += prefixes // groups * together if together < groups else 0  # what it gives, beside the wave
-        slots, asked = groups * rows * (self.question + self.output_capacity), groups * rows * self.question
-        questions = asked * (position + activations + scores * (self.prefix + self.question))
-        decode = slots * position + asked * hidden + 8 * groups * rows * text.vocab_size
-        return prefixes + max(prefill, questions, decode)
+        suffix = groups * rows * (self.question + self.output_capacity) * position
+        questions = groups * rows * self.question * (activations + scores * (self.prefix + self.question))
+        return prefixes + max(prefill, suffix + questions) + 8 * groups * rows * text.vocab_size
