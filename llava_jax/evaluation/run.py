@@ -147,10 +147,9 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
 
     options, lines = job.options, []
     groups: list[Group] = []
-    if options.mesh:
-        mesh = make_mesh(jax.local_devices(), **dict(options.mesh))
-    else:
-        mesh = batching.default_mesh(job.config, options.dtype, options.quantize)
+    axes = dict(options.mesh)
+    default = None if axes else batching.default_mesh(job.config, options.dtype, options.quantize)
+    mesh = make_mesh(jax.local_devices(), **axes) if axes else default
     llava, params = llava_jax.load(
         options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
     )

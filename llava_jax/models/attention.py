@@ -48,7 +48,7 @@ def _on_one_device(q, k, v, valid):
     platforms = {"cpu": head_by_head_attention}
     if splash_takes(q.shape[1], q.shape[-1], q.dtype):
         platforms["tpu"] = splash_attention
-    if _cudnn_takes(q):
+    if _cudnn_takes(q.shape[-1], q.dtype):
         platforms["cuda"] = cudnn_attention
     return jax.lax.platform_dependent(q, k, v, valid, default=chunked_attention, **platforms)
 
@@ -118,7 +118,7 @@ def has_kernels(head_dim: int, dtype) -> bool:
     """Whether attention is by kernels, which keep no scores in memory, in programs for the mesh of `jax.set_mesh`, or
     without one for this process's devices."""
     if target_gpu() is not None:
-        return _cudnn_takes(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype))
+        return _cudnn_takes(head_dim, dtype)
     wanted = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if wanted is None else wanted.platform) == "tpu" and splash_takes(
         128, head_dim, dtype
@@ -156,12 +156,12 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     return out.swapaxes(1, 2)
 
 
-def _cudnn_takes(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """It has no float32, and wants an Ampere or later."""
+def _cudnn_takes(width: int, dtype) -> bool:
+    """Heads of `width` numbers. It has no float32, and wants an Ampere or later."""
     gpu = target_gpu()
-    if gpu is None or gpu.compute_capability < AMPERE or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if gpu is None or gpu.compute_capability < AMPERE or dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if gpu.compute_capability >= (9, 0) else 128)
+    return width % 8 == 0 and width <= (256 if gpu.compute_capability >= (9, 0) else 128)
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -193,7 +193,7 @@ def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v: [B, L, H, D], as is what comes out.
     """
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    kernels = {"cuda": cudnn} if _cudnn_takes(q) else {}
+    kernels = {"cuda": cudnn} if _cudnn_takes(q.shape[-1], q.dtype) else {}
     return jax.lax.platform_dependent(q, k, v, default=_over_whole_matrix, **kernels)
 
 

@@ -59,7 +59,7 @@ def make_mesh(devices=None, **axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed])
 
 
-def default_axes(devices: int, kv_heads: int, params: int, memory: int) -> dict[str, int]:
+def default_axes(devices: int, kv_heads: int, params: float, memory: float) -> dict[str, int]:
     """Axes for this many devices by default: `tensor` as small as leaves half of their memory to caches, then `data`.
 
     Devices that divide rows say nothing to each other; those that divide a layer do so twice in it. By libtpu's
