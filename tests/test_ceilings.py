@@ -28,7 +28,6 @@ from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
 pytestmark = pytest.mark.usefixtures("no_tpu")
 QUESTION, SLOTS, PREFIX = 64, 128, 3072
 
-
 # Bytes of HBM that a step moves, over those that cannot be avoided. By topology, and groups x rows on each shard
 CEILINGS = {
     ("h100", 1, 1): 1.01,

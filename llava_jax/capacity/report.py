@@ -70,7 +70,7 @@ def default_axes(config: LlavaConfig, where: Slice | Gpus, precision: Precision)
     from llava_jax.parallel import sharding
 
     params = param_bytes(config, roofline.BF16, precision.quantize)
-    return sharding.default_axes(where.chips, config.text.num_key_value_heads, params, where.chip.hbm)
+    return sharding.default_axes(where.chips, config.text.num_key_value_heads, params, int(where.chip.hbm))
 
 
 def _add_ratios(program: dict) -> None:
