@@ -25,7 +25,7 @@ def programs(topology: str, axes: dict[str, int], preset: str, layers: int, int8
 def estimate(of: Programs) -> MemoryEstimate:
     with jax.default_matmul_precision("default"):  # as programs are compiled: "highest" has no splash in bfloat16
         layout = Engine(of.config, of.mesh, of.precision.int8_prefix).cache_layout(of.params())
-    assert layout.kernels
+    assert not layout.keeps_scores
     return MemoryEstimate(of.config, layout, PREFIX, QUESTION, SLOTS)
 
 

@@ -17,7 +17,7 @@ from llava_jax.inference.generate import DecodeState
 from llava_jax.inference.generation_options import GenerationOptions
 from llava_jax.inputs.groups import CacheLayout, no_questions
 from llava_jax.inputs.types import Batch, Questions
-from llava_jax.models.attention import has_kernels
+from llava_jax.models.cache_attention import keeps_scores
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
 from llava_jax.models.ops import causal_lm_loss
 from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
@@ -141,8 +141,8 @@ class Engine:
         tensor = 1 if self.mesh is None else self.mesh.shape.get("tensor", 1)
         dtype = generate.activation_dtype(params)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            kernels = has_kernels(self.config.text.head_dim, dtype)
-        return CacheLayout(dtype.itemsize, self.num_shards, tensor, self.model.int8_prefix, kernels)
+            scores = keeps_scores(self.config.text.head_dim, dtype)
+        return CacheLayout(dtype.itemsize, self.num_shards, tensor, self.model.int8_prefix, scores)
 
     def place(self, arrays):
         """A tree of arrays with a batch's rows, or G, in front: each shard's on the devices of that shard."""

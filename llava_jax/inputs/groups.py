@@ -91,7 +91,7 @@ class CacheLayout:
     shards: int = 1  # devices that divide the prefixes among themselves
     tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
     int8_prefix: bool = False
-    kernels: bool = False  # attention is by kernels, which keep no scores in memory
+    keeps_scores: bool = True  # of all heads of questions at once, as attention does that is not by a kernel
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class MemoryEstimate:
         position = cached * text.head_dim * itemsize
         prefixes = groups * self.prefix * (cached * (text.head_dim + 4) if self.layout.int8_prefix else position)
         activations = (3 * text.hidden_size + 2 * text.intermediate_size // divided_by) * itemsize
-        scores = 0 if self.layout.kernels else SCORE_BYTES * text.num_attention_heads // divided_by
+        scores = SCORE_BYTES * text.num_attention_heads // divided_by if self.layout.keeps_scores else 0
 
         together = self.prefill_batch_size(groups)
         prefill = together * self.prefix * (activations + scores * PREFILL_CHUNK)

@@ -114,17 +114,6 @@ def _attend_chunk(q, k, v, valid, start: int):
     return (out / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)  # [L, D] divisions instead of [L, L]
 
 
-def has_kernels(head_dim: int, dtype) -> bool:
-    """Whether attention is by kernels, which keep no scores in memory, in programs for the mesh of `jax.set_mesh`, or
-    without one for this process's devices."""
-    if target_gpu() is not None:
-        return _cudnn_takes(head_dim, dtype)
-    wanted = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if wanted is None else wanted.platform) == "tpu" and splash_takes(
-        128, head_dim, dtype
-    )
-
-
 def splash_takes(length: int, width: int, dtype) -> bool:
     """Keys of that many positions, `width` numbers each. Its blocks are 128 positions at least; heads of less than half
     a 128-wide lane would waste it."""
