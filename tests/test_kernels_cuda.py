@@ -1,5 +1,6 @@
 """Attention as it is compiled for GPUs that are not there, with llava-jax[cuda-ahead], which .ci/run has apart."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -118,11 +119,14 @@ def test_the_tower_by_cudnn_on_a_mesh(by):
     assert program.memory_analysis().temp_size_in_bytes < 1 << 20
 
 
-def test_without_the_kernel_the_suffix_is_not_turned_round():
-    """Neither before the decode loop nor after it: narrow, two layers, 15 s."""
+@pytest.mark.parametrize("chips", [1, 2])
+def test_without_the_kernel_the_suffix_is_not_turned_round(chips):
+    """Neither before the decode loop nor after it, nor gathered: narrow, two layers, 15 s."""
     config, shapes = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 128)
-    programs = Programs(config, slice_mesh(GPUS["t4"], tensor=1), shapes, Precision())
+    where = dataclasses.replace(GPUS["t4"], chips=chips)
+    programs = Programs(config, slice_mesh(where, tensor=chips), shapes, Precision())
     prefixes = programs.once()[1]
     decode = programs.decode(4, prefixes, programs.question(4, prefixes)[1])
     written = {section: counts["suffix"] for section, counts in decode.whole_writes.items()}
     assert written == {"before": 0, "step": 0, "after": 0}
+    assert decode.collectives.decoder == (0 if chips == 1 else 2)

@@ -73,7 +73,9 @@ def keeps_scores(head_dim: int, dtype) -> bool:
 
 
 def _append_first(q, new, suffix, valid, slot, *prefix):
-    k, v = (_row_major(x) for x in _append(suffix, new, slot))
+    k, v = _append(suffix, new, slot)
+    if target_gpu() is not None and not _kernel_for_gpu(q):
+        k, v = _row_major(k), _row_major(v)
     return decode_attention(q, k, v, valid, *prefix), (k, v)
 
 
@@ -88,12 +90,20 @@ def _append(suffix, new, slot):
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """x, its last axis together in memory on a GPU too: else XLA's form of attention has the whole suffix turned round
-    before the decode loop and after it."""
-    if target_gpu() is None:
-        return x
-    layout = Layout(tuple(range(x.ndim)))
-    return jax.lax.platform_dependent(x, cuda=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
+    """x [G, K, R, S, D], its last axis together in memory on a GPU too: else XLA's form of attention has the whole
+    suffix turned round before the decode loop and after it."""
+
+    def constrain(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def constrain_each(x):  # on a mesh XLA would gather the whole array for it
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return constrain(x)
+        by_head = P(dividing_axes(mesh, BATCH_AXES, len(x)), dividing_axes(mesh, ("tensor",), x.shape[1]))
+        return jax.shard_map(constrain, in_specs=by_head, out_specs=by_head, check_vma=False)(x)
+
+    return jax.lax.platform_dependent(x, cuda=constrain_each, default=lambda x: x)
 
 
 def _kernel_for_gpu(q) -> dict[str, Callable]:
