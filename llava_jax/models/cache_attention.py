@@ -169,7 +169,11 @@ def _two_parts(q, prefix_k, prefix_v, k, v, in_prefix, seen):
     scale = q.shape[-1] ** -0.5
     prefix_k, k_scale = _with_scale(prefix_k, q.dtype)
     prefix_v, v_scale = _with_scale(prefix_v, q.dtype)
-    over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide) * (scale * k_scale)
+    if q.shape[1] == 1:  # the keys first: second, a CPU would turn all of them round at each step
+        over_prefix = jnp.einsum("pd,rlhd->prlh", prefix_k, q, **wide).transpose(1, 2, 3, 0)
+    else:
+        over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide)
+    over_prefix = over_prefix * (scale * k_scale)
     over_own = jnp.einsum("rlhd,rsd->rlhs", q, k, **wide) * scale
     over_prefix = jnp.where(in_prefix, over_prefix, MASKED)
     over_own = jnp.where(seen[:, :, None], over_own, MASKED)
