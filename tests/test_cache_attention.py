@@ -93,7 +93,9 @@ def by_splash(*arguments):
     return question_by_splash(q, k, v, None, *prefix, interpret=True)
 
 
-@pytest.mark.parametrize("kv_heads, new", [(1, 1), (2, 5), (4, 50)])
+@pytest.mark.parametrize(
+    "kv_heads, new", [(2, 5), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 1), (4, 50)))]
+)
 def test_questions_by_splash(kv_heads, new):
     """Prefixes of two blocks, one of them padding for the most part; queries of one block, or of two."""
     q, k, v, *prefix = (x / 3 for x in parts(kv_heads, new=new, slots=new, width=64, prefix=384))

@@ -93,14 +93,14 @@ def state(of: Programs, groups: int):
     return jax.tree.map(place, out)
 
 
-def cases(combinations, daily=()):
+def cases(combinations):
     for case in combinations:
         of_a_gpu = pytest.mark.skipif(not compiler_is_there("cuda"), reason="pip install 'llava-jax[cuda-ahead]'")
-        mark = of_a_gpu if case[0] in GPUS else () if case == daily else pytest.mark.long
+        mark = of_a_gpu if case[0] in GPUS else pytest.mark.long
         yield pytest.param(*case, marks=mark, id="-".join(map(str, case)))
 
 
-@pytest.mark.parametrize("topology, groups, rows", list(cases(CEILINGS, daily=("v5e-4", 1, 1))))  # 5 s
+@pytest.mark.parametrize("topology, groups, rows", list(cases(CEILINGS)))
 def test_a_step_of_decoding(topology, groups, rows):
     of = programs(topology, rows, layers=2)
     ceiling, groups = CEILINGS[topology, groups, rows], groups * num_batch_shards(of.mesh)

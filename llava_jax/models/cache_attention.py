@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.models import tpu_attention
 from llava_jax.models.attention import MASKED, splash_takes
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import target_gpu
+from llava_jax.parallel.gpu import target_gpu, target_platform
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 
@@ -65,8 +65,7 @@ def attend_and_append(q, new, suffix, suffix_valid, slot, *prefix) -> tuple[jax.
 def keeps_scores(head_dim: int, dtype) -> bool:
     """Whether questions have the scores of all their heads in memory at once, in programs for the mesh of
     `jax.set_mesh`, or without one for this process's devices. Kernels keep none, and a CPU those of one head."""
-    wanted = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if wanted is None else wanted.platform
+    platform = target_platform()
     if platform == "tpu":
         return not splash_takes(128, head_dim, dtype)
     return platform != "cpu" and not _kernel_for_gpu(jax.ShapeDtypeStruct((1, 1, 1, 1, head_dim), dtype))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.quantize import SCALE
-from llava_jax.parallel.gpu import AMPERE, target_gpu
+from llava_jax.parallel.gpu import AMPERE, target_gpu, target_platform
 from llava_jax.parallel.sharding import row_shards
 
 
@@ -42,8 +41,8 @@ MATRIX_UNIT_ROWS = 8  # with fewer, XLA multiplies on the vector unit, which tak
 def _product(x, kernel, matmul, **platforms):
     """x [..., in] by kernel [in, out], by `matmul` where `platforms` has nothing else."""
     rows = math.prod(x.shape[:-1]) // row_shards(x.shape[0])
-    if rows < FEW_ROWS:
-        platforms["tpu"] = partial(matmul_few_rows, matmul, rows)
+    if target_platform() == "tpu" and rows < FEW_ROWS:
+        return matmul_few_rows(matmul, rows, x, kernel)
     return jax.lax.platform_dependent(x, kernel, default=matmul, **platforms) if platforms else matmul(x, kernel)
 
 

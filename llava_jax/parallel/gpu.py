@@ -1,4 +1,4 @@
-"""Which GPU a program is for: kernels are chosen by it, so that what is compiled ahead for a GPU is what runs on it."""
+"""Which device a program is for: kernels are chosen by it, so that what is compiled ahead is what runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ class Gpu:
 
     compute_capability: tuple[int, int]
     multiprocessors: int
+
+
+def target_platform() -> str:
+    """The platform that the program being traced is for: of the mesh of `jax.set_mesh`, or else this process's own."""
+    wanted = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if wanted is None else wanted.platform
 
 
 def target_gpu() -> Gpu | None:
