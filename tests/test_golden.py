@@ -265,7 +265,9 @@ def test_batch_logits_and_loss(golden, pictures, model, variant, case):
         np.testing.assert_allclose(out.loss, recorded[key + "/loss"], equal_nan=True, **near)
 
 
-@pytest.mark.parametrize("variant", ["vicuna", "llava15", pytest.param("mistral", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "variant", ["vicuna", *(pytest.param(name, marks=pytest.mark.long) for name in ("llava15", "mistral"))]
+)
 def test_batch_greedy_tokens(golden, pictures, model, variant):
     llava, params = model(variant)
     recorded = golden(variant)

@@ -175,6 +175,7 @@ def run(capsys, *arguments):
     return raised.value.code, out, err.removesuffix("\n")
 
 
+@pytest.mark.long  # daily: the command on a 1.5 checkpoint
 def test_command_on_a_changed_llava_hf_checkpoint(checkpoint, converted, tmp_path, capsys):
     path = "language_model/layers_0/self_attn/v_proj/kernel"
     bad = changed(converted("hf-next"), tmp_path / "llava-hf-next-jax", path, grow)
