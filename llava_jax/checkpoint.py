@@ -31,8 +31,8 @@ from llava_jax.fields import require
 from llava_jax.inputs.conversation import check_conv_mode
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, check_quantize, is_quantized, quantize_leaves, quantized_paths, with_scales
-from llava_jax.parallel.gpu import half_precision
 from llava_jax.parallel.sharding import param_shardings
+from llava_jax.parallel.target import default_dtype
 from llava_jax.records import naming, read_json_object
 
 VERSION = 1
@@ -231,7 +231,7 @@ def load_params(
     Args:
         directory: a converted checkpoint, local or gs://.
         config: its config (`load_config`), which says what must be there.
-        dtype: float32, bfloat16 or float16; None is float32 on a CPU and `half_precision` elsewhere.
+        dtype: float32, bfloat16 or float16; None is `default_dtype`.
         mesh: see `llava_jax.parallel.sharding.make_mesh`.
         quantize: "int8" makes int8 kernels of what is stored otherwise, a layer at a time; None is as stored.
         quantize_also: see `llava_jax.models.quantize.OTHERS`.
@@ -245,7 +245,7 @@ def load_params(
     check_small_files(files)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if dtype is None:
-        dtype = jnp.float32 if device.platform == "cpu" else half_precision(device)
+        dtype = default_dtype(device)
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not supported; supported: {', '.join(DTYPES)}")
     path = files / PARAMS

@@ -21,7 +21,6 @@ from llava_jax.inputs.types import Batch, Questions
 # every step, to be multiplied at once.
 GPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
 
-
 # Nothing goes back from a core's own memory to HBM, where XLA would update whole suffixes and write them back at every
 # step.
 TPU_DECODING_OPTIONS = {"xla_msa_max_outstanding_evictions": 0}

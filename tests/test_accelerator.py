@@ -13,7 +13,7 @@ from llava_jax.models.attention import full_attention
 from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.triton_attention import takes
-from llava_jax.parallel.gpu import target_gpu
+from llava_jax.parallel.target import target_gpu
 
 pytestmark = pytest.mark.accelerator
 

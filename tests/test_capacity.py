@@ -78,22 +78,25 @@ def test_programs_of_a_wave():
     assert needed >= max(answer.total, params + (groups + 1) * prefix)
 
 
-def test_a_cache_that_is_rewritten_is_seen():
-    """A loop that changes one of two arrays whole, reads the other, and updates a slot of a third."""
-    mesh = slice_mesh(SLICES["v5e-1"], tensor=1)
-    shape = (32, 4096, 1024)
+def rewriting_loop(mesh, shape) -> str:
+    """The text of a loop that changes one of two arrays whole, reads the other, and updates a slot of a third."""
     array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
 
     def loop(read, rewritten, updated, by):
         def body(i, carried):
             rewritten, updated = carried
-            slot = jax.lax.dynamic_slice_in_dim(rewritten, i, 1, axis=1) + read.sum(1, keepdims=True)
+            slot = jax.lax.dynamic_slice_in_dim(read, i, 1, axis=1) + read.sum(1, keepdims=True)
             return rewritten * by + read, jax.lax.dynamic_update_slice_in_dim(updated, slot, i, axis=1)
 
         return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
 
     by = jax.ShapeDtypeStruct((), jnp.float32)
-    text = compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text
+    return compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text
+
+
+def test_a_cache_that_is_rewritten_is_seen():
+    shape = (32, 4096, 1024)
+    text = rewriting_loop(slice_mesh(SLICES["v5e-1"], tensor=1), shape)
     step = traffic.whole_writes(parse(text), Watched(set(), {"any": shape}))["step"]
     assert step == {"any": 1, "kernel": 0}
 

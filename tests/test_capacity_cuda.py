@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from test_capacity import small
+from test_capacity import rewriting_loop, small
 
 from llava_jax.capacity import cuda, traffic
 from llava_jax.capacity.hlo import parse
-from llava_jax.capacity.programs import Programs, abstract_params, compile_for, slice_mesh
+from llava_jax.capacity.programs import Programs, abstract_params, slice_mesh
 from llava_jax.capacity.report import compiler_is_there
 from llava_jax.capacity.roofline import GPUS, Precision, Shapes
 from llava_jax.capacity.traffic import Collectives, Watched
@@ -34,20 +34,9 @@ def test_every_card_has_its_own_numbers():
 
 
 def test_a_cache_that_is_rewritten_is_seen():
-    """A loop that changes one of two arrays whole, reads the other, and updates a slot of a third: 1 s."""
-    mesh, shape = slice_mesh(GPUS["h100"], tensor=1), (32, 4096, 1024)
-    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(mesh.devices.flat[0]))
-
-    def loop(read, rewritten, updated, by):
-        def body(i, carried):
-            rewritten, updated = carried
-            slot = jax.lax.dynamic_slice_in_dim(read, i, 1, axis=1) + read.sum(1, keepdims=True)
-            return rewritten * by + read, jax.lax.dynamic_update_slice_in_dim(updated, slot, i, axis=1)
-
-        return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
-
-    by = jax.ShapeDtypeStruct((), jnp.float32)
-    module = parse(compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text)
+    """1 s."""
+    shape = (32, 4096, 1024)
+    module = parse(rewriting_loop(slice_mesh(GPUS["h100"], tensor=1), shape))
     counts = traffic.whole_writes(module, Watched(set(), {"any": shape}))
     assert {section: count["any"] for section, count in counts.items()} == {"before": 0, "step": 1, "after": 0}
     (body,) = module.loops

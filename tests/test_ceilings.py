@@ -22,8 +22,8 @@ from llava_jax.inference.cache import Prefix
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.types import Questions
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import half_precision
 from llava_jax.parallel.sharding import batch_sharding, num_batch_shards
+from llava_jax.parallel.target import half_precision
 
 pytestmark = pytest.mark.usefixtures("no_tpu")
 QUESTION, SLOTS, PREFIX = 64, 128, 3072

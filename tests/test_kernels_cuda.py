@@ -21,7 +21,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.models.attention import causal_attention, full_attention
 from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import Gpu, target_gpu
+from llava_jax.parallel.target import Gpu, target_gpu
 
 pytestmark = [
     pytest.mark.usefixtures("no_tpu"),

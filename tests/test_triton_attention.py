@@ -11,7 +11,7 @@ from test_attention import normal, pretend
 from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.triton_attention import Tiling, choose_tiling, takes, triton_attention
-from llava_jax.parallel.gpu import Gpu
+from llava_jax.parallel.target import Gpu
 
 H100, A100, L4, T4 = Gpu((9, 0), 132), Gpu((8, 0), 108), Gpu((8, 9), 58), Gpu((7, 5), 40)
 

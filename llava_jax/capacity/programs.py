@@ -34,8 +34,8 @@ from llava_jax.inputs.groups import MAX_GROUPS
 from llava_jax.inputs.types import Batch, Questions
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
 from llava_jax.models.quantize import is_quantized, with_scales
-from llava_jax.parallel.gpu import half_precision
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, num_batch_shards, param_shardings
+from llava_jax.parallel.target import half_precision
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ def measure(
     precision: Precision,
 ) -> dict:
     """What one slice or GPU makes of it, as plain values; `describe` puts it into words."""
-    from llava_jax.capacity.programs import Programs, Shapes, largest_wave, slice_mesh
+    from llava_jax.capacity.programs import Programs, largest_wave, slice_mesh
 
     where = TOPOLOGIES[name]
     axes = axes or default_axes(config, where, precision)
     if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
-    shapes = Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
+    shapes = roofline.Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
     fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, precision), where.chip.hbm)
     report = dict(topology=name, mesh=axes, shapes=asdict(shapes), **asdict(precision), hbm=where.chip.hbm)
     report |= asdict(fit)
@@ -70,12 +70,14 @@ def default_axes(config: LlavaConfig, where: Slice | Gpus, precision: Precision)
     from llava_jax.parallel import sharding
 
     params = param_bytes(config, roofline.BF16, precision.quantize)
-    return sharding.default_axes(where.chips, config.text.num_key_value_heads, params, int(where.chip.hbm))
+    return sharding.default_axes(where.chips, config.text.num_key_value_heads, params, where.chip.hbm)
 
 
 def _add_ratios(program: dict) -> None:
+    from llava_jax.capacity.programs import Moved
+
     for moved in filter(None, (program["once"], program["step"])):
-        moved["ratio"] = moved["bytes"] / moved["unavoidable"] if moved["unavoidable"] else None
+        moved["ratio"] = Moved(**moved).ratio
 
 
 def at_best(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from llava_jax.inputs.numbers import whole_number
 from llava_jax.inputs.types import Batch, ProcessedImage
 from llava_jax.models.llava_llama import param_bytes
 from llava_jax.parallel.sharding import default_axes, make_mesh
+from llava_jax.parallel.target import default_dtype
 
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
@@ -41,8 +43,8 @@ def default_mesh(config: LlavaConfig, dtype: str | None, quantize: str | None) -
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
-    single = dtype == "float32" or (dtype is None and devices[0].platform == "cpu")
-    params = param_bytes(config, 4 if single else 2, quantize)
+    itemsize = (default_dtype(devices[0]) if dtype is None else jnp.dtype(dtype)).itemsize
+    params = param_bytes(config, itemsize, quantize)
     memory = (devices[0].memory_stats() or {}).get("bytes_limit", CPU_BUDGET)
     return make_mesh(devices, **default_axes(len(devices), config.text.num_key_value_heads, params, memory))
 

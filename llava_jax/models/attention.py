@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llava_jax.parallel.gpu import AMPERE, target_gpu
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
+from llava_jax.parallel.target import AMPERE, target_gpu
 
 QUERY_CHUNK = 512  # rows of scores alive at once on the chunked path: [B, H, QUERY_CHUNK, L], never [B, H, L, L]
+SPLASH_BLOCKS = 512, 256, 128  # positions at a time, of queries and of keys
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
 
 
@@ -122,6 +123,11 @@ def splash_takes(length: int, width: int, dtype) -> bool:
     return length % 128 == 0 and width % 64 == 0 and not (half and exact)
 
 
+def splash_block(length: int) -> int:
+    """The largest of splash's blocks that divides this many positions."""
+    return next(size for size in SPLASH_BLOCKS if length % size == 0)
+
+
 def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     """`causal_attention` by the Pallas TPU kernel (jax.experimental.pallas.ops.tpu.splash_attention).
 
@@ -131,7 +137,7 @@ def splash_attention(q, k, v, valid, interpret: bool = False) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, only where it is needed
 
     length, heads = q.shape[1:3]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
+    block = splash_block(length)
     forward: dict[str, Any] = dict(block_q=block, block_kv=block, block_kv_compute=block)
     backward: dict[str, Any] = dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block)
     kernel = splash.make_splash_mha_single_device(

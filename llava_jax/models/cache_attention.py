@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax.models import tpu_attention
 from llava_jax.models.attention import MASKED, splash_takes
-from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import target_gpu, target_platform
+from llava_jax.models.quantize import values_and_scale
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
+from llava_jax.parallel.target import target_gpu, target_platform
 
 
 def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -166,8 +166,8 @@ def _two_parts(q, prefix_k, prefix_v, k, v, in_prefix, seen):
     """
     wide = dict(preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
-    prefix_k, k_scale = _with_scale(prefix_k, q.dtype)
-    prefix_v, v_scale = _with_scale(prefix_v, q.dtype)
+    prefix_k, k_scale = values_and_scale(prefix_k, q.dtype)
+    prefix_v, v_scale = values_and_scale(prefix_v, q.dtype)
     if q.shape[1] == 1:  # the keys first: second, a CPU would turn all of them round at each step
         over_prefix = jnp.einsum("pd,rlhd->prlh", prefix_k, q, **wide).transpose(1, 2, 3, 0)
     else:
@@ -181,7 +181,3 @@ def _two_parts(q, prefix_k, prefix_v, k, v, in_prefix, seen):
     out = jnp.einsum("rlhp,pd->rlhd", (on_prefix * v_scale).astype(prefix_v.dtype), prefix_v, **wide)
     out += jnp.einsum("rlhs,rsd->rlhd", on_own.astype(v.dtype), v, **wide)
     return (out / (on_prefix.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True))).astype(q.dtype)
-
-
-def _with_scale(x, dtype):
-    return (x.values.astype(dtype), x.scale) if isinstance(x, Int8) else (x, 1)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.models.quantize import SCALE
-from llava_jax.parallel.gpu import AMPERE, target_gpu, target_platform
 from llava_jax.parallel.sharding import row_shards
+from llava_jax.parallel.target import AMPERE, target_gpu, target_platform
 
 
 class Linear(nn.Module):
@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
 
 FEW_ROWS = 512  # on each device: up to about here, a TPU takes longer to read a kernel than to multiply by it
-MATRIX_UNIT_ROWS = 8  # with fewer, XLA multiplies on the vector unit, which takes longer than reading the kernel
+MATRIX_UNIT_ROWS = 8  # fewer XLA multiplies on a TPU's vector unit, which takes longer than reading the other factor
 
 
 def _product(x, kernel, matmul, **platforms):

@@ -34,6 +34,11 @@ def to_int8(x: jax.Array, axis: int) -> Int8:
     return Int8(jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale)
 
 
+def values_and_scale(x: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | int]:
+    """Keys or values [..., S, D] in `dtype`, and what their products [..., X, S] with queries are multiplied by."""
+    return (x.values.astype(dtype), x.scale[..., None, :]) if isinstance(x, Int8) else (x, 1)
+
+
 def check_quantize(quantize: str | None, also: Iterable[str] = ()) -> None:
     """ValueError if this is no way to quantise."""
     if quantize not in (None, "int8"):

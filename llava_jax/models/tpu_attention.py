@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llava_jax.models.attention import MASKED, splash_takes
+from llava_jax.models.attention import MASKED, SPLASH_BLOCKS, splash_block, splash_takes
+from llava_jax.models.linear import MATRIX_UNIT_ROWS
 from llava_jax.models.parts import Part, join
-from llava_jax.models.quantize import Int8
-
-MATRIX_UNIT_ROWS = 8  # with fewer, XLA multiplies on the vector unit, which takes longer than reading the keys
+from llava_jax.models.quantize import Int8, values_and_scale
 
 
 def decode_apart(q, new, suffix, before, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -40,7 +39,7 @@ def _part(q, k, v, seen) -> Part:
     An int8 position's scale meets its score, or its weight, instead of its D numbers.
     """
     count, wide = q.shape[-2], dict(preferred_element_type=jnp.float32)
-    (k, k_scale), (v, v_scale) = _with_scale(k, q.dtype), _with_scale(v, q.dtype)
+    (k, k_scale), (v, v_scale) = values_and_scale(k, q.dtype), values_and_scale(v, q.dtype)
     scores = jnp.einsum("...xd,...sd->...xs", _matrix_unit_rows(q), k, **wide) * q.shape[-1] ** -0.5 * k_scale
     scores = jnp.where(seen if seen.shape[-2] == 1 else _matrix_unit_rows(seen), scores, MASKED)
     largest = scores.max(-1, keepdims=True)
@@ -64,14 +63,7 @@ def _new_part(heads, k, v) -> Part:
     return Part(v, jnp.sum(heads.astype(jnp.float32) * k, axis=-1) * heads.shape[-1] ** -0.5, 1)
 
 
-def _with_scale(x, dtype):
-    """Values [..., S, D], and what to multiply their products [..., X, S] by."""
-    return (x.values.astype(dtype), x.scale[..., None, :]) if isinstance(x, Int8) else (x, 1)
-
-
 # ---- questions
-
-BLOCKS = 512, 256, 128  # positions at a time, of queries and of keys
 
 
 def splash_takes_questions(q, prefix_k) -> bool:
@@ -87,7 +79,7 @@ def question_by_splash(q, k, v, _, prefix_k, prefix_v, prefix_lengths, interpret
     kv_heads = k.shape[1]
     heads = q.transpose(0, 3, 1, 2, 4)  # [G, H, R, Q, D]
     flat = heads.reshape(groups, count, rows * length, width)
-    flat = jnp.pad(flat, [(0, 0), (0, 0), (0, -flat.shape[2] % BLOCKS[-1]), (0, 0)])
+    flat = jnp.pad(flat, [(0, 0), (0, 0), (0, -flat.shape[2] % SPLASH_BLOCKS[-1]), (0, 0)])
     out, lse = _over_prefix(flat, prefix_k, prefix_v, prefix_lengths, interpret)
     shape = groups, kv_heads, count // kv_heads, rows, length, width
     out, lse = out[:, :, : rows * length].reshape(shape), lse[:, :, : rows * length].reshape(shape[:-1])
@@ -104,7 +96,7 @@ def _over_prefix(q, k, v, lengths, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, only where it is needed
 
     rows, positions = q.shape[2], jax.tree.leaves(k)[0].shape[2]
-    block_q, block_kv = (next(size for size in BLOCKS if count % size == 0) for count in (rows, positions))
+    block_q, block_kv = splash_block(rows), splash_block(positions)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((rows, positions))] * q.shape[1]),
         block_sizes=splash.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv),

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton
 from llava_jax.models.attention import MASKED
 from llava_jax.models.parts import Part, join_along_first_axis
 from llava_jax.models.quantize import Int8
-from llava_jax.parallel.gpu import AMPERE, Gpu
+from llava_jax.parallel.target import AMPERE, Gpu
 
 MIN_QUERIES, MAX_QUERIES = 16, 128  # of a tile: the fewest that a tensor core multiplies, the most that registers hold
 WARP_QUERIES = 16  # of a tile, for each warp; four warps at least

@@ -44,7 +44,7 @@ from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.types import Batch, Questions
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, is_quantized, to_int8
-from llava_jax.parallel.gpu import half_precision
+from llava_jax.parallel.target import half_precision
 
 REPOSITORY = Path(__file__).parents[2]
 PREFIX, QUESTION, SLOTS = 3072, 64, 128

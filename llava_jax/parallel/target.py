@@ -65,6 +65,11 @@ def half_precision(device: jax.Device) -> jnp.dtype:
     return jnp.dtype(jnp.float16 if nvidia and _version(capability) < AMPERE else jnp.bfloat16)
 
 
+def default_dtype(device: jax.Device) -> jnp.dtype:
+    """What parameters are loaded as where nothing else is asked for: float32 on a CPU, `half_precision` elsewhere."""
+    return jnp.dtype(jnp.float32) if device.platform == "cpu" else half_precision(device)
+
+
 def _own_gpu():
     try:
         return jax.devices("cuda")[0]

@@ -6,7 +6,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_attention import FakeGpu, pretend
 
 from llava_jax import make_mesh
-from llava_jax.parallel.gpu import Gpu, half_precision, target_gpu
+from llava_jax.parallel.target import Gpu, half_precision, target_gpu
 
 
 def gpu_mesh(kind, multiprocessors):
