@@ -251,6 +251,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (9.5)")
     parser.add_argument("--tiny", action="store_true", help="a model of no size, and the tests only collected")
     args = parser.parse_args()
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no directory {args.output.parent}")
+    looks = [sys.executable, "-c", "import jax; jax.devices()"]  # apart: JAX would take the memory that the tests need
+    if subprocess.run(looks, capture_output=True).returncode:
+        platforms = os.environ["JAX_PLATFORMS"]
+        parser.error(f"JAX finds no device for JAX_PLATFORMS={platforms}; JAX_PLATFORMS=cpu with --tiny runs anywhere")
     began = time.perf_counter()
     tests = run_tests(args.tiny, TESTS_SHARE * 60 * args.minutes)
     print(f"pytest -m accelerator, {time.perf_counter() - began:.0f} s: {tests}", flush=True)
