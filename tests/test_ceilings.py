@@ -5,6 +5,7 @@ and a cache fits into a TPU core's own memory. Each layer is the same program ag
 """
 
 import dataclasses
+import sys
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from llava_jax.parallel.target import half_precision
 
 pytestmark = pytest.mark.usefixtures("no_tpu")
 QUESTION, SLOTS, PREFIX = 64, 128, 3072
+MIB = 2**20
 
 # Bytes of HBM that a step moves, over those that cannot be avoided. By topology, and groups x rows on each shard
 CEILINGS = {
@@ -100,21 +102,49 @@ def cases(combinations):
         yield pytest.param(*case, marks=mark, id="-".join(map(str, case)))
 
 
+def decode_program(topology: str, groups: int, rows: int):
+    """The decode loop of two layers, `groups` prefixes on each shard."""
+    of = programs(topology, rows, layers=2)
+    groups *= num_batch_shards(of.mesh)
+    return of.decode(groups, prefixes(of, groups), state(of, groups))
+
+
+def question_program(topology: str, layers: int):
+    """Question prefill, 16 rows on each of 8 prefixes on each shard."""
+    of = programs(topology, 16, layers)
+    groups = 8 * num_batch_shards(of.mesh)
+    return of.question(groups, prefixes(of, groups))[0]
+
+
 @pytest.mark.parametrize("topology, groups, rows", list(cases(CEILINGS)))
 def test_a_step_of_decoding(topology, groups, rows):
-    of = programs(topology, rows, layers=2)
-    ceiling, groups = CEILINGS[topology, groups, rows], groups * num_batch_shards(of.mesh)
-    decode = of.decode(groups, prefixes(of, groups), state(of, groups))
-    assert decode.step.ratio < ceiling
+    decode = decode_program(topology, groups, rows)
+    assert decode.step.ratio < CEILINGS[topology, groups, rows]
     for where, counts in decode.whole_writes.items():
         assert not any(counts.values()), (where, counts)
 
 
 @pytest.mark.parametrize("topology, layers", list(cases([("h100", 2), ("v5e-1", 1), ("v5e-4", 1)])))
 def test_question_prefill(topology, layers):
-    of = programs(topology, 16, layers)
-    groups = 8 * num_batch_shards(of.mesh)
-    question, _ = of.question(groups, prefixes(of, groups))
-    assert question.temporaries < QUESTION_MIB[topology] << 20
+    question = question_program(topology, layers)
+    assert question.temporaries < QUESTION_MIB[topology] * MIB
     made_once = {"prefix": 0, "suffix": 2 * layers, "kernel": 0}
     assert question.whole_writes["program"] == made_once
+
+
+def main(topologies: list[str]) -> None:
+    print("| | wave | a step moves, MiB | of the unavoidable | estimated cycles | temporaries, MiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |", flush=True)
+    for topology, groups, rows in (case for case in CEILINGS if case[0] in topologies):
+        decode = decode_program(topology, groups, rows)
+        step, cycles = decode.step, f"{decode.step.cycles:,}" if decode.step.cycles else ""
+        figures = f"{step.bytes / MIB:,.0f} | {step.ratio:.2f} | {cycles} | {decode.temporaries / MIB:.0f}"
+        print(f"| {topology} | {groups} x {rows} | {figures} |", flush=True)
+    for topology in topologies:
+        question = question_program(topology, layers=2)
+        moved, made = question.once.bytes / MIB, question.temporaries / MIB
+        print(f"{topology}, questions, 8 x 16: {moved:,.0f} MiB moved, {made:.0f} MiB of temporaries", flush=True)
+
+
+if __name__ == "__main__":  # TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/test_ceilings.py v5e-8 h100
+    main(sys.argv[1:])
