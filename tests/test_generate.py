@@ -15,7 +15,7 @@ from PIL import Image
 from small import small_model
 
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.sampling import Sample, validate
+from llava_jax.inference.sampling import Sample, said_words, validate
 
 QUESTION = "What is in this picture?"
 
@@ -174,7 +174,7 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy(llava):
     assert len({model.generate(params, None, QUESTION, sampling=sample, **options) for sample in almost}) == 1
     for temperature in (1e-29, 1e-38):  # the one is divided by, the other is not: neither gives NaN
         warped = validate(Sample(temperature, repetition_penalty=100)).warp(
-            np.array([9e3, -8e3, 7.0, 0]), np.zeros(1, int), 1
+            np.array([9e3, -8e3, 7.0, 0]), np.array([True, False, False, False])
         )
         assert np.argmax(warped) == 0 and not np.isnan(warped).any()
 
@@ -221,7 +221,7 @@ def test_warp_is_transformers_warpers(method):
         wanted = transformers.TopPLogitsWarper(method.top_p)(None, wanted)
     if method.min_p:
         wanted = transformers.MinPLogitsWarper(method.min_p)(None, wanted)
-    got = np.asarray(validate(method).warp(scores.numpy(), said.numpy(), 6))
+    got = np.asarray(validate(method).warp(scores.numpy(), said_words(said.numpy(), 6, 400)))
     assert (np.isinf(got) == np.isinf(wanted.numpy())).all()
     kept = ~np.isinf(got)
     assert np.allclose(got[kept], wanted.numpy()[kept], atol=1e-5)

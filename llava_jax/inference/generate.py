@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
-from llava_jax.inference.sampling import Sampling
+from llava_jax.inference.sampling import Sampling, said_words
 from llava_jax.inputs.types import Batch, Questions
-from llava_jax.models.llava_llama import LlavaLlamaForCausalLM
+from llava_jax.models.llava_llama import CacheBlock, LlavaLlamaForCausalLM
 from llava_jax.models.ops import label_log_probs
 
 
@@ -32,19 +32,21 @@ class DecodeState:
 
 def _append_token(state: DecodeState, logits: jax.Array, sampling: Sampling, config) -> DecodeState:
     """Choose each row's next token from logits [G, R, V]; a finished row gets padding."""
-    token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, state.tokens, state.step))
+    said = said_words(state.tokens, state.step, logits.shape[-1])
+    token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, said, state.step))
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.step, axis=2)
     ended = jnp.isin(token, jnp.asarray(config.eos_token_ids, jnp.int32))
     return replace(state, tokens=tokens, done=state.done | ended, step=state.step + 1)
 
 
-def _apply(model: LlavaLlamaForCausalLM, params, *args, method: str):
+def apply(model: LlavaLlamaForCausalLM, params, *args, method: str):
+    """What a method of the model gives."""
     return model.apply({"params": params}, *args, method=method)
 
 
 def prefill(model, params, batch: Batch) -> tuple[Prefix, jax.Array]:
     """Encode, merge and prefill right-padded prompts: (Prefix, G = B; last hidden states [G, E])."""
-    last_hidden, keys_values = _apply(model, params, batch, method="prefill")
+    last_hidden, keys_values = apply(model, params, batch, method="prefill")
     return Prefix(keys_values, batch.lengths), last_hidden
 
 
@@ -58,10 +60,15 @@ def prefill_questions(
     """Prefill each row's question after its prefix: (Suffix, Q + output_capacity slots; hidden states [G, R, Q, E])."""
     length, dtype = questions.ids.shape[-1], activation_dtype(params)
     positions = prefix.lengths[:, None, None] + jnp.broadcast_to(jnp.arange(length), questions.ids.shape)
-    hidden, keys_values = _apply(model, params, questions.ids, positions, prefix, method="prefill_questions")
+    hidden, keys_values = apply(model, params, questions.ids, positions, prefix, method="prefill_questions")
     room = [(0, 0)] * 3 + [(0, output_capacity), (0, 0)]
     keys_values = [tuple(jnp.pad(x.astype(dtype), room) for x in layer) for layer in keys_values]
     return Suffix(keys_values, jnp.arange(length + output_capacity) < questions.lengths[..., None]), hidden
+
+
+def at_last_position(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """hidden [G, R, Q, E], lengths int32 [G, R] → [G, R, E]."""
+    return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[..., None, None], axis=2)[:, :, 0]
 
 
 def sample_first_token(
@@ -70,8 +77,7 @@ def sample_first_token(
     """The state after each row's first token. A question of no tokens (Q = 0) goes on from `last_hidden` [G, E]."""
     if questions.ids.shape[-1]:
         suffix, hidden = prefill_questions(model, output_capacity, params, prefix, questions)
-        last = jnp.maximum(questions.lengths - 1, 0)[..., None, None]
-        last_hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
+        last_hidden = at_last_position(hidden, questions.lengths)
     else:
         groups, rows, _ = questions.ids.shape
         suffix = empty_suffix(model.config.text, groups, rows, output_capacity, activation_dtype(params))
@@ -79,7 +85,7 @@ def sample_first_token(
     shape, padding = (*questions.lengths.shape, output_capacity), model.config.generation.pad_token_id
     tokens = jnp.full(shape, padding, jnp.int32)
     state = DecodeState(suffix, questions.lengths, tokens, done=~questions.active, step=jnp.int32(0))
-    logits = _apply(model, params, last_hidden, method="logits")
+    logits = apply(model, params, last_hidden, method="logits")
     return _append_token(state, logits, sampling, model.config.generation)
 
 
@@ -107,9 +113,10 @@ def decode_loop(
         valid = jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, jnp.ones_like(token, bool), slot, axis=2)
         suffix = replace(state.suffix, valid=valid)
         positions = (prefix.lengths[:, None] + state.lengths + newest)[..., None]
-        hidden, keys_values = _apply(model, params, token, positions, prefix, suffix, slot, method="decode_step")
+        blocks = [CacheBlock(prefix, suffix, slot)]
+        hidden, (keys_values,) = apply(model, params, token, positions, blocks, method="decode_step")
         state = replace(state, suffix=replace(suffix, keys_values=keys_values))
-        logits = _apply(model, params, hidden[:, :, -1], method="logits")
+        logits = apply(model, params, hidden[:, :, -1], method="logits")
         return _append_token(state, logits, sampling, model.config.generation)
 
     return jax.lax.while_loop(unfinished, body, state)
@@ -133,5 +140,5 @@ def generate_from_prefix(
 def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
     """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
     _, hidden = prefill_questions(model, 0, params, prefix, questions)
-    logits = _apply(model, params, hidden[:, :, :-1], method="logits")
+    logits = apply(model, params, hidden[:, :, :-1], method="logits")
     return label_log_probs(logits, questions.ids[:, :, 1:])

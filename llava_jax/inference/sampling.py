@@ -14,7 +14,7 @@ from llava_jax.inputs.numbers import finite_number, whole_number
 class Greedy:
     """The most likely token."""
 
-    def choose(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
+    def choose(self, logits: jax.Array, said: jax.Array, step: jax.Array) -> jax.Array:
         """logits float32 [..., V] → int32 [...]."""
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -34,19 +34,19 @@ class Sample:
     repetition_penalty: float | np.float32 = 1.0
     seed: int | np.uint32 = 0
 
-    def choose(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
-        """logits float32 [..., V], tokens int32 [..., S] of which `step` are there → int32 [...].
+    def choose(self, logits: jax.Array, said: jax.Array, step: jax.Array) -> jax.Array:
+        """logits float32 [..., V], said bool [..., V]: which words the answer has; step: its tokens → int32 [...].
 
         The draw depends on the seed and the step alone: a row gives the same alone and at any place in a batch.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         noise = jax.random.gumbel(key, logits.shape[-1:])
-        return jnp.argmax(self.warp(logits, tokens, step) + noise, axis=-1).astype(jnp.int32)
+        return jnp.argmax(self.warp(logits, said) + noise, axis=-1).astype(jnp.int32)
 
-    def warp(self, logits: jax.Array, tokens: jax.Array, step: jax.Array) -> jax.Array:
+    def warp(self, logits: jax.Array, said: jax.Array) -> jax.Array:
         """The warped logits, -inf where a token is out."""
         penalized = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-        logits = jnp.where(_said(tokens, step, logits.shape[-1]), penalized, logits) / self.temperature
+        logits = jnp.where(said, penalized, logits) / self.temperature
         ordered = -jnp.sort(-logits, axis=-1)
         rank = jnp.arange(logits.shape[-1])
         kept = (self.top_k == 0) | (rank < self.top_k) | (rank == 0)
@@ -62,7 +62,7 @@ class Sample:
 Sampling = Greedy | Sample
 
 
-def _said(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
+def said_words(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     """bool [..., V]: which words are among the first `step` of tokens [..., S]."""
     rows = tokens.reshape(-1, tokens.shape[-1])
     words = jnp.where(jnp.arange(rows.shape[-1]) < step, rows, vocab_size)  # past the end: dropped

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llava_jax.config import LlavaConfig
@@ -23,6 +25,14 @@ from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import is_quantized, to_int8
 from llava_jax.models.vision import build_vision_tower
 from llava_jax.parallel.sharding import each_its_own
+
+
+class CacheBlock(NamedTuple):
+    """Rows that decode side by side: they have one number of slots."""
+
+    prefix: Any  # `cache.Prefix` of G prefixes
+    suffix: Any  # `cache.Suffix`, [G, R, S]
+    slot: jax.Array  # int32, where all its rows write
 
 
 class LlavaLlamaForCausalLM(nn.Module):
@@ -54,6 +64,10 @@ class LlavaLlamaForCausalLM(nn.Module):
         """uint8 tiles [T, S, S, 3] → what a layer of the tower looks at, float32 [T, H, 1 + N, 1 + N]."""
         return self.vision_tower.attention_weights(tiles, layer)
 
+    def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
+        """int32 [...] → [..., E]."""
+        return self.language_model.embed_tokens(token_ids)
+
     def embed_multimodal(self, batch: Batch[jax.Array]) -> jax.Array:
         """The merged sequence [B, L, E] of a planned batch: one gather from one table.
 
@@ -61,16 +75,26 @@ class LlavaLlamaForCausalLM(nn.Module):
         stands where (the device half of the original's prepare_inputs_labels_for_multimodal). A batch of shards
         (text_ids [S, X]) has a table for each, over its own tiles, so that no device needs another's.
         """
-        text = self.language_model.embed_tokens(jnp.atleast_2d(batch.text_ids))  # [S, X, E]
+        text = self.embed_tokens(jnp.atleast_2d(batch.text_ids))  # [S, X, E]
         shards, _, width = text.shape
-        newline = self.image_newline if self.config.has_image_newline else jnp.zeros(width, text.dtype)
-        parts = [text]
-        if len(batch.tiles):
-            parts.append(self.encode_images(batch.tiles).reshape(shards, -1, width).astype(text.dtype))
-        last = jnp.stack([newline, jnp.zeros(width, text.dtype)])
-        table = jnp.concatenate([*parts, jnp.broadcast_to(last, (shards, 2, width))], axis=1)
+        zeros = jnp.zeros((shards, 1, width), text.dtype)
+        table = jnp.concatenate([text, *self._image_rows(batch.tiles, shards, text.dtype), zeros], axis=1)
         indices = batch.gather_indices.reshape(shards, -1, batch.gather_indices.shape[-1])
         return jax.vmap(lambda table, index: table[index])(table, indices).reshape(*batch.gather_indices.shape, width)
+
+    def place_images(self, embeds: jax.Array, tiles: jax.Array, indices: jax.Array) -> jax.Array:
+        """Embedded sequences [B, L, E] with images in them: where an index, int32 [B, L], is not -1, that row of the
+        sequence's table, [projected tiles | image_newline]. Each has T of the tiles, uint8 [B·T, S, S, 3]."""
+        table = jnp.concatenate(self._image_rows(tiles, len(embeds), embeds.dtype), axis=1)
+        rows = jax.vmap(lambda table, index: table[index])(table, jnp.maximum(indices, 0))
+        return jnp.where(indices[..., None] >= 0, rows, embeds)
+
+    def _image_rows(self, tiles: jax.Array, shards: int, dtype) -> list[jax.Array]:
+        """What stands for images, [shards, …, E] each: their projected tiles, if there are any, and image_newline."""
+        width = self.config.text.hidden_size
+        newline = self.image_newline if self.config.has_image_newline else jnp.zeros(width)
+        rows = [self.encode_images(tiles).reshape(shards, -1, width)] if len(tiles) else []
+        return [x.astype(dtype) for x in (*rows, jnp.broadcast_to(newline, (shards, 1, width)))]
 
     def __call__(self, batch: Batch[jax.Array], output_attentions: bool = False):
         """A whole batch: (logits float32 [B, L, V], layers + 1 hidden states [B, L, E], each layer's attention
@@ -115,15 +139,43 @@ class LlavaLlamaForCausalLM(nn.Module):
         """Right-padded prompts to the normed hidden state at each row's last position [B, E], and every layer's (k, v),
         [B, K, L, D], arrays or Int8."""
 
-        def attend(q, k, v):
-            keys_values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            if self.int8_prefix:
-                keys_values = tuple(to_int8(x, -1) for x in keys_values)
-            return causal_attention(q, k, v), keys_values  # padding is on the right, where causality hides it
+        def attend(q, k, v):  # padding is on the right, where causality hides it
+            return causal_attention(q, k, v), self._cached(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
         hidden, keys_values, _ = self._run_whole(batch, attend)
         last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], keys_values
+
+    def prefill_chunk(
+        self, embeds: jax.Array, positions: jax.Array, seq_lens: jax.Array, max_seq_len: int, prefix=None
+    ) -> list[tuple]:
+        """Prompts are prefilled a chunk at a time: every layer's (k, v) of one chunk, [B, K, C, D], arrays or Int8.
+
+        Args:
+            embeds: [B, C, E]; positions: int32 [B, C].
+            seq_lens: int32 [B], of the whole prompts, and max_seq_len, their bound (for `dynamic` rope scaling).
+            prefix: `cache.Prefix` of what comes before the chunk; None for a prompt's first one.
+        """
+
+        def attend_with(*before):
+            def attend(q, k, v):
+                if not before:
+                    return causal_attention(q, k, v), self._cached(k.swapaxes(1, 2), v.swapaxes(1, 2))
+                k, v = _kv_heads_first(k), _kv_heads_first(v)
+                return question_attention(q, k, v, *before, prefix.lengths), self._cached(k[:, :, 0], v[:, :, 0])
+
+            return attend
+
+        if prefix is None:
+            attends = [attend_with()] * self.config.text.num_hidden_layers
+        else:
+            attends = [attend_with(*keys_values) for keys_values in prefix.keys_values]
+            embeds, positions, seq_lens = embeds[:, None], positions[:, None], seq_lens[:, None]  # one row each
+        return self.language_model(embeds, positions, seq_lens, max_seq_len, attends)[1]
+
+    def _cached(self, k: jax.Array, v: jax.Array) -> tuple:
+        """Keys and values as a prefix has them."""
+        return (to_int8(k, -1), to_int8(v, -1)) if self.int8_prefix else (k, v)
 
     def prefill_questions(self, token_ids: jax.Array, positions: jax.Array, prefix):
         """Questions, int32 [G, R, Q], after their `cache.Prefix`: (normed hidden states [G, R, Q, E], each layer's own
@@ -139,19 +191,27 @@ class LlavaLlamaForCausalLM(nn.Module):
         attends = [attend_with(*keys_values) for keys_values in prefix.keys_values]
         return self._extend(token_ids, positions, prefix.capacity + token_ids.shape[-1], attends)
 
-    def decode_step(self, token_ids: jax.Array, positions: jax.Array, prefix, suffix, slot: jax.Array):
-        """One new token a row, int32 [G, R, 1], written into the suffix at `slot`, where `suffix.valid` has it already:
-        (normed hidden states [G, R, 1, E], each layer's suffix (k, v) [G, K, R, S, D])."""
+    def decode_step(self, token_ids: jax.Array, positions: jax.Array, blocks: list[CacheBlock]):
+        """One new token a row, int32 [G, R, 1], each written into its suffix at `slot`, where `suffix.valid` has it
+        already. The blocks' rows lie side by side along R, so that the weights are read once for all of them.
 
-        def attend_with(prefix_kv, suffix_kv):
-            def attend(q, *new):
-                k, v = (_kv_heads_first(x).astype(old.dtype) for x, old in zip(new, suffix_kv, strict=True))
-                return attend_and_append(q, (k, v), suffix_kv, suffix.valid, slot, *prefix_kv, prefix.lengths)
+        Returns:
+            (normed hidden states [G, R, 1, E], for each block every layer's suffix (k, v) [G, K, its rows, S, D])
+        """
+        ends = np.cumsum([block.suffix.valid.shape[1] for block in blocks])[:-1]
+
+        def attend_with(layer: int):
+            def attend(*new):
+                of_blocks = zip(blocks, *(jnp.split(x, ends, axis=1) for x in new), strict=True)
+                attended = [_attend_in(block, layer, *qkv) for block, *qkv in of_blocks]
+                return jnp.concatenate([out for out, _ in attended], axis=1), [suffix for _, suffix in attended]
 
             return attend
 
-        attends = [attend_with(*kv) for kv in zip(prefix.keys_values, suffix.keys_values, strict=True)]
-        return self._extend(token_ids, positions, prefix.capacity + suffix.valid.shape[-1], attends)
+        attends = [attend_with(layer) for layer in range(self.config.text.num_hidden_layers)]
+        longest = max(block.prefix.capacity + block.suffix.valid.shape[-1] for block in blocks)
+        hidden, layers = self._extend(token_ids, positions, longest, attends)
+        return hidden, [list(of_block) for of_block in zip(*layers, strict=True)]
 
     def _extend(self, token_ids, positions, max_seq_len: int, attends):
         embeds = self.language_model.embed_tokens(token_ids)
@@ -160,6 +220,14 @@ class LlavaLlamaForCausalLM(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Normed hidden states [..., E] → float32 [..., V]."""
         return self.language_model.logits(hidden)
+
+
+def _attend_in(block: CacheBlock, layer: int, q, k, v):
+    """(attended [G, R, 1, H, D], the block's suffix (k, v) of that layer with the new position)"""
+    suffix, prefix = block.suffix.keys_values[layer], block.prefix
+    new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip((k, v), suffix, strict=True))
+    keys_values, lengths = prefix.keys_values[layer], prefix.lengths
+    return attend_and_append(q, new, suffix, block.suffix.valid, block.slot, *keys_values, lengths)
 
 
 def _kv_heads_first(x):
