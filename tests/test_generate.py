@@ -221,7 +221,7 @@ def test_warp_is_transformers_warpers(method):
         wanted = transformers.TopPLogitsWarper(method.top_p)(None, wanted)
     if method.min_p:
         wanted = transformers.MinPLogitsWarper(method.min_p)(None, wanted)
-    got = np.asarray(validate(method).warp(scores.numpy(), said_words(said.numpy(), 6, 400)))
+    got = np.asarray(validate(method).warp(scores.numpy(), said_words(said.numpy()[:, :6], 400)))
     assert (np.isinf(got) == np.isinf(wanted.numpy())).all()
     kept = ~np.isinf(got)
     assert np.allclose(got[kept], wanted.numpy()[kept], atol=1e-5)

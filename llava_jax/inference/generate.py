@@ -32,7 +32,8 @@ class DecodeState:
 
 def _append_token(state: DecodeState, logits: jax.Array, sampling: Sampling, config) -> DecodeState:
     """Choose each row's next token from logits [G, R, V]; a finished row gets padding."""
-    said = said_words(state.tokens, state.step, logits.shape[-1])
+    answer = jnp.where(jnp.arange(state.tokens.shape[-1]) < state.step, state.tokens, -1)
+    said = said_words(answer, logits.shape[-1])
     token = jnp.where(state.done, config.pad_token_id, sampling.choose(logits, said, state.step))
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.step, axis=2)
     ended = jnp.isin(token, jnp.asarray(config.eos_token_ids, jnp.int32))

@@ -62,10 +62,10 @@ class Sample:
 Sampling = Greedy | Sample
 
 
-def said_words(tokens: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
-    """bool [..., V]: which words are among the first `step` of tokens [..., S]."""
+def said_words(tokens: jax.Array, vocab_size: int) -> jax.Array:
+    """bool [..., V]: which words are among tokens int32 [..., S], of which -1 is none."""
     rows = tokens.reshape(-1, tokens.shape[-1])
-    words = jnp.where(jnp.arange(rows.shape[-1]) < step, rows, vocab_size)  # past the end: dropped
+    words = jnp.where(rows >= 0, rows, vocab_size)  # past the end: dropped
     said = jnp.zeros((len(rows), vocab_size), bool).at[jnp.arange(len(rows))[:, None], words].set(True, mode="drop")
     return said.reshape(*tokens.shape[:-1], vocab_size)
 
