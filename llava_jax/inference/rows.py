@@ -1,0 +1,383 @@
+"""Rows of a continuous batch on the device: answers that begin, go on and end at their own times.
+
+Pure functions. A block has R rows for each of G prefixes, and S slots for each row. All of its rows write their next
+key and value into one slot, `cursor`, which goes round: a row sees the slots that are its own by `valid`, and their
+order means nothing, since rotary positions are in the keys. A row of q question tokens and n new ones needs q + n - 1
+slots. As in `pool`, a program works on one slot of every shard at once (B = shards), and what is out of range changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.config import TextConfig
+from llava_jax.inference import generate
+from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
+from llava_jax.inference.generate import apply, at_last_position
+from llava_jax.inference.pool import Pool, by_shard, read_slots
+from llava_jax.inference.requests import MOST_END_IDS, MOST_TOP_LOGPROBS, RowOptions
+from llava_jax.inference.sampling import Sample, said_words, validate
+from llava_jax.inputs.types import Questions
+from llava_jax.models.llava_llama import CacheBlock
+
+NOT_LIVING = -1  # in place of a token, where a row had no turn
+
+
+@flax.struct.dataclass
+class RowSettings:
+    """How rows are decoded."""
+
+    limit: jax.Array  # int32 [...], new tokens
+    min_new_tokens: jax.Array  # int32 [...]
+    end_ids: jax.Array  # int32 [..., MOST_END_IDS], -1 behind them
+    sampled: jax.Array  # bool [...]; else greedy
+    sample: Sample  # of arrays [...]
+    wants_logprobs: jax.Array  # bool [...]
+
+
+def row_settings(options: RowOptions, limit: int) -> RowSettings:
+    """One row's, of NumPy scalars; `limit` is how many new tokens it may have in its block."""
+    end_ids = np.full(MOST_END_IDS, -1, np.int32)
+    end_ids[: len(options.end_ids)] = options.end_ids
+    sampling = validate(options.sampling)
+    sampled = isinstance(sampling, Sample)
+    return RowSettings(
+        limit=np.int32(limit),
+        min_new_tokens=np.int32(options.min_new_tokens),
+        end_ids=end_ids,
+        sampled=np.bool_(sampled),
+        sample=sampling if sampled else validate(Sample()),
+        wants_logprobs=np.bool_(options.top_logprobs is not None),
+    )
+
+
+@flax.struct.dataclass
+class Rows:
+    """A block of rows."""
+
+    suffix: Suffix  # [G, R, S]
+    cursor: jax.Array  # int32, the slot that is written next
+    token: jax.Array  # int32 [G, R], the newest, which is not in the suffix yet
+    position: jax.Array  # int32 [G, R], where it stands in its sequence
+    step: jax.Array  # int32 [G, R], new tokens so far
+    done: jax.Array  # bool [G, R]
+    said: jax.Array  # bool [G, R, V], which words the answer has
+    settings: RowSettings  # [G, R]
+
+
+def empty_rows(config: TextConfig, groups: int, rows: int, slots: int, dtype) -> Rows:
+    """A block in which every row is done."""
+
+    def zeros():  # each its own, since blocks are donated
+        return jnp.zeros((groups, rows), jnp.int32)
+
+    settings = jax.tree.map(lambda x: jnp.full((groups, rows, *x.shape), x), row_settings(RowOptions(1), 1))
+    return Rows(
+        suffix=empty_suffix(config, groups, rows, slots, dtype),
+        cursor=jnp.int32(0),
+        token=zeros(),
+        position=zeros(),
+        step=zeros(),
+        done=jnp.ones((groups, rows), bool),
+        said=jnp.zeros((groups, rows, config.vocab_size), bool),
+        settings=settings,
+    )
+
+
+# ---- the next token
+
+
+@flax.struct.dataclass
+class Chosen:
+    """New tokens, NOT_LIVING where a row had no turn; log-probabilities are zeros where nobody wants any."""
+
+    tokens: jax.Array  # int32 [...]
+    logprobs: jax.Array  # float32 [...], before temperature and the like
+    top_ids: jax.Array  # int32 [..., MOST_TOP_LOGPROBS], the likeliest
+    top_logprobs: jax.Array  # float32 [..., MOST_TOP_LOGPROBS]
+
+
+def _empty_chosen(*shape: int) -> Chosen:
+    none, tops = jnp.zeros(shape), jnp.zeros((*shape, MOST_TOP_LOGPROBS))
+    return Chosen(jnp.full(shape, NOT_LIVING, jnp.int32), none, tops.astype(jnp.int32), tops)
+
+
+def _choose(logits: jax.Array, said: jax.Array, step: jax.Array, settings: RowSettings, living: jax.Array) -> Chosen:
+    """The next token of rows [G, R]: logits float32 [G, R, V]; said bool [G, R, V]; step int32, living bool [G, R].
+
+    Sorting and log-probabilities cost nothing while no living row asks for them.
+    """
+
+    def no_end(logits):
+        is_end = (settings.end_ids[..., None] == jnp.arange(logits.shape[-1])).any(-2)
+        return jnp.where(is_end & (step < settings.min_new_tokens)[..., None], -jnp.inf, logits)
+
+    def greedy(logits):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn(logits):
+        draws = jax.vmap(jax.vmap(Sample.choose))(settings.sample, logits, said, step)
+        return jnp.where(settings.sampled, draws, greedy(logits))
+
+    def log_probs(logits, tokens):
+        all_words = jax.nn.log_softmax(logits)
+        top_logprobs, top_ids = jax.lax.top_k(all_words, MOST_TOP_LOGPROBS)
+        return Chosen(tokens, jnp.take_along_axis(all_words, tokens[..., None], -1)[..., 0], top_ids, top_logprobs)
+
+    def tokens_alone(logits, tokens):
+        return replace(_empty_chosen(*tokens.shape), tokens=tokens)
+
+    allowed = jax.lax.cond(jnp.any(living & (step < settings.min_new_tokens)), no_end, lambda logits: logits, logits)
+    tokens = jax.lax.cond(jnp.any(living & settings.sampled), drawn, greedy, allowed)
+    chosen = jax.lax.cond(jnp.any(living & settings.wants_logprobs), log_probs, tokens_alone, logits, tokens)
+    return replace(chosen, tokens=jnp.where(living, tokens, NOT_LIVING))
+
+
+def _ended(token: jax.Array, step: jax.Array, settings: RowSettings) -> jax.Array:
+    """Whether a row ends with its newest token, the `step`th."""
+    return (token[..., None] == settings.end_ids).any(-1) | (step >= settings.limit)
+
+
+# ---- programs
+
+
+def _put(shards: int, x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array) -> jax.Array:
+    """x [G, R, ...] with `new` [B, n, ...] as rows int32 [B, n] of a slot of each shard."""
+    put = jax.vmap(lambda x, new, slot, rows: x.at[slot, rows].set(new, mode="drop"))
+    return put(by_shard(shards, x), new, slots, row_ids).reshape(x.shape)
+
+
+def _put_by_head(shards: int, x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array) -> jax.Array:
+    """x [G, K, R, S, D] with `new` [B, n, K, S, D], as `_put`."""
+    put = jax.vmap(lambda x, new, slot, rows: x.at[slot, :, rows].set(new, mode="drop"))
+    return put(by_shard(shards, x), new, slots, row_ids).reshape(x.shape)
+
+
+def admit(
+    model,
+    params,
+    pool: Pool,
+    prefix_lengths: jax.Array,
+    rows: Rows,
+    slots: jax.Array,
+    row_ids: jax.Array,
+    questions: Questions,
+    settings: RowSettings,
+    steps: jax.Array,
+    said_ids: jax.Array,
+) -> tuple[Rows, Chosen]:
+    """Questions become rows, each with its first token.
+
+    Args:
+        prefix_lengths: int32 [B], of the prefixes in `slots` int32 [B].
+        rows: used up; row_ids: int32 [B, n], which of a slot's rows a question becomes.
+        questions: [B, n, Q], Q at most S; where one is not active, nothing changes.
+        settings: [B, n].
+        steps, said_ids: int32 [B, n] and [B, n, A], tokens that the answer has already, which are at the question's
+            end, and -1 behind them; for a row that goes on.
+
+    Returns:
+        (the rows, the new tokens [B, n])
+    """
+    shards, (groups, count, size) = len(slots), rows.suffix.valid.shape
+    living = questions.active & (slots < groups // shards)[:, None] & (row_ids < count)
+    row_ids = jnp.where(living, row_ids, count)  # dropped
+    prefix = Prefix(read_slots(pool, shards, slots), prefix_lengths)
+    suffix, hidden = generate.prefill_questions(model, 0, params, prefix, questions)
+    logits = apply(model, params, at_last_position(hidden, questions.lengths), method="logits")
+    vocabulary = jnp.arange(logits.shape[-1])
+    said = said_words(said_ids, len(vocabulary))
+    chosen = _choose(logits, said, steps, settings, living)
+
+    starts = rows.cursor - questions.lengths
+
+    def in_ring(x):  # [B, n, Q, ...] → [B, n, S, ...], from each row's start on
+        room = [(0, 0)] * 2 + [(0, size - x.shape[2])] + [(0, 0)] * (x.ndim - 3)
+        return jax.vmap(jax.vmap(lambda x, start: jnp.roll(x, start, axis=0)))(jnp.pad(x, room), starts)
+
+    def put(x, new):
+        return _put(shards, x, new, slots, row_ids)
+
+    def put_keys(old, new):  # [B, K, n, Q, D] as [B, n, Q, K, D], and as [B, n, K, S, D] in its place
+        return _put_by_head(shards, old, in_ring(new.transpose(0, 2, 3, 1, 4)).swapaxes(2, 3), slots, row_ids)
+
+    new_rows = replace(
+        rows,
+        suffix=Suffix(
+            jax.tree.map(put_keys, rows.suffix.keys_values, suffix.keys_values),
+            put(rows.suffix.valid, in_ring(suffix.valid)),
+        ),
+        token=put(rows.token, chosen.tokens),
+        position=put(rows.position, prefix_lengths[:, None] + questions.lengths),
+        step=put(rows.step, steps + 1),
+        done=put(rows.done, _ended(chosen.tokens, steps + 1, settings)),
+        said=put(rows.said, said | (chosen.tokens[..., None] == vocabulary)),
+        settings=jax.tree.map(put, rows.settings, settings),
+    )
+    return new_rows, chosen
+
+
+def decode(
+    model,
+    max_steps: int,
+    params,
+    pools: Sequence[Pool],
+    prefix_lengths: Sequence[jax.Array],
+    blocks: list[Rows],
+    active: Sequence[jax.Array],
+    steps: jax.Array,
+    leave_after: jax.Array,
+) -> tuple[list[Rows], Chosen, jax.Array]:
+    """Up to `steps` new tokens for every living row of all blocks, whose rows are side by side in each product.
+
+    A row lives while it is active and not done. It ends when no row lives, or at least `leave_after` have ended.
+
+    Args:
+        pools, prefix_lengths (int32 [G]): of each block.
+        blocks: used up; all of one G.
+        active: bool [G, R] of each block. A row that is neither done nor active loses slots as the cursor goes round.
+        steps: int32, at most `max_steps`; leave_after: int32.
+
+    Returns:
+        (the blocks, the new tokens [max_steps, G, R of all blocks], how many steps were taken)
+    """
+    widths = [block.done.shape[1] for block in blocks]
+    ends = np.cumsum(widths)[:-1]
+
+    def living(blocks):
+        return [here & ~block.done for block, here in zip(blocks, active, strict=True)]
+
+    def count_living(blocks):
+        return sum(jnp.sum(alive) for alive in living(blocks))
+
+    began = count_living(blocks)
+
+    def goes_on(state):
+        blocks, _, taken = state
+        alive = count_living(blocks)
+        return (taken < steps) & (alive > 0) & (began - alive < leave_after)
+
+    def body(state):
+        blocks, chosen, taken = state
+        alive = living(blocks)
+        parts = [_cache_block(*part) for part in zip(pools, prefix_lengths, blocks, alive, strict=True)]
+        tokens, positions = (
+            jnp.concatenate([getattr(block, name) for block in blocks], axis=1)[..., None]
+            for name in ("token", "position")
+        )
+        hidden, keys_values = apply(model, params, tokens, positions, parts, method="decode_step")
+        logits = jnp.split(apply(model, params, hidden[:, :, -1], method="logits"), ends, axis=1)
+        advanced = [_advance(*part) for part in zip(blocks, keys_values, logits, alive, strict=True)]
+        new = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(new for _, new in advanced))
+        chosen = jax.tree.map(lambda all_steps, x: all_steps.at[taken].set(x), chosen, new)
+        return [block for block, _ in advanced], chosen, taken + 1
+
+    chosen = _empty_chosen(max_steps, len(blocks[0].done), sum(widths))
+    return jax.lax.while_loop(goes_on, body, (list(blocks), chosen, jnp.int32(0)))
+
+
+def _cache_block(pool: Pool, prefix_lengths: jax.Array, rows: Rows, living: jax.Array) -> CacheBlock:
+    """What the rows see. All see the slot that they write, so that those that do not live write no NaN into it."""
+    lengths = jnp.where(living.any(1), prefix_lengths, 0)  # kernels pass over what nobody reads
+    valid = _at_cursor(rows, jnp.ones_like(living))
+    return CacheBlock(Prefix(pool, lengths), replace(rows.suffix, valid=valid), rows.cursor)
+
+
+def _at_cursor(rows: Rows, value: jax.Array) -> jax.Array:
+    """`valid` with bool [G, R] at the cursor."""
+    return jax.lax.dynamic_update_slice_in_dim(rows.suffix.valid, value[..., None], rows.cursor, axis=2)
+
+
+def _advance(rows: Rows, keys_values, logits: jax.Array, living: jax.Array) -> tuple[Rows, Chosen]:
+    """The rows after a step, and their new tokens [G, R]."""
+    chosen = _choose(logits, rows.said, rows.step, rows.settings, living)
+    step, token = rows.step + living, jnp.where(living, chosen.tokens, rows.token)
+    new_rows = replace(
+        rows,
+        suffix=Suffix(keys_values, _at_cursor(rows, living)),
+        cursor=(rows.cursor + 1) % rows.suffix.valid.shape[-1],
+        token=token,
+        position=rows.position + living,
+        step=step,
+        done=rows.done | (living & _ended(token, step, rows.settings)),
+        said=rows.said | (chosen.tokens[..., None] == jnp.arange(logits.shape[-1])),
+    )
+    return new_rows, chosen
+
+
+def move(
+    shorts: Rows,
+    longs: Rows,
+    shards: int,
+    slots: jax.Array,
+    sources: jax.Array,
+    targets: jax.Array,
+    limits: jax.Array,
+) -> tuple[Rows, Rows]:
+    """Rows of a block that go on in another with as many slots or more; both blocks are used up.
+
+    Args:
+        slots, sources, targets: int32 [B], a slot of each shard, its row there, and the row that it becomes.
+        limits: int32 [B], new tokens that it may have there. A row that ended at its old limit lives on.
+
+    Returns:
+        (the one block, in which the row is done; the other)
+    """
+    groups, count, size = longs.suffix.valid.shape
+    in_range = (slots < groups // shards) & (sources < shorts.done.shape[1])
+    sources, targets = sources[:, None], jnp.where(in_range, targets, count)[:, None]
+
+    def read(x):
+        get = jax.vmap(lambda x, slot, row: x.at[slot, row].get(mode="clip"))
+        return get(by_shard(shards, x), slots, sources)  # [B, 1, ...]
+
+    def read_by_head(x):
+        get = jax.vmap(lambda x, slot, row: x.at[slot, :, row].get(mode="clip"))
+        return get(by_shard(shards, x), slots, sources)  # [B, 1, K, S, D]
+
+    def put(x, new):
+        return _put(shards, x, new, slots, targets)
+
+    valid = read(shorts.suffix.valid)
+    oldest_first = (shorts.cursor + jnp.arange(valid.shape[-1])) % valid.shape[-1]
+    order = oldest_first[jnp.argsort(valid[:, 0][:, oldest_first], axis=-1, stable=True)]  # [B, S], its own at the end
+
+    def to_ring(x):  # one row's slots [S, ...]
+        return jnp.roll(jnp.pad(x, [(size - len(x), 0)] + [(0, 0)] * (x.ndim - 1)), longs.cursor, axis=0)
+
+    def move_keys(old, new):
+        ordered = jax.vmap(lambda x, order: x[0][:, order])(read_by_head(old), order)  # [B, K, S, D]
+        return _put_by_head(shards, new, jax.vmap(jax.vmap(to_ring))(ordered)[:, None], slots, targets)
+
+    valid = jax.vmap(lambda valid, order: to_ring(valid[0, order]))(valid, order)[:, None]
+    settings = replace(jax.tree.map(read, shorts.settings), limit=limits[:, None])
+    token, step = read(shorts.token), read(shorts.step)
+    longs = replace(
+        longs,
+        suffix=Suffix(
+            jax.tree.map(move_keys, shorts.suffix.keys_values, longs.suffix.keys_values),
+            put(longs.suffix.valid, valid),
+        ),
+        token=put(longs.token, token),
+        position=put(longs.position, read(shorts.position)),
+        step=put(longs.step, step),
+        done=put(longs.done, _ended(token, step, settings)),
+        said=put(longs.said, read(shorts.said)),
+        settings=jax.tree.map(put, longs.settings, settings),
+    )
+    left = jnp.where(targets < count, sources, shorts.done.shape[1])
+    return replace(shorts, done=_put(shards, shorts.done, jnp.ones_like(left, bool), slots, left)), longs
+
+
+def score(
+    model, params, pool: Pool, shards: int, prefix_lengths: jax.Array, slots: jax.Array, questions: Questions
+) -> jax.Array:
+    """`generate.score` of questions [B, n, Q] after the prefixes in a slot of each shard, float32 [B, n, Q - 1]."""
+    return generate.score(model, params, Prefix(read_slots(pool, shards, slots), prefix_lengths), questions)
