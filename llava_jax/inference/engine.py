@@ -12,6 +12,7 @@ import numpy as np
 from llava_jax.compiling import LoggedJit, compiler_options
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import cache, generate
+from llava_jax.inference.batch_programs import BatchPrograms
 from llava_jax.inference.cache import Prefix
 from llava_jax.inference.generate import DecodeState
 from llava_jax.inference.generation_options import GenerationOptions
@@ -78,6 +79,7 @@ class Engine:
         self._embed_multimodal = of_model("embed_multimodal", partial(_call, "embed_multimodal"))
         self._attention_rows = of_model("attention", partial(_call, "attention_rows"), static_argnums=3)
         self._tower_attention = of_model("tower attention", partial(_call, "tower_attention"), static_argnums=2)
+        self.batch = BatchPrograms(program, model, mesh)
 
     # ---- tokens
 

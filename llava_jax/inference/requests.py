@@ -82,11 +82,12 @@ class Scores:
 
 @dataclass(eq=False)
 class ScoreRequest:
-    """The log-likelihood of each candidate after a prompt: of its own ids, which follow `prompt.ids`."""
+    """The log-likelihood of each candidate after a prompt, whose `shared` makes no difference here."""
 
     prompt: Prompt
-    candidates: Sequence[np.ndarray]  # int64 [length] each, at least one id
+    candidates: Sequence[np.ndarray]  # int64 [length] each, at least one id: they follow `prompt.ids`
     emit: Callable[[Scores], None]
+    starts: Sequence[int] = ()  # how many ids of each candidate do not count; none: all count
 
 
 class QueueFull(Exception):

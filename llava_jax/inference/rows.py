@@ -242,7 +242,7 @@ def decode(
     Args:
         pools, prefix_lengths (int32 [G]): of each block.
         blocks: used up; all of one G.
-        active: bool [G, R] of each block. A row that is neither done nor active loses slots as the cursor goes round.
+        active: bool [G, R] of each block. A row that does not live keeps what it has.
         steps: int32, at most `max_steps`; leave_after: int32.
 
     Returns:
@@ -284,15 +284,16 @@ def decode(
 
 
 def _cache_block(pool: Pool, prefix_lengths: jax.Array, rows: Rows, living: jax.Array) -> CacheBlock:
-    """What the rows see. All see the slot that they write, so that those that do not live write no NaN into it."""
+    """What the rows see: at least the slot at the cursor, so that there is something to see. Those that do not live write
+    nothing."""
     lengths = jnp.where(living.any(1), prefix_lengths, 0)  # kernels pass over what nobody reads
-    valid = _at_cursor(rows, jnp.ones_like(living))
-    return CacheBlock(Prefix(pool, lengths), replace(rows.suffix, valid=valid), rows.cursor)
+    valid = rows.suffix.valid | _at_cursor(rows)
+    return CacheBlock(Prefix(pool, lengths), replace(rows.suffix, valid=valid), rows.cursor, living)
 
 
-def _at_cursor(rows: Rows, value: jax.Array) -> jax.Array:
-    """`valid` with bool [G, R] at the cursor."""
-    return jax.lax.dynamic_update_slice_in_dim(rows.suffix.valid, value[..., None], rows.cursor, axis=2)
+def _at_cursor(rows: Rows) -> jax.Array:
+    """bool [S]"""
+    return jnp.arange(rows.suffix.valid.shape[-1]) == rows.cursor
 
 
 def _advance(rows: Rows, keys_values, logits: jax.Array, living: jax.Array) -> tuple[Rows, Chosen]:
@@ -301,7 +302,7 @@ def _advance(rows: Rows, keys_values, logits: jax.Array, living: jax.Array) -> t
     step, token = rows.step + living, jnp.where(living, chosen.tokens, rows.token)
     new_rows = replace(
         rows,
-        suffix=Suffix(keys_values, _at_cursor(rows, living)),
+        suffix=Suffix(keys_values, rows.suffix.valid | (living[..., None] & _at_cursor(rows))),
         cursor=(rows.cursor + 1) % rows.suffix.valid.shape[-1],
         token=token,
         position=rows.position + living,

@@ -33,6 +33,7 @@ class CacheBlock(NamedTuple):
     prefix: Any  # `cache.Prefix` of G prefixes
     suffix: Any  # `cache.Suffix`, [G, R, S]
     slot: jax.Array  # int32, where all its rows write
+    writes: jax.Array | None = None  # bool [G, R], those that do; None: all
 
 
 class LlavaLlamaForCausalLM(nn.Module):
@@ -226,6 +227,9 @@ def _attend_in(block: CacheBlock, layer: int, q, k, v):
     """(attended [G, R, 1, H, D], the block's suffix (k, v) of that layer with the new position)"""
     suffix, prefix = block.suffix.keys_values[layer], block.prefix
     new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip((k, v), suffix, strict=True))
+    if block.writes is not None:
+        kept = (jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3) for old in suffix)
+        new = tuple(jnp.where(block.writes[:, None, :, None, None], x, old) for x, old in zip(new, kept, strict=True))
     keys_values, lengths = prefix.keys_values[layer], prefix.lengths
     return attend_and_append(q, new, suffix, block.suffix.valid, block.slot, *keys_values, lengths)
 

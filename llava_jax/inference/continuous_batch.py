@@ -1,0 +1,316 @@
+"""A wave that never ends: requests come and go while others decode. The scheduler says what, and this has it done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from itertools import repeat
+
+import jax
+import numpy as np
+
+from llava_jax.constants import IMAGE_TOKEN_INDEX
+from llava_jax.inference.batch_shape import BatchShape, Block
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.generate import activation_dtype
+from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Token
+from llava_jax.inference.rows import Chosen, row_settings
+from llava_jax.inference.scheduler import (
+    LOOKAHEAD,
+    ActiveRequest,
+    Admission,
+    Fill,
+    FillLane,
+    Living,
+    Move,
+    Scheduler,
+    Scoring,
+)
+from llava_jax.inputs.anyres import NEWLINE, image_index
+from llava_jax.inputs.batch import bucket_length
+from llava_jax.inputs.groups import bucket_rows
+from llava_jax.inputs.types import Questions
+
+NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
+
+
+class ContinuousBatch:
+    """The device's side of a batch of this shape, and the scheduler that fills it. One thread only."""
+
+    def __init__(self, engine: Engine, params, shape: BatchShape):
+        self.engine, self.params, self.shape = engine, params, shape
+        self.config, self.programs = engine.config, engine.batch
+        self.scheduler = Scheduler(engine.config, shape)
+        dtype = activation_dtype(params)
+        self._pools = [self.programs.empty_pool(shape.groups, pool.capacity, dtype) for pool in shape.pools]
+        self._rows = {
+            block: self.programs.empty_rows(shape.groups, *shape.row_class(block), dtype) for block in shape.blocks
+        }
+        self._filling: Iterator[None] | None = None
+        self._unread: deque[Callable[[], None]] = deque()
+
+    # ---- for its owner
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be done until a request comes."""
+        return self.scheduler.idle and not self._unread and self._filling is None
+
+    def step(self) -> None:
+        """Give the device what is next, and say what it has answered meanwhile: one chunk of decoding behind."""
+        self._fill_some()
+        for found in self.scheduler.admissions():
+            self._score(found) if isinstance(found, Scoring) else self._admit(found)
+        for move in self.scheduler.moves():
+            self._move(move)
+        ahead = int(self._decode())
+        while len(self._unread) > ahead:
+            self._unread.popleft()()
+
+    # ---- prefixes
+
+    def _fill_some(self) -> None:
+        """A chunk of a prefix, or where no stream waits for its next token, all that there is."""
+        while True:
+            if self._filling is None:
+                fill = self.scheduler.next_fill()
+                if fill is None:
+                    return
+                self._filling = self._stages(fill)
+            for _ in self._filling:
+                if self.shape.chunk is not None and self.scheduler.running:
+                    return
+            self._filling = None
+
+    def _stages(self, fill: Fill) -> Iterator[None]:
+        """Prefill the lanes' prefixes, a piece at a time."""
+        lanes, pool = fill.lanes, fill.pool
+        if any(lane and lane.source for lane in lanes):
+            sources = self._slots(lanes, lambda lane: lane.source and lane.source.index)
+            targets = self._slots(lanes, lambda lane: lane.source and lane.slot.index)
+            self._pools[pool] = self.programs.copy_slot(self._pools[pool], self.shape.shards, sources, targets)
+            yield
+        starts = [lane.start if lane else 0 for lane in lanes]
+        lengths = np.array([lane.key.length if lane else 0 for lane in lanes], np.int32)
+        if any(start < length for start, length in zip(starts, lengths, strict=True)):
+            embeds = yield from self._embed(lanes)
+            yield from self._chunks(pool, lanes, embeds, np.array(starts, np.int32), lengths)
+        self.scheduler.filled(fill)
+
+    def _embed(self, lanes: list[FillLane | None]) -> Generator[None, None, jax.Array]:
+        """The prefixes' embeddings [B, P, E], one picture at a time."""
+        config, capacity = self.config, self.shape.pools[-1].capacity
+        text = np.zeros((len(lanes), capacity), np.int32)
+        pictures: list[list[tuple[int, np.ndarray, np.ndarray]]] = []  # of each lane: where it starts, index, tiles
+        for b, lane in enumerate(lanes):
+            placed, position, image = [], 0, 0
+            for token in [] if lane is None else lane.prompt.ids[: lane.prompt.shared].tolist():
+                if token != IMAGE_TOKEN_INDEX:
+                    text[b, position] = token
+                    position += 1
+                    continue
+                shown = lane.prompt.images[image]  # type: ignore[union-attr]
+                index = image_index(shown.size, config)
+                if position + len(index) > lane.start:  # type: ignore[union-attr]
+                    placed.append((position, index, shown.tiles))
+                position, image = position + len(index), image + 1
+            pictures.append(placed)
+        embeds = self.programs.embed_text(self.params, self.engine.place(text))
+        yield
+        most, newline = config.max_tiles_per_image, config.max_tiles_per_image * config.tokens_per_tile
+        for n in range(max(map(len, pictures))):
+            tiles = np.zeros((len(lanes), most, config.tile_size, config.tile_size, 3), np.uint8)
+            indices = np.full(text.shape, -1, np.int32)
+            for b, placed in enumerate(pictures):
+                if n < len(placed):
+                    position, index, shown = placed[n]
+                    tiles[b, : len(shown)] = shown
+                    indices[b, position : position + len(index)] = np.where(index == NEWLINE, newline, index)
+            tiles = tiles.reshape(-1, *tiles.shape[2:])
+            embeds = self.programs.place_image(
+                self.params, embeds, self.engine.place(tiles), self.engine.place(indices)
+            )
+            yield
+        return embeds
+
+    def _chunks(self, pool: int, lanes, embeds, starts: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
+        """Prefill what is missing of each lane, from its start on."""
+        capacity, chunk = self.shape.pools[pool].capacity, self.shape.chunk
+        if not starts.any():
+            size = min(chunk or bucket_length(int(lengths.max()), self.config), capacity)
+            slots = self._slots(lanes, lambda lane: lane.slot.index)
+            self._pools[pool] = self.programs.prefill_first(
+                size, self.params, self._pools[pool], embeds, slots, self.engine.place(lengths)
+            )
+            starts = starts + size
+            yield
+        size = min(chunk or NEXT_CHUNK, capacity)
+        while (starts < lengths).any():
+            behind = [
+                lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
+            ]
+            slots = self._slots(behind, lambda lane: lane.slot.index)
+            self._pools[pool] = self.programs.prefill_next(
+                size,
+                self.params,
+                self._pools[pool],
+                embeds,
+                slots,
+                self.engine.place(np.minimum(starts, lengths).astype(np.int32)),
+                self.engine.place(lengths),
+            )
+            starts = starts + size
+            yield
+
+    def _slots(self, lanes: Iterable, index: Callable) -> jax.Array | np.ndarray:
+        """int32 [B]: of each lane; one behind the last slot where there is nothing to do."""
+        found = [index(lane) if lane else None for lane in lanes]
+        return self.engine.place(np.array([self.shape.per_shard if i is None else i for i in found], np.int32))
+
+    # ---- rows
+
+    def _admit(self, admission: Admission) -> None:
+        lanes, shards = admission.lanes, self.shape.shards
+        count = bucket_rows(max(map(len, lanes)))
+        options, nobody = [[RowOptions(1)] * count for _ in range(shards)], self.shape.row_class(admission.block).rows
+        row_ids = np.full((shards, count), nobody, np.int32)
+        steps, lengths = np.zeros((shards, count), np.int32), np.zeros(shards, np.int32)
+        ids = np.zeros((shards, count, self.shape.question), np.int32)
+        questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
+        said = np.full((shards, count, self.shape.max_model_len if self.shape.chunk else 0), -1, np.int32)
+        limits = np.ones((shards, count), np.int32)
+        asked: list[tuple[ActiveRequest, int, tuple[int, int]]] = []
+        for b, lane in enumerate(lanes):
+            for r, active in enumerate(lane):
+                question, tokens = active.question, active.tokens
+                ids[b, r, : len(question)], questions.lengths[b, r] = question, len(question)
+                questions.active[b, r], row_ids[b, r], steps[b, r] = True, active.row, len(tokens)
+                said[b, r, : len(tokens)] = tokens
+                options[b][r], limits[b, r] = active.request.options, self.scheduler.limit_here(active)
+                lengths[b] = active.key.length
+                asked.append((active, active.epoch, (b, r)))
+        settings = [row_settings(*pair) for row in zip(options, limits, strict=True) for pair in zip(*row, strict=True)]
+        stacked = jax.tree.map(lambda *x: np.stack(x).reshape(shards, count, *np.shape(x[0])), *settings)
+        slots = self._slots(lanes, lambda lane: lane[0].slot.index)
+        pool = self._pools[admission.block.pool]
+        place = self.engine.place
+        self._rows[admission.block], chosen = self.programs.admit(
+            self.params, pool, place(lengths), self._rows[admission.block], slots, place(row_ids), place(questions),
+            place(stacked), place(steps), place(said),
+        )  # fmt: skip
+        self._unread.append(partial(self._read_first, chosen, asked))
+
+    def _read_first(self, chosen: Chosen, asked) -> None:
+        read = _Read(chosen, any(active.request.options.top_logprobs is not None for active, _, _ in asked))
+        for active, epoch, place in asked:
+            self.scheduler.said(active, epoch, [read.token(place, active.request.options)])
+
+    def _move(self, move: Move) -> None:
+        target = Block(move.source.pool, move.source.row_class + 1)
+        lanes, rows = move.lanes, self._rows
+        targets = np.array([active.row if active else 0 for active in lanes], np.int32)
+        limits = np.array([self.scheduler.limit_here(active) if active else 0 for active in lanes], np.int32)
+        slots = self._slots(lanes, lambda active: active.slot.index)
+        sources, targets, limits = self.engine.place((np.array(move.rows, np.int32), targets, limits))
+        rows[move.source], rows[target] = self.programs.move(
+            rows[move.source], rows[target], self.shape.shards, slots, sources, targets, limits
+        )
+
+    def _decode(self) -> bool:
+        """Ask for the next tokens of all rows that decode, if there are any."""
+        living = self.scheduler.living()
+        if not living:
+            return False
+        blocks = self._blocks({row.block for row in living})
+        active = {block: np.zeros((self.shape.groups, self.shape.row_class(block).rows), bool) for block in blocks}
+        for row in living:
+            active[row.block][row.group, row.row] = True
+        lengths = [
+            np.array([slot.length for slot in self.scheduler.tables[block.pool].slots], np.int32) for block in blocks
+        ]
+        left = max(self.scheduler.limit_here(row.active) - len(row.active.tokens) for row in living)
+        steps, leave = min(self.shape.decode_steps, max(1, left)), self.scheduler.leave_after(len(living))
+        rows, chosen, count = self.programs.decode(
+            self.shape.decode_steps, self.params, [self._pools[block.pool] for block in blocks],
+            self.engine.place(lengths), [self._rows[block] for block in blocks],
+            self.engine.place([active[block] for block in blocks]), np.int32(steps), np.int32(leave),
+        )  # fmt: skip
+        self._rows |= zip(blocks, rows, strict=True)
+        self._unread.append(partial(self._read_decoded, blocks, living, chosen, count))
+        return True
+
+    def _blocks(self, needed: set[Block]) -> list[Block]:
+        """Those that decode together: one of short rows alone, or all, so that few programs serve every mix."""
+        alone = len(needed) == 1 and next(iter(needed)).row_class == 0
+        return list(needed) if alone else self.shape.blocks
+
+    def _read_decoded(self, blocks: list[Block], living: list[Living], chosen: Chosen, count) -> None:
+        widths = [self.shape.row_class(block).rows for block in blocks]
+        starts = {block: sum(widths[:n]) for n, block in enumerate(blocks)}
+        read = _Read(chosen, any(row.active.request.options.top_logprobs is not None for row in living))
+        for row in living:
+            places = [(step, row.group, starts[row.block] + row.row) for step in range(int(count))]
+            tokens = [read.token(place, row.active.request.options) for place in places]
+            self.scheduler.said(row.active, row.epoch, tokens)
+
+    # ---- scores
+
+    def _score(self, scoring: Scoring) -> None:
+        shards, count = self.shape.shards, self.shape.admitted
+        most = max(len(active.request.candidates) for active in scoring.lanes if active)
+        slots = self._slots(scoring.lanes, lambda active: active.slot.index)
+        lengths = np.array([active.key.length if active else 0 for active in scoring.lanes], np.int32)
+        parts = []
+        for first in range(0, most, count):
+            ids = np.zeros((shards, count, self.shape.question), np.int32)
+            questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
+            for b, active in enumerate(scoring.lanes):
+                for r, candidate in enumerate(active.request.candidates[first : first + count] if active else ()):
+                    row = np.concatenate([active.question, candidate])
+                    ids[b, r, : len(row)], questions.lengths[b, r], questions.active[b, r] = row, len(row), True
+            pool = self._pools[scoring.pool]
+            place = self.engine.place
+            parts.append(self.programs.score(self.params, pool, shards, place(lengths), slots, place(questions)))
+        self._unread.append(partial(self._read_scores, scoring, parts))
+
+    def _read_scores(self, scoring: Scoring, parts: list[jax.Array]) -> None:
+        logprobs = np.concatenate([np.asarray(part) for part in parts], axis=1)
+        for b, active in enumerate(scoring.lanes):
+            if active is not None:
+                candidates, starts = active.request.candidates, active.request.starts or repeat(0)
+                rows = zip(logprobs[b], candidates, starts, strict=False)
+                sums = [row[start : len(candidate)].sum() for row, candidate, start in rows]
+                self.scheduler.scored(active, np.array(sums, np.float32))
+
+
+class _Read:
+    """What was chosen, on the host; the log-probabilities only where somebody asked for them."""
+
+    def __init__(self, chosen: Chosen, logprobs: bool):
+        self._tokens = np.asarray(chosen.tokens)
+        names = ("logprobs", "top_ids", "top_logprobs") if logprobs else ()
+        self._arrays = {name: np.asarray(getattr(chosen, name)) for name in names}
+
+    def token(self, place: tuple[int, ...], options: RowOptions) -> Token:
+        token = int(self._tokens[place])
+        if options.top_logprobs is None:
+            return Token(token)
+        ids, values = self._arrays["top_ids"][place], self._arrays["top_logprobs"][place]
+        top = tuple(zip(ids[: options.top_logprobs].tolist(), values[: options.top_logprobs].tolist(), strict=True))
+        return Token(token, float(self._arrays["logprobs"][place]), top)
+
+
+def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> Iterator[None]:
+    """Answer them all, in about this order; yields now and then, when some may have been answered.
+
+    Requests are taken as there is room for them, so that their pictures need not all be in memory.
+    """
+    source = iter(requests)
+    while True:
+        while len(batch.scheduler.waiting) < LOOKAHEAD and (request := next(source, None)) is not None:
+            batch.scheduler.add(batch.scheduler.check(request))
+        if batch.idle:
+            return
+        batch.step()
+        yield
