@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import flax.struct
 import jax
@@ -32,28 +33,27 @@ NOT_LIVING = -1  # in place of a token, where a row had no turn
 
 @flax.struct.dataclass
 class RowSettings:
-    """How rows are decoded."""
+    """How rows are decoded: NumPy scalars of one row, or arrays."""
 
-    limit: jax.Array  # int32 [...], new tokens
-    min_new_tokens: jax.Array  # int32 [...]
-    end_ids: jax.Array  # int32 [..., MOST_END_IDS], -1 behind them
-    sampled: jax.Array  # bool [...]; else greedy
-    sample: Sample  # of arrays [...]
-    wants_logprobs: jax.Array  # bool [...]
+    limit: Any  # int32 [...], new tokens
+    min_new_tokens: Any  # int32 [...]
+    end_ids: Any  # int32 [..., MOST_END_IDS], -1 behind them
+    sampled: Any  # bool [...]; else greedy
+    sample: Any  # a Sample, of arrays [...]
+    wants_logprobs: Any  # bool [...]
 
 
 def row_settings(options: RowOptions, limit: int) -> RowSettings:
-    """One row's, of NumPy scalars; `limit` is how many new tokens it may have in its block."""
+    """One row's; `limit` is how many new tokens it may have in its block."""
     end_ids = np.full(MOST_END_IDS, -1, np.int32)
     end_ids[: len(options.end_ids)] = options.end_ids
     sampling = validate(options.sampling)
-    sampled = isinstance(sampling, Sample)
     return RowSettings(
         limit=np.int32(limit),
         min_new_tokens=np.int32(options.min_new_tokens),
         end_ids=end_ids,
-        sampled=np.bool_(sampled),
-        sample=sampling if sampled else validate(Sample()),
+        sampled=np.bool_(isinstance(sampling, Sample)),
+        sample=sampling if isinstance(sampling, Sample) else validate(Sample()),
         wants_logprobs=np.bool_(options.top_logprobs is not None),
     )
 

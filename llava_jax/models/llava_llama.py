@@ -158,20 +158,20 @@ class LlavaLlamaForCausalLM(nn.Module):
             prefix: `cache.Prefix` of what comes before the chunk; None for a prompt's first one.
         """
 
-        def attend_with(*before):
+        def attend_with(before):
             def attend(q, k, v):
-                if not before:
+                if before is None:
                     return causal_attention(q, k, v), self._cached(k.swapaxes(1, 2), v.swapaxes(1, 2))
-                k, v = _kv_heads_first(k), _kv_heads_first(v)
-                return question_attention(q, k, v, *before, prefix.lengths), self._cached(k[:, :, 0], v[:, :, 0])
+                k, v, (prefix_k, prefix_v) = _kv_heads_first(k), _kv_heads_first(v), before
+                attended = question_attention(q, k, v, prefix_k, prefix_v, prefix.lengths)
+                return attended, self._cached(k[:, :, 0], v[:, :, 0])
 
             return attend
 
-        if prefix is None:
-            attends = [attend_with()] * self.config.text.num_hidden_layers
-        else:
-            attends = [attend_with(*keys_values) for keys_values in prefix.keys_values]
-            embeds, positions, seq_lens = embeds[:, None], positions[:, None], seq_lens[:, None]  # one row each
+        layers = [None] * self.config.text.num_hidden_layers if prefix is None else prefix.keys_values
+        if prefix is not None:  # one row each
+            embeds, positions, seq_lens = embeds[:, None], positions[:, None], seq_lens[:, None]
+        attends = [attend_with(before) for before in layers]
         return self.language_model(embeds, positions, seq_lens, max_seq_len, attends)[1]
 
     def _cached(self, k: jax.Array, v: jax.Array) -> tuple:
