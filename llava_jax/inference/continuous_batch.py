@@ -178,7 +178,7 @@ class ContinuousBatch:
         steps, lengths = np.zeros((shards, count), np.int32), np.zeros(shards, np.int32)
         ids = np.zeros((shards, count, self.shape.question), np.int32)
         questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
-        said = np.full((shards, count, self.shape.max_model_len if self.shape.chunk else 0), -1, np.int32)
+        said = np.full((shards, count, self.shape.max_model_len), -1, np.int32)
         limits = np.ones((shards, count), np.int32)
         asked: list[tuple[ActiveRequest, int, tuple[int, int]]] = []
         for b, lane in enumerate(lanes):

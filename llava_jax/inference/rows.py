@@ -284,8 +284,7 @@ def decode(
 
 
 def _cache_block(pool: Pool, prefix_lengths: jax.Array, rows: Rows, living: jax.Array) -> CacheBlock:
-    """What the rows see: at least the slot at the cursor, so that there is something to see. Those that do not live write
-    nothing."""
+    """What the rows see: at least the slot at the cursor, so that there is something. Only living rows write there."""
     lengths = jnp.where(living.any(1), prefix_lengths, 0)  # kernels pass over what nobody reads
     valid = rows.suffix.valid | _at_cursor(rows)
     return CacheBlock(Prefix(pool, lengths), replace(rows.suffix, valid=valid), rows.cursor, living)
