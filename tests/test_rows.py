@@ -1,20 +1,28 @@
 """Rows that begin, go on, move and end at their own times: each has the tokens that its prompt has alone."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
 from test_pool import CHUNK, filled, images, model, prefilled, prompt
 
 from llava_jax.inference import rows as device
+from llava_jax.inference.cache import Prefix
 from llava_jax.inference.generation_options import generation_options
 from llava_jax.inference.requests import RowOptions
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import pack_questions
+from llava_jax.inputs.types import Questions
 
+ROOT = Path(__file__).resolve().parents[1]
 NEVER = 1 << 20
 MAX_STEPS = 6
 
@@ -42,12 +50,12 @@ class Answer:
 class Host:
     """The least that a host does: one prefix a slot, and it knows which answer a row gives."""
 
-    def __init__(self, prefixes, shards=1, blocks=((3, 40), (2, 64)), int8=False):
+    def __init__(self, prefixes, shards=1, blocks=((3, 40), (2, 64)), int8=False, place=lambda tree: tree):
         self.llava, self.params, _ = model()
         self.run, self.shards, config = programs(int8), shards, self.llava.config.text
         self.each = len(prefixes) // shards
-        self.blocks = [device.empty_rows(config, len(prefixes), *block, np.float32) for block in blocks]
-        self.pool, lengths = filled(len(prefixes), int8), []
+        self.blocks = [place(device.empty_rows(config, len(prefixes), *block, np.float32)) for block in blocks]
+        self.pool, lengths = place(filled(len(prefixes), int8)), []
         for g, prefix in enumerate(prefixes):
             lanes, slots = [None] * shards, [self.each] * shards
             lanes[g // self.each], slots[g // self.each] = prefix, g % self.each
@@ -62,10 +70,11 @@ class Host:
         out[group // self.each] = value
         return out
 
-    def admit(self, block, group, asked, rows, said=()):
+    def admit(self, block, group, asked, rows, said=(), active=True, slot=None):
         """`asked`, (question's ids, RowOptions, limit) each, as these rows."""
         questions = pack_questions([[ids for ids, _, _ in asked]], 1, len(asked))
-        questions = type(questions)(*(self.lane(group, x[0], 0, x.dtype) for x in questions))
+        questions = Questions(*(self.lane(group, x[0], 0, x.dtype) for x in questions))
+        questions = questions._replace(active=questions.active & active)
         settings = [device.row_settings(options, limit) for _, options, limit in asked]
         settings = jax.tree.map(lambda *x: np.stack([np.stack(x)] * self.shards), *settings)
         said_ids = np.broadcast_to(np.array([*said, -1], np.int32), (self.shards, len(asked), len(said) + 1))
@@ -74,7 +83,7 @@ class Host:
             self.pool,
             self.lane(group, self.lengths[group], 0),
             self.blocks[block],
-            self.lane(group, group % self.each, self.each),
+            self.lane(group, group % self.each if slot is None else slot, self.each),
             self.lane(group, np.array(rows), 0),
             questions,
             settings,
@@ -82,8 +91,9 @@ class Host:
             said_ids,
         )
         answers = [Answer() for _ in asked]
-        self.answers |= {(block, group, row): answer for row, answer in zip(rows, answers, strict=True)}
         self.hear({(group // self.each, i): answer for i, answer in enumerate(answers)}, chosen)
+        began = (pair for pair in zip(rows, answers, strict=True) if pair[1].tokens)
+        self.answers |= {(block, group, row): answer for row, answer in began}
         assert (np.delete(chosen.tokens, group // self.each, axis=0) == device.NOT_LIVING).all()
         return answers
 
@@ -164,9 +174,9 @@ WARM = Sample(temperature=1.3, top_k=0, seed=7)
 PENALIZED = Sample(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.7, seed=3)
 
 
-def run_of_answers(names, shards):
+def run_of_answers(names, shards, **others):
     """Answers of every kind, admitted while others are under way; rows are used again, and the cursors go round."""
-    host = Host([(parts(name)[0], images(name)) for name in names], shards)
+    host = Host([(parts(name)[0], images(name)) for name in names], shards, **others)
     said = []
 
     def ask(block, group, row, text, asked, limit=NEVER):
@@ -197,4 +207,146 @@ def run_of_answers(names, shards):
 
 
 def test_answers_at_different_times():
-    check(run_of_answers(["two", "text"], 1))
+    check(run_of_answers(["five tiles", "text"], 1))
+
+
+@pytest.mark.long
+def test_prefixes_divided_among_shards():
+    check(run_of_answers(["two", "five tiles", "text", "five tiles"], 2))
+
+
+MESH = """
+import sys
+sys.path.insert(0, "tests")
+import conftest, jax, test_rows
+from llava_jax.parallel.sharding import batch_sharding, make_mesh
+mesh = make_mesh(data=2)
+with jax.set_mesh(mesh):
+    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)) if x.ndim else x, tree)
+    test_rows.check(test_rows.run_of_answers(["two", "text"], 2, place=place))
+"""
+
+
+@pytest.mark.long
+def test_shards_on_devices_of_their_own():
+    flags = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", MESH], env={**os.environ, **flags}, cwd=ROOT, check=True)
+
+
+def text_host():
+    return Host([(parts("text")[0], [])])
+
+
+def next_logits(ids, tokens):
+    """float32 [len(tokens), V]: the logits that each token was chosen from."""
+    llava, params, _ = model()
+    batch = pack([np.concatenate([ids, tokens])], [], llava.config)
+    logits = np.asarray(llava.engine.forward(params, batch).logits[0])
+    return logits[len(ids) - 1 : len(ids) - 1 + len(tokens)]
+
+
+def test_log_probabilities_are_of_the_raw_logits():
+    host, (_, questions) = text_host(), parts("text")
+    asked = [options(9, PENALIZED, top_logprobs=3), options(9, end_ids=(), min_new_tokens=4, top_logprobs=0)]
+    answers = host.admit(0, 0, [(questions[i], asked[i], 9) for i in (0, 1)], [2, 0])
+    quiet = host.admit(1, 0, [(questions[2], options(9), 9)], [1])
+    while any(host.living()):
+        host.decode(MAX_STEPS)
+    for text, answer in enumerate(answers):
+        logits = next_logits(prompt("text", TEXTS[text]), answer.tokens)
+        expected = np.asarray(jax.nn.log_softmax(logits))
+        assert answer.tokens == wanted("text", text, asked[text])
+        for token, told, row in zip(answer.tokens, answer.told, expected, strict=True):
+            np.testing.assert_allclose(told.logprobs, row[token], atol=2e-5)
+            np.testing.assert_allclose(told.top_logprobs, np.sort(row)[::-1][: len(told.top_ids)], atol=2e-5)
+            np.testing.assert_allclose(row[told.top_ids], told.top_logprobs, atol=2e-5)
+    assert quiet[0].tokens == wanted("text", 2, options(9)) and not any(told.logprobs for told in quiet[0].told)
+
+
+def test_the_tokens_that_end_an_answer_are_not_among_its_first():
+    host, (_, questions) = text_host(), parts("text")
+    plain = wanted("text", 0, options(20))
+    ends = tuple(plain[i] for i in (0, 3))
+    cases = [options(20, end_ids=ends), options(20, end_ids=ends[1:]), options(20, end_ids=ends, min_new_tokens=5)]
+    answers = host.admit(0, 0, [(questions[0], asked, 20) for asked in cases], [0, 1, 2])
+    while any(host.living()):
+        host.decode(MAX_STEPS)
+    assert answers[0].tokens == plain[:1] and answers[1].tokens == plain[: plain.index(ends[1]) + 1]
+    tokens = answers[2].tokens
+    logits = next_logits(prompt("text", TEXTS[0]), tokens).copy()
+    logits[:5, ends] = -np.inf
+    assert np.argmax(logits, -1).tolist() == tokens
+    assert not set(tokens[:5]) & set(ends) and (tokens[-1] in ends or len(tokens) == 20)
+
+
+@pytest.mark.parametrize("sampling", [Greedy(), PENALIZED])
+def test_an_answer_goes_on_where_it_was_left(sampling):
+    host, (_, questions) = text_host(), parts("text")
+    asked = options(12, sampling, end_ids=())
+    before = wanted("text", 0, asked)[:5]
+    (answer,) = host.admit(0, 0, [(np.concatenate([questions[0], before]), asked, 12)], [1], said=before)
+    host.decode(MAX_STEPS)
+    host.decode(MAX_STEPS)
+    assert before + answer.tokens == wanted("text", 0, asked)
+
+
+def test_the_loop_leaves_when_it_is_told_to():
+    host, (_, questions) = text_host(), parts("text")
+    asked = [(questions[i], options(end_ids=()), limit) for i, limit in enumerate((4, 6, 20))]
+    host.admit(0, 0, asked, [0, 1, 2])
+    assert host.decode(2) == 2
+    assert host.decode(MAX_STEPS, leave_after=1) == 1 and host.living()[0] == [[0, 1], [0, 2]]
+    assert host.decode(MAX_STEPS, leave_after=2) == MAX_STEPS
+    assert host.decode(MAX_STEPS, leave_after=2) == MAX_STEPS
+    assert host.decode(MAX_STEPS) == 4 and host.decode(MAX_STEPS) == 0
+
+
+def test_what_has_nothing_to_do_stays_as_it_is():
+    """A question that is not active, a slot out of range, a row that is not active."""
+    host, (_, questions) = text_host(), parts("text")
+    (answer,) = host.admit(0, 0, [(questions[0], options(end_ids=()), 20)], [1])
+    host.decode(3)
+    before = [jax.tree.map(np.array, block) for block in host.blocks]
+    nothing = [(ids, options(), 5) for ids in questions[:2]]
+    for slot, rows, active in ((1, [0, 1], True), (0, [0, 1], False), (0, [3, 4], True)):
+        assert not any(answer.tokens for answer in host.admit(0, 0, nothing, rows, active=active, slot=slot))
+    for old, block in zip(before, host.blocks, strict=True):
+        assert jax.tree.all(jax.tree.map(np.array_equal, old, jax.tree.map(np.array, block)))
+    (other,) = host.admit(1, 0, [(questions[1], options(end_ids=()), 20)], [0])
+    old = jax.tree.map(np.array, host.blocks[0])
+    host.decode(2, active=[np.zeros((1, 3), bool), np.ones((1, 2), bool)])
+    assert len(answer.tokens) == 4 and len(other.tokens) == 3
+    new = jax.tree.map(np.array, host.blocks[0])
+    for name in ("token", "position", "step", "done", "said"):
+        assert np.array_equal(getattr(new, name), getattr(old, name))
+    assert np.array_equal(new.suffix.valid, old.suffix.valid)
+    host.decode(MAX_STEPS)
+    assert answer.tokens == wanted("text", 0, options(10, end_ids=()))
+
+
+@pytest.mark.long
+def test_an_int8_prefix():
+    """As the engine has it, from the same prefix."""
+    llava, params, engine = model()
+    shared, questions = parts("five tiles")
+    host = Host([(shared, images("five tiles"))], int8=True)
+    answers = host.admit(0, 0, [(ids, options(16, end_ids=()), 16) for ids in questions], [0, 1, 2])
+    while any(host.living()):
+        host.decode(MAX_STEPS)
+    prefix = Prefix(host.pool, host.lengths)
+    packed, asked = pack_questions([questions], 1, 3), generation_options(llava.config.generation, 16)
+    expected = engine.generate_from_prefix(params, prefix, None, packed, asked)[0, :, :16]
+    for answer, row in zip(answers, expected, strict=True):
+        ends = np.flatnonzero(row == model()[0].config.generation.eos_token_ids[0])
+        count = ends[0] + 1 if len(ends) else 16
+        assert answer.tokens[:count] == row[:count].tolist()
+
+
+def test_scores():
+    host, (shared, questions) = text_host(), parts("text")
+    packed = pack_questions([questions], 1, 3)
+    got = host.run.score(host.params, host.pool, 1, host.lengths, np.zeros(1, np.int32), packed)
+    for row, ids in zip(np.asarray(got)[0], questions, strict=True):
+        logits = next_logits(np.concatenate([shared, ids[:1]]), ids[1:])
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
+        np.testing.assert_allclose(row[: len(ids) - 1], expected, atol=2e-5)
