@@ -42,13 +42,23 @@ class ContinuousBatch:
         self.engine, self.params, self.shape = engine, params, shape
         self.config, self.programs = engine.config, engine.batch
         self.scheduler = Scheduler(engine.config, shape)
-        dtype = activation_dtype(params)
-        self._pools = [self.programs.empty_pool(shape.groups, pool.capacity, dtype) for pool in shape.pools]
-        self._rows = {
-            block: self.programs.empty_rows(shape.groups, *shape.row_class(block), dtype) for block in shape.blocks
-        }
         self._filling: Iterator[None] | None = None
         self._unread: deque[Callable[[], None]] = deque()
+        self._allocate()
+
+    def reset(self) -> None:
+        """Begin anew with nothing, after a failure; whoever waits must have been told."""
+        self._filling = None
+        self._unread.clear()
+        self._pools, self._rows = [], {}  # freed first
+        self.scheduler = Scheduler(self.config, self.shape)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        shape, programs, dtype = self.shape, self.programs, activation_dtype(self.params)
+        self._pools = [programs.empty_pool(shape.groups, pool.capacity, dtype) for pool in shape.pools]
+        rows = {block: programs.empty_rows(shape.groups, *shape.row_class(block), dtype) for block in shape.blocks}
+        self._rows = rows
 
     # ---- for its owner
 
@@ -66,6 +76,46 @@ class ContinuousBatch:
             self._move(move)
         ahead = int(self._decode())
         while len(self._unread) > ahead:
+            self._unread.popleft()()
+
+    def warm_up(self) -> Iterator[str]:
+        """Compile all that can be asked of it, with nothing to do; yields the name of what is compiled next.
+
+        With `shape.chunk` None there is a program for every bucket of prefix lengths, and those are left out.
+        """
+        shape, nobody, place = self.shape, [None] * self.shape.shards, self.engine.place
+        last, nothing = len(shape.pools) - 1, place(np.zeros(shape.shards, np.int32))
+        nowhere = self._slots(nobody, lambda lane: 0)
+        yield "prompts"
+        text = np.zeros((shape.shards, shape.pools[last].capacity), np.int32)
+        embeds = self.programs.embed_text(self.params, place(text))
+        yield "pictures"
+        side, most = self.config.tile_size, self.config.max_tiles_per_image
+        tiles = place(np.zeros((shape.shards * most, side, side, 3), np.uint8))
+        embeds = self.programs.place_image(self.params, embeds, tiles, place(np.full_like(text, -1)))
+        for n, pool in enumerate(shape.pools):
+            size = min(shape.chunk or 0, pool.capacity)
+            if size:
+                yield f"prefill of {pool.capacity} positions"
+                first = self.programs.prefill_first
+                self._pools[n] = first(size, self.params, self._pools[n], embeds, nowhere, nothing)
+            if size and n == last:
+                yield "prefill of a later chunk"
+                following = self.programs.prefill_next
+                self._pools[n] = following(size, self.params, self._pools[n], embeds, nowhere, nothing, nothing)
+                self._pools[n] = self.programs.copy_slot(self._pools[n], shape.shards, nothing, nowhere)
+            yield f"scores after {pool.capacity} positions"
+            self._score(Scoring(n, nobody))
+            for row_class in range(1, len(pool.classes)):
+                self._move(Move(Block(n, row_class - 1), nobody, [0] * shape.shards))
+        for block in shape.blocks:
+            yield f"questions after {shape.pools[block.pool].capacity} positions, {shape.row_class(block).slots} slots"
+            self._admit(Admission(block, [[] for _ in nobody]))
+        alone = [[block] for block in shape.blocks if block.row_class == 0]
+        for blocks in alone if alone == [shape.blocks] else [*alone, shape.blocks]:
+            yield f"decoding of {sum(shape.groups * shape.row_class(block).rows for block in blocks)} rows"
+            self._decode_blocks(blocks, [])
+        while self._unread:
             self._unread.popleft()()
 
     # ---- prefixes
@@ -172,7 +222,7 @@ class ContinuousBatch:
 
     def _admit(self, admission: Admission) -> None:
         lanes, shards = admission.lanes, self.shape.shards
-        count = bucket_rows(max(map(len, lanes)))
+        count = bucket_rows(max(1, *map(len, lanes)))
         options, nobody = [[RowOptions(1)] * count for _ in range(shards)], self.shape.row_class(admission.block).rows
         row_ids = np.full((shards, count), nobody, np.int32)
         steps, lengths = np.zeros((shards, count), np.int32), np.zeros(shards, np.int32)
@@ -220,16 +270,18 @@ class ContinuousBatch:
     def _decode(self) -> bool:
         """Ask for the next tokens of all rows that decode, if there are any."""
         living = self.scheduler.living()
-        if not living:
-            return False
-        blocks = self._blocks({row.block for row in living})
+        if living:
+            self._decode_blocks(self._blocks({row.block for row in living}), living)
+        return bool(living)
+
+    def _decode_blocks(self, blocks: list[Block], living: list[Living]) -> None:
         active = {block: np.zeros((self.shape.groups, self.shape.row_class(block).rows), bool) for block in blocks}
         for row in living:
             active[row.block][row.group, row.row] = True
         lengths = [
             np.array([slot.length for slot in self.scheduler.tables[block.pool].slots], np.int32) for block in blocks
         ]
-        left = max(self.scheduler.limit_here(row.active) - len(row.active.tokens) for row in living)
+        left = max((self.scheduler.limit_here(row.active) - len(row.active.tokens) for row in living), default=1)
         steps, leave = min(self.shape.decode_steps, max(1, left)), self.scheduler.leave_after(len(living))
         rows, chosen, count = self.programs.decode(
             self.shape.decode_steps, self.params, [self._pools[block.pool] for block in blocks],
@@ -238,7 +290,6 @@ class ContinuousBatch:
         )  # fmt: skip
         self._rows |= zip(blocks, rows, strict=True)
         self._unread.append(partial(self._read_decoded, blocks, living, chosen, count))
-        return True
 
     def _blocks(self, needed: set[Block]) -> list[Block]:
         """Those that decode together: one of short rows alone, or all, so that few programs serve every mix."""
@@ -258,7 +309,7 @@ class ContinuousBatch:
 
     def _score(self, scoring: Scoring) -> None:
         shards, count = self.shape.shards, self.shape.admitted
-        most = max(len(active.request.candidates) for active in scoring.lanes if active)
+        most = max((len(active.request.candidates) for active in scoring.lanes if active), default=1)
         slots = self._slots(scoring.lanes, lambda active: active.slot.index)
         lengths = np.array([active.key.length if active else 0 for active in scoring.lanes], np.int32)
         parts = []

@@ -54,11 +54,11 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of an answer. The last one has `finish`; after it comes nothing."""
+    """What is new of an answer. The last one has `finish`, and perhaps tokens; after it comes nothing."""
 
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
-    error: Exception | None = None  # why, where `finish` is ERROR
+    error: Exception | None = None  # why, where `finish` is ERROR or CANCELLED
     cached: int = 0  # positions of the prompt that were found in the cache instead of prefilled
 
 
@@ -75,7 +75,7 @@ class Request:
 class Scores:
     """The last, and only, thing said of a `ScoreRequest`."""
 
-    logprobs: np.ndarray  # float32 [candidates]
+    logprobs: np.ndarray  # float32 [candidates]; empty with an error
     error: Exception | None = None
     cached: int = 0
 

@@ -7,7 +7,7 @@ is returned here must be done in the order in which it was returned; the device 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inference.prefix_table import PrefixKey, PrefixSlot, PrefixTable, prefix_key
-from llava_jax.inference.requests import Finish, Prompt, Request, ScoreRequest, Scores, Token, Update
+from llava_jax.inference.requests import Finish, Prompt, Request, ScoreRequest, Scores, Stopped, Token, Update
 from llava_jax.inputs.batch import merged_length
 
 LOOKAHEAD = 64  # waiting requests that are looked at for a slot
@@ -31,6 +31,7 @@ class ActiveRequest:
     request: Request | ScoreRequest
     prompt: Prompt  # its answer so far included, if it was preempted
     key: PrefixKey  # of the prompt's prefix
+    emit: Callable  # the request's
     limit: int = 0  # new tokens at most
     tokens: list[int] = field(default_factory=list)  # new ones, as far as they were read
     slot: PrefixSlot | None = None
@@ -143,7 +144,7 @@ class Scheduler:
         key = prefix_key(prompt, self.config)
         if key.length > self.shape.pools[-1].capacity:
             raise ValueError(f"prompt: a prefix of {key.length} positions is more than {self.shape.pools[-1].capacity}")
-        return ActiveRequest(request, prompt, key, limit)
+        return ActiveRequest(request, prompt, key, request.emit, limit)
 
     def add(self, active: ActiveRequest) -> None:
         self.waiting.append(active)
@@ -152,13 +153,13 @@ class Scheduler:
         """It decodes no more; nothing if it has ended."""
         for active in self._all():
             if active.request is request:
-                self._end(active, Finish.CANCELLED)
+                self._break_off(active, Finish.CANCELLED, Stopped("it was cancelled"))
                 break
 
     def fail_all(self, error: Exception) -> None:
         """Every request ends with an error."""
         for active in self._all():
-            self._end(active, Finish.ERROR, error=error)
+            self._break_off(active, Finish.ERROR, error)
 
     def _all(self) -> list[ActiveRequest]:
         return [*self.waiting, *self.placed, *self.running, *self.scoring]
@@ -167,13 +168,15 @@ class Scheduler:
     def idle(self) -> bool:
         return not (self._all() or self._fills)
 
-    def _end(self, active, finish, tokens: Sequence[Token] = (), error: Exception | None = None) -> None:
+    def _break_off(self, active: ActiveRequest, finish: Finish, error: Exception) -> None:
+        scores = isinstance(active.request, ScoreRequest)
+        nothing = np.zeros(0, np.float32)
+        self._end(active, Scores(nothing, error) if scores else Update(finish=finish, error=error))
+
+    def _end(self, active: ActiveRequest, last: Update | Scores) -> None:
         self._leave(active)
         active.ended = True
-        if isinstance(active.request, Request):
-            active.request.emit(Update(tuple(tokens), finish, error, active.cached))
-        elif error is not None:
-            active.request.emit(Scores(np.zeros(0, np.float32), error, active.cached))
+        active.emit(last)
 
     def _leave(self, active: ActiveRequest) -> None:
         """Give up its place, whatever it is."""
@@ -343,20 +346,18 @@ class Scheduler:
             mine.append(token)
             active.tokens.append(token.id)
             if token.id in options.end_ids:
-                return self._end(active, Finish.STOP, mine)
+                return self._end(active, Update(tuple(mine), Finish.STOP, cached=active.cached))
             if len(active.tokens) >= active.limit:
-                return self._end(active, Finish.LENGTH, mine)
+                return self._end(active, Update(tuple(mine), Finish.LENGTH, cached=active.cached))
             if len(active.tokens) >= self.limit_here(active):
                 self.outgrown.append(active)
         if mine:
-            active.request.emit(Update(tuple(mine), cached=active.cached))
+            active.emit(Update(tuple(mine), cached=active.cached))
 
     def scored(self, active: ActiveRequest, logprobs: np.ndarray) -> None:
         """The log-likelihoods of a request's candidates."""
         if not active.ended:
-            self._end(active, Finish.STOP)
-            assert isinstance(active.request, ScoreRequest)
-            active.request.emit(Scores(logprobs, cached=active.cached))
+            self._end(active, Scores(logprobs, cached=active.cached))
 
 
 def _pieces(items: list, size: int) -> list[list]:
