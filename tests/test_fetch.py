@@ -107,9 +107,9 @@ FAILS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    """(its URL, the request lines that it got)"""
+@contextlib.contextmanager
+def serving(answers, context=None):
+    """A server of these answers, under TLS with a context: (its port, the request lines that it got)."""
     seen = []
 
     class Handler(socketserver.StreamRequestHandler):
@@ -119,7 +119,7 @@ def server():
                 pass
             seen.append(line[1])
             path = urllib.parse.unquote(urllib.parse.urlsplit(line[1]).path)
-            answer = WORKS.get(path) or FAILS.get(path, WORKS["/plain"])
+            answer = answers.get(path, WORKS["/plain"])
             with contextlib.suppress(OSError):  # the client has gone
                 (answer if callable(answer) else answer[0])(self.request.sendall)
 
@@ -127,10 +127,22 @@ def server():
         daemon_threads = allow_reuse_address = True
         block_on_close = False
 
+        def handle_error(self, *_):  # a client that does not like its certificate
+            pass
+
     with Server(("127.0.0.1", 0), Handler) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+        yield server.server_address[1], seen
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """(its URL, the request lines that it got)"""
+    with serving(FAILS | WORKS) as (port, seen):
+        yield f"http://127.0.0.1:{port}", seen
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ LAW = {  # CONTRIBUTING.md has it in words
     "compiling": {"config", "inputs"},
     "inference": ENGINE,
     "evaluation": ENGINE,
+    "serve": ENGINE,
     "capacity": ENGINE | {"evaluation"},
     "plots": ENGINE,
     "conversion": ENGINE,

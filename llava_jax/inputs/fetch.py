@@ -11,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 from llava_jax.errors import reason_of
@@ -32,7 +33,7 @@ def fetch(url: str) -> bytes:
         ValueError: why it could not be fetched, on one line.
     """
     try:
-        return _fetch(url)
+        return download(url, Budget(MAX_BYTES, MAX_SECONDS))
     except urllib.error.HTTPError as error:
         error.close()
         raise ValueError(reason_of(error)) from None
@@ -42,13 +43,49 @@ def fetch(url: str) -> bytes:
         raise ValueError(f"it took more than {MAX_SECONDS:g} seconds" if late else reason_of(inner)) from error
 
 
-def _fetch(url: str) -> bytes:
-    budget = _Budget()
+class Unacceptable(OSError):  # http.client would take a ValueError for its own
+    """A reply that is refused for what it is; it says why."""
+
+
+class Budget:
+    """What is left of the bytes and seconds that something may take."""
+
+    def __init__(self, max_bytes: int, max_seconds: float):
+        self.max_bytes, self._bytes = max_bytes, max_bytes
+        self._deadline = time.monotonic() + max_seconds
+
+    def seconds(self) -> float:
+        """Those that are left; TimeoutError if none are."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def spend(self, count: int) -> None:
+        self._bytes -= count
+        if self._bytes < 0:
+            raise Unacceptable(f"it sends more than {self.max_bytes} bytes")
+
+
+Connect = Callable[[str, int], socket.socket]
+
+
+def download(url: str, budget: Budget, connect: Connect | None = None) -> bytes:
+    """What an http(s) URL gives, as `fetch`, within a budget.
+
+    Args:
+        connect: (host, port) → a connected socket. It makes every connection, those of redirections too, and sees the
+            very name that a certificate must be for; no proxy is asked then. None connects as urllib does.
+
+    Raises:
+        TimeoutError, Unacceptable, ValueError, and what urllib, http.client and `connect` raise.
+    """
     opener = urllib.request.OpenerDirector()  # build_opener's would open file:// and ftp:// too
+    if connect is None:
+        opener.add_handler(urllib.request.ProxyHandler())
     for handler in (
-        urllib.request.ProxyHandler(),
         urllib.request.UnknownHandler(),
-        _Handler(budget),
+        _Handler(budget, connect),
         urllib.request.HTTPDefaultErrorHandler(),
         _Redirections(),
         urllib.request.HTTPErrorProcessor(),
@@ -56,9 +93,9 @@ def _fetch(url: str) -> bytes:
         opener.add_handler(handler)
     request = urllib.request.Request(_encoded(url), headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"})
     with opener.open(request) as reply:
-        if (reply.length or 0) > MAX_BYTES:
-            raise ValueError(f"it has {reply.length} bytes, more than {MAX_BYTES}")
-        return _unpacked(reply.read(), reply.headers.get("Content-Encoding", ""))
+        if (reply.length or 0) > budget.max_bytes:
+            raise Unacceptable(f"it has {reply.length} bytes, more than {budget.max_bytes}")
+        return _unpacked(reply.read(), reply.headers.get("Content-Encoding", ""), budget.max_bytes)
 
 
 def _encoded(url: str) -> str:
@@ -77,49 +114,31 @@ def _encoded(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, netloc, quoted(parts.path), quoted(parts.query), ""))
 
 
-def _unpacked(body: bytes, coding: str) -> bytes:
+def _unpacked(body: bytes, coding: str, max_bytes: int) -> bytes:
     """A reply's content without its Content-Encoding."""
     coding = coding.strip().lower()
     if coding in ("", "identity"):
         return body
     if coding not in _WINDOW_BITS:
-        raise ValueError(f"its Content-Encoding {coding!r} is none of {', '.join(_WINDOW_BITS)}")
+        raise Unacceptable(f"its Content-Encoding {coding!r} is none of {', '.join(_WINDOW_BITS)}")
     zlib_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0  # RFC 1950, 2.2
     raw = coding == "deflate" and not zlib_header  # as some hosts send it
     decoder = zlib.decompressobj(-15 if raw else _WINDOW_BITS[coding])
-    content = decoder.decompress(body, MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes once its {coding} is undone")
+    content = decoder.decompress(body, max_bytes + 1)
+    if len(content) > max_bytes:
+        raise Unacceptable(f"it has more than {max_bytes} bytes once its {coding} is undone")
     if not decoder.eof:
-        raise ValueError(f"its {coding} is cut off")
+        raise Unacceptable(f"its {coding} is cut off")
     return content
 
 
 # ---- every byte that arrives is counted, and waited for no longer than until the deadline
 
 
-class _Budget:
-    """What is left of one fetch's bytes and seconds."""
-
-    def __init__(self):
-        self._bytes, self._deadline = MAX_BYTES, time.monotonic() + MAX_SECONDS
-
-    def seconds(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    def spend(self, count: int) -> None:
-        self._bytes -= count
-        if self._bytes < 0:
-            raise OSError(f"it sends more than {MAX_BYTES} bytes")  # http.client would take a ValueError for its own
-
-
 class _Received(io.RawIOBase):
     """What a socket receives, charged to a budget."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, budget: _Budget):
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, budget: Budget):
         self._raw, self._sock, self._budget = raw, sock, budget
 
     def readable(self) -> bool:
@@ -137,26 +156,43 @@ class _Received(io.RawIOBase):
 
 
 class _Reply(http.client.HTTPResponse):
-    def __init__(self, budget: _Budget, sock: socket.socket, *args, **keywords):
+    def __init__(self, budget: Budget, sock: socket.socket, *args, **keywords):
         super().__init__(sock, *args, **keywords)
         self.fp = io.BufferedReader(_Received(self.fp.detach(), sock, budget))
+
+
+class _Connection(http.client.HTTPConnection):
+    """One that somebody else may connect."""
+
+    made_by: Connect | None = None
+
+    def connect(self) -> None:
+        if self.made_by is None:
+            super().connect()
+        else:
+            self.sock = self.made_by(self.host, self.port)
+
+
+class _SecureConnection(http.client.HTTPSConnection, _Connection):
+    """Connected as the class above says, then by HTTPSConnection wrapped in TLS, its host's name verified."""
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """urllib's, with replies that are charged to a budget."""
 
-    def __init__(self, budget: _Budget):
+    def __init__(self, budget: Budget, connect: Connect | None):
         super().__init__()
-        self._budget = budget
+        self._budget, self._connect = budget, connect
 
     def http_open(self, request):
-        kind = http.client.HTTPSConnection if request.type == "https" else http.client.HTTPConnection
+        kind = _SecureConnection if request.type == "https" else _Connection
         return self.do_open(partial(self._connection, kind), request)
 
     https_open = http_open
 
     def _connection(self, kind, host: str, timeout):
         connection = kind(host, timeout=self._budget.seconds())
+        connection.made_by = self._connect
         connection.response_class = partial(_Reply, self._budget)
         return connection
 

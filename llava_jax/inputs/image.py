@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,8 +45,8 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     """
     if isinstance(source, str | os.PathLike | bytes | bytearray):
         with _opened(source) as image:
-            upright = _upright(image) if exif else image
-            return upright.convert("RGB") if rgb else upright.copy()
+            as_shown = upright(image) if exif else image
+            return as_shown.convert("RGB") if rgb else as_shown.copy()
     if isinstance(source, Image.Image):
         with _faults_of("image: a PIL image"):
             _check_size(source.size, most=None)
@@ -85,19 +86,37 @@ def image_source(name: str, folder: str) -> str:
 
 @contextlib.contextmanager
 def _opened(source) -> Iterator[Image.Image]:
-    """Pillow's image of a file, decoded only within."""
-    with open_source(source) as file, _faults_of(source_name(source)), Image.open(file) as image:
-        _check_size(image.size, MAX_PIXELS)
+    with open_source(source) as file, open_picture(file, source_name(source), MAX_PIXELS) as image:
         yield image
 
 
 @contextlib.contextmanager
-def _faults_of(name: str) -> Iterator[None]:
+def open_picture(
+    file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str] | None = None
+) -> Iterator[Image.Image]:
+    """Pillow's image of an open file, decoded only within.
+
+    Args:
+        name: what errors call it.
+        max_pixels: more are refused before they are decoded.
+        formats: those that may be tried, as Pillow names them; None for all.
+
+    Raises:
+        ValueError: whatever is wrong with the picture, within the block too.
+    """
+    with _faults_of(name, formats), Image.open(file, formats=formats) as image:
+        _check_size(image.size, max_pixels)
+        yield image
+
+
+@contextlib.contextmanager
+def _faults_of(name: str, formats: Sequence[str] | None = None) -> Iterator[None]:
     """Whatever Pillow and its decoders raise is the picture's fault: one ValueError that names it."""
     try:
         yield
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that Pillow can read") from None
+        kinds = f" as {', '.join(formats)}" if formats else ""
+        raise ValueError(f"{name} is not a picture that Pillow can read{kinds}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {str(error).partition(', could be')[0]}") from None
     except Exception as error:  # NotImplementedError, RuntimeError, struct.error, KeyError, MemoryError … by the format
@@ -112,7 +131,7 @@ def _check_size(size: tuple[int, int], most: int | None) -> None:
         raise Image.DecompressionBombError(f"Image size ({width}x{height} pixels) exceeds limit of {most} pixels")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """The picture turned by its EXIF orientation; as it stands where its EXIF cannot be read, as in any viewer."""
     image.load()  # what is wrong with the pixels themselves is to be raised
     try:

@@ -49,10 +49,10 @@ def open_source(source) -> IO[bytes]:
         if scheme in ("http", "https"):
             return BytesIO(fetch(text))
         if scheme == "data":
-            return BytesIO(_content(text))
+            return BytesIO(data_uri_content(text))
         if scheme not in ("", "file"):
             return _open_stored(text, scheme)
-        path = _file_path(text) if scheme else os.path.expanduser(text)
+        path = file_url_path(text) if scheme else os.path.expanduser(text)
         if os.path.isfile(path):
             return open(path, "rb")
     except ValueError as error:
@@ -62,7 +62,7 @@ def open_source(source) -> IO[bytes]:
     raise FileNotFoundError(f"{name}: no such file")
 
 
-def _content(uri: str) -> bytes:
+def data_uri_content(uri: str) -> bytes:
     """What a data URI holds (RFC 2397); its media type is left to Pillow, which looks at the bytes."""
     kind, comma, data = uri.partition(",")
     if not comma:
@@ -74,7 +74,7 @@ def _content(uri: str) -> bytes:
     return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
 
 
-def _file_path(url: str) -> str:
+def file_url_path(url: str) -> str:
     """The path that a file:// URL names."""
     parts = urllib.parse.urlsplit(url)
     if parts.netloc not in ("", "localhost"):
