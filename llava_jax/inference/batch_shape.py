@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from llava_jax.config import LlavaConfig
+from llava_jax.inputs.batch import bucket_length
+from llava_jax.inputs.groups import PREFILL_CHUNK, SCORE_BYTES, CacheLayout
 
 
 class RowClass(NamedTuple):
@@ -52,3 +56,79 @@ class Block(NamedTuple):
 
     pool: int
     row_class: int
+
+
+# ---- what fits
+
+
+def memory_bytes(shape: BatchShape, config: LlavaConfig, layout: CacheLayout) -> int:
+    """Bytes on one device that a continuous batch takes, parameters aside: its pools and rows, and the largest of its
+    programs' temporaries."""
+    text = config.text
+    divided_by = layout.tensor if text.num_key_value_heads % layout.tensor == 0 else 1
+    vectors = 2 * text.num_hidden_layers * text.num_key_value_heads // divided_by  # of a position
+    position = vectors * text.head_dim * layout.itemsize
+    in_prefix = vectors * (text.head_dim + 4) if layout.int8_prefix else position
+    activations = (3 * text.hidden_size + 2 * text.intermediate_size // divided_by) * layout.itemsize
+    scores = SCORE_BYTES * text.num_attention_heads // divided_by if layout.keeps_scores else 0
+    longest = shape.pools[-1].capacity
+
+    prefixes = sum(pool.capacity for pool in shape.pools) * in_prefix
+    classes = [row_class for pool in shape.pools for row_class in pool.classes]
+    rows = sum(row_class.rows * (row_class.slots * position + text.vocab_size) for row_class in classes)
+    most_slots = max(row_class.slots for row_class in classes)
+
+    chunk = shape.chunk or longest
+    one_prefix = longest * (in_prefix + text.hidden_size * layout.itemsize)  # read from its slot; its embeddings
+    prefill = chunk * (activations + scores * min(chunk, PREFILL_CHUNK))
+    question = shape.question * (activations + scores * (longest + shape.question))
+    admission = shape.admitted * (question + most_slots * position + 8 * text.vocab_size)
+    decoding = 8 * shape.per_shard * sum(row_class.rows for row_class in classes) * text.vocab_size
+    return shape.per_shard * (prefixes + rows) + max(one_prefix + max(prefill, admission), decoding)
+
+
+# ---- serving
+
+QUESTION = 64  # ids behind a prefix: more of a prompt becomes its prefix
+SHORT_PREFIX = 512  # positions
+SHORT_ANSWER, LONG_ANSWER = 128, 512  # slots
+CHUNK = 512  # positions that are prefilled between two decodings: a stream waits for no more
+DECODE_STEPS = 4  # new tokens between two looks
+MOST_PREFIXES = 16  # on each shard
+LONGEST_BY_DEFAULT = 4096  # positions, of models that could take many more
+
+
+def serving_shape(
+    config: LlavaConfig, layout: CacheLayout, budget: int, max_model_len: int | None, max_num_seqs: int
+) -> BatchShape:
+    """The largest batch for a server within a budget of bytes on each device.
+
+    Args:
+        max_model_len: positions of a prompt and its answer; None: what the model takes, but LONGEST_BY_DEFAULT at most.
+        max_num_seqs: answers that decode at once, at most.
+
+    Raises:
+        ValueError: the budget holds not even one prefix, or the numbers are out of range.
+    """
+    most = config.text.max_position_embeddings
+    length = min(most, LONGEST_BY_DEFAULT) if max_model_len is None else max_model_len
+    if not QUESTION < length <= most:
+        raise ValueError(f"--max-model-len {length} must be from {QUESTION + 1} to this model's {most}")
+    if max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs {max_num_seqs} must be at least 1")
+    capacity = bucket_length(length, config)
+    for short, long in ((4, 2), (2, 1), (1, 1)):
+        if short * layout.shards > max_num_seqs and short > 1:
+            continue
+        classes = RowClass(short, SHORT_ANSWER), RowClass(long, LONG_ANSWER)
+        pools = [PoolShape(size, classes) for size in (SHORT_PREFIX, capacity) if size <= capacity]
+        shape = BatchShape(layout.shards, 1, tuple(dict.fromkeys(pools)), QUESTION, 1, DECODE_STEPS, CHUNK, length)
+        for count in range(min(MOST_PREFIXES, max(1, max_num_seqs // (short * layout.shards))), 0, -1):
+            shape = replace(shape, per_shard=count)
+            if memory_bytes(shape, config, layout) <= budget:
+                return shape
+    needed = memory_bytes(shape, config, layout) / 2**30
+    raise ValueError(
+        f"one prefix of {capacity} positions takes {needed:.2f} GiB, and there are {budget / 2**30:.2f} GiB for it: "
+        "give a smaller --max-model-len, --quantize int8 or --int8-prefix"
+    )
