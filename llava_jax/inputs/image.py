@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
@@ -92,7 +92,7 @@ def _opened(source) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def open_picture(
-    file: IO[bytes], name: str, max_pixels: int, formats: Sequence[str] | None = None
+    file: IO[bytes], name: str, max_pixels: int, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """Pillow's image of an open file, decoded only within.
 
@@ -110,7 +110,7 @@ def open_picture(
 
 
 @contextlib.contextmanager
-def _faults_of(name: str, formats: Sequence[str] | None = None) -> Iterator[None]:
+def _faults_of(name: str, formats: tuple[str, ...] | None = None) -> Iterator[None]:
     """Whatever Pillow and its decoders raise is the picture's fault: one ValueError that names it."""
     try:
         yield
