@@ -151,6 +151,7 @@ class ContinuousBatch:
     def _embed(self, lanes: list[FillLane | None]) -> Generator[None, None, jax.Array]:
         """The prefixes' embeddings [B, P, E], one picture at a time."""
         config, capacity = self.config, self.shape.pools[-1].capacity
+        last_chunk = capacity - self._next_size(capacity)  # where one begins that would go beyond the capacity
         text = np.zeros((len(lanes), capacity), np.int32)
         pictures: list[list[tuple[int, np.ndarray, np.ndarray]]] = []  # of each lane: where it starts, index, tiles
         for b, lane in enumerate(lanes):
@@ -162,7 +163,7 @@ class ContinuousBatch:
                     continue
                 shown = lane.prompt.images[image]  # type: ignore[union-attr]
                 index = image_index(shown.size, config)
-                if position + len(index) > lane.start:  # type: ignore[union-attr]
+                if position + len(index) > min(lane.start, last_chunk):  # type: ignore[union-attr]
                     placed.append((position, index, shown.tiles))
                 position, image = position + len(index), image + 1
             pictures.append(placed)
@@ -195,7 +196,7 @@ class ContinuousBatch:
             )
             starts = starts + size
             yield
-        size = min(chunk or NEXT_CHUNK, capacity)
+        size = self._next_size(capacity)
         while (starts < lengths).any():
             behind = [
                 lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
@@ -212,6 +213,10 @@ class ContinuousBatch:
             )
             starts = starts + size
             yield
+
+    def _next_size(self, capacity: int) -> int:
+        """Positions of a chunk behind others."""
+        return min(self.shape.chunk or NEXT_CHUNK, capacity)
 
     def _slots(self, lanes: Iterable, index: Callable) -> jax.Array | np.ndarray:
         """int32 [B]: of each lane; one behind the last slot where there is nothing to do."""
