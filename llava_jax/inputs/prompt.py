@@ -17,8 +17,9 @@ from llava_jax.inputs.tokenizer import join_around_images
 ROLES = ("user", "assistant")
 
 # No text that has passed `check_text` holds half a surrogate pair, so these stand for something else in a prompt.
-_IMAGE_IN_WORDS = "\ud800"  # `<image>` in the model's own words
+_IMAGE_IN_WORDS = "\ud800"  # `<image>` that is text
 _ANSWER_ENDS = "\ud801"
+_WORDS_BEGIN = "\ud802"  # of the user's last turn
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,22 @@ class Turns:
     """What was said, from the user's first turn to the user's last, and the system prompt if one was given."""
 
     texts: tuple[str, ...]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said, and how many pictures it showed, which go in front. `<image>` in its text is text."""
+
+    text: str
+    pictures: int = 0
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns from the user's first to the user's last, and the system prompt if one was given."""
+
+    turns: tuple[Turn, ...]
     system: str | None = None
 
 
@@ -122,15 +139,19 @@ def build_conversation(config: LlavaConfig, prompt, num_images: int = 0, conv_mo
     if isinstance(prompt, Conversation):
         return prompt
     said = as_turns(prompt, config.mm_use_im_start_end)
-    conversation = conv_templates[pick_conv_mode(config, conv_mode)]
-    if said.system is not None:
-        start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
-        conversation = replace(conversation, system=start + said.system)
     later = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in said.texts[2::2])  # placed by hand
     if later > num_images:
         raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
     first = user_message(said.texts[0], num_images - later, config.mm_use_im_start_end)
-    for i, text in enumerate([first, *said.texts[1:], None]):
+    return _in_template(config, (first, *said.texts[1:]), said.system, conv_mode)
+
+
+def _in_template(config: LlavaConfig, texts: Iterable[str], system: str | None, conv_mode: str | None) -> Conversation:
+    conversation = conv_templates[pick_conv_mode(config, conv_mode)]
+    if system is not None:
+        start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
+        conversation = replace(conversation, system=start + system)
+    for i, text in enumerate([*texts, None]):
         conversation = conversation.append_message(conversation.roles[i % 2], text)
     return conversation
 
@@ -153,9 +174,7 @@ def prompt_ids(
         ValueError: the images do not fit the prompt, it is too long for the model, or it is no text.
     """
     conversation = build_conversation(config, prompt, len(sizes), conv_mode)
-    text = _written(conversation, answer)
-    chunks = [chunk.replace(_IMAGE_IN_WORDS, DEFAULT_IMAGE_TOKEN) for chunk in text.split(DEFAULT_IMAGE_TOKEN)]
-    ids = join_around_images(chunks, tokenizer)
+    ids = _ids_of(_written(conversation, answer), tokenizer)
     placed = ids.count(IMAGE_TOKEN_INDEX)
     if placed != len(sizes):
         raise ValueError(f"prompt: {placed} {DEFAULT_IMAGE_TOKEN}, but there are {len(sizes)} images")
@@ -169,6 +188,47 @@ def prompt_ids(
     return ids
 
 
+def dialogue_ids(
+    config: LlavaConfig, tokenizer, dialogue: Dialogue, conv_mode: str | None = None, answer: str | None = None
+) -> list[int]:
+    """`prompt_ids` of what comes from strangers: `<image>` is text wherever they write it, and pictures are counted
+    apart. How long it is nobody has checked.
+
+    Raises:
+        ValueError: a text has half a character, or the template cannot be filled with these texts.
+    """
+    ids = _ids_of(_answered(_spoken(config, dialogue, conv_mode), answer), tokenizer)
+    check_ids("prompt", np.array(ids, np.int64), config.text.vocab_size, IMAGE_TOKEN_INDEX)
+    return ids
+
+
+def dialogue_head_ids(config: LlavaConfig, tokenizer, dialogue: Dialogue, conv_mode: str | None = None) -> list[int]:
+    """The ids of all that stands before the words of the last turn: its pictures and the conversation so far."""
+    *earlier, last = dialogue.turns
+    spoken = _spoken(config, replace(dialogue, turns=(*earlier, replace(last, text=""))), conv_mode)
+    role, shown = spoken.messages[-2]
+    marked = replace(spoken, messages=(*spoken.messages[:-2], (role, f"{shown}{_WORDS_BEGIN}"), spoken.messages[-1]))
+    # A space before the words becomes one token with them.
+    return _ids_of(marked.get_prompt().partition(_WORDS_BEGIN)[0].rstrip(), tokenizer)
+
+
+def _spoken(config: LlavaConfig, dialogue: Dialogue, conv_mode: str | None) -> Conversation:
+    """In the checkpoint's template, with each `<image>` that is text marked."""
+
+    def written(turn: Turn) -> str:
+        shown = user_message("", turn.pictures, config.mm_use_im_start_end)
+        return shown + _in_words(check_text(turn.text, "prompt"))
+
+    system = dialogue.system
+    marked = None if system is None else _in_words(check_text(system, "prompt: its system prompt"))
+    return _in_template(config, map(written, dialogue.turns), marked, conv_mode)
+
+
+def _ids_of(text: str, tokenizer) -> list[int]:
+    chunks = [chunk.replace(_IMAGE_IN_WORDS, DEFAULT_IMAGE_TOKEN) for chunk in text.split(DEFAULT_IMAGE_TOKEN)]
+    return join_around_images(chunks, tokenizer)
+
+
 def _written(conversation: Conversation, answer: str | None) -> str:
     """The conversation's text, as far as the answer's end, with the model's `<image>` marked."""
     model = conversation.roles[1] if conversation.roles[0] != conversation.roles[1] else None
@@ -179,11 +239,16 @@ def _written(conversation: Conversation, answer: str | None) -> str:
             check_text(text, "prompt")
         messages.append((role, _in_words(text) if role == model and text else message))
     check_text(conversation.system, "prompt: its system prompt")
-    conversation = replace(conversation, messages=tuple(messages))
+    return _answered(replace(conversation, messages=tuple(messages)), answer)
+
+
+def _answered(conversation: Conversation, answer: str | None) -> str:
+    """A marked conversation's text, as far as the answer's end."""
     if not answer:
         return conversation.get_prompt()
     said = _in_words(check_text(answer, "answer")) + _ANSWER_ENDS
-    return conversation.replace_last(messages[-1][0], said).get_prompt().partition(_ANSWER_ENDS)[0]
+    role, _ = conversation.messages[-1]
+    return conversation.replace_last(role, said).get_prompt().partition(_ANSWER_ENDS)[0]
 
 
 def _in_words(text: str) -> str:
