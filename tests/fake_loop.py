@@ -1,6 +1,7 @@
 """What stands in for the engine's loop: it says scripted tokens from a thread of its own, stalls, fails, is full."""
 
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +30,10 @@ class FakeLoop:
 
     Attributes:
         seen: all requests, in the order in which they came; cancelled: those that were.
-        going: cleared, it stalls. full: it takes no more. failing: raised in the next step.
+        going: cleared, it stalls. full: it takes no more. failing: the error of the next step. pace: seconds of a step.
     """
 
-    ready, starting, max_model_len, max_question = True, "", 4096, 512
+    ready, starting, max_model_len, max_question, pace = True, "", 4096, 512, 0.0
 
     def __init__(self, config, tokenizer, said="A red star, and a blue one."):
         self.config, self.tokenizer = config, tokenizer
@@ -78,6 +79,7 @@ class FakeLoop:
     def _run(self):
         while True:
             self.going.wait()
+            time.sleep(self.pace)
             with self._work:
                 self._work.wait_for(lambda: self._running)
                 for request in list(self._running) if self.going.is_set() else ():
