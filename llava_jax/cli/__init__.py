@@ -17,6 +17,7 @@ COMMANDS = {  # and their lines in `llava-jax --help`
     "ask": "answer a question about one or more pictures",
     "chat": "talk about a picture",
     "web": "talk about pictures in a browser",
+    "serve": "answer clients of the OpenAI API, many at once",
     "convert": "turn a published checkpoint into an Orbax directory",
     "export": "write a converted or trained checkpoint in a published layout",
     "train": "LLaVA's training stages",
