@@ -207,6 +207,7 @@ SAID = {  # what a page says that its opening prints
     "docs/exporting.md": "model: as the conversion wrote it",
     "docs/generating.md": "\nL4\n",
     "docs/models.md": "description",
+    "docs/serving.md": "the server has ended",
     "docs/training.md": "yellow cross\n",
     "docs/troubleshooting.md": "4. saved llava-jax-demo.png",
 }
