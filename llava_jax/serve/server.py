@@ -118,6 +118,7 @@ def run_server(served: Served, options: ServeOptions) -> None:
         host=options.host,
         port=options.port,
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=grace,
@@ -169,6 +170,9 @@ def _asked_to_stop() -> Iterator[threading.Event]:
 
 
 def log_requests() -> None:
-    """A line on stderr for each request, and what else is worth a line."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("llava_jax.serve").setLevel(logging.INFO)
+    """A line on stderr for each request."""
+    handler, log = logging.StreamHandler(), logging.getLogger("llava_jax.serve")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
