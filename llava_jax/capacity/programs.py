@@ -157,6 +157,11 @@ class Programs:
     def params(self):
         return abstract_params(self.config, self.mesh, self.precision.quantize)
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Keys and values of one prefix on one chip."""
+        return self.shapes.prefix * self.precision.prefix(self.config.text) // self.mesh.shape.get("tensor", 1)
+
     def once(self) -> tuple[dict[str, Program], tuple]:
         """(encode and prefill of one picture for each shard of the rows, the prefixes and hidden states they give)."""
         rows, side, at = num_batch_shards(self.mesh), self.config.tile_size, batch_sharding(self.mesh)
@@ -286,14 +291,9 @@ class AnswerBatch:
 
 def largest_wave(programs: Programs, room: float) -> Capacity:
     """The most that fit, of those that parameters and cache alone leave room for, and what was compiled on the way."""
-    shards, shapes = num_batch_shards(programs.mesh), programs.shapes
-    params = chip_bytes(programs.params())
-    text, tensor = programs.config.text, programs.mesh.shape.get("tensor", 1)
-    prefix = shapes.prefix * programs.precision.prefix(text) // tensor
-    suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
-    bound = int((room - params) // (prefix + suffix))
+    shards, params, bound = num_batch_shards(programs.mesh), chip_bytes(programs.params()), most_groups(programs, room)
     if bound < 1:
-        return Capacity(params, prefix, 0, {}, {})
+        return Capacity(params, programs.prefix_bytes, 0, {}, {})
     once, prefixes = programs.once()
     prefix = chip_bytes(prefixes[0].keys_values)
 
@@ -305,6 +305,13 @@ def largest_wave(programs: Programs, room: float) -> Capacity:
     groups = shards * max((size for size, wave in tried.items() if wave.needed <= room), default=0)
     halves = _halves(programs, min(groups, MAX_GROUPS * shards), prefixes) if groups else {}
     return Capacity(params, prefix, groups, once | halves, {size * shards: wave for size, wave in tried.items()})
+
+
+def most_groups(programs: Programs, room: float) -> int:
+    """How many prefixes on each shard parameters and cache alone leave room for."""
+    text, tensor, shapes = programs.config.text, programs.mesh.shape.get("tensor", 1), programs.shapes
+    suffix = shapes.rows * (shapes.question + shapes.slots) * position_bytes(text) // tensor
+    return int((room - chip_bytes(programs.params())) // (programs.prefix_bytes + suffix))
 
 
 def _halves(programs: Programs, groups: int, prefixes) -> dict[str, Program]:

@@ -148,9 +148,11 @@ class Work:
         return Work(self.flops + other.flops, self.moved + other.moved, self.reduced + other.reduced)
 
     def seconds(self, chip: Chip, tensor: int) -> float:
+        return max(self.flops / chip.flops, self.moved / chip.bandwidth) + self.reducing_seconds(chip, tensor)
+
+    def reducing_seconds(self, chip: Chip, tensor: int) -> float:
         """An all-reduce is a ring in both directions: of its bytes, 2 (n - 1) / n leave each chip by two links."""
-        alone = max(self.flops / chip.flops, self.moved / chip.bandwidth)
-        return alone + (tensor - 1) / tensor * self.reduced / chip.link
+        return (tensor - 1) / tensor * self.reduced / chip.link
 
 
 def layer_weights(text: TextConfig) -> int:

@@ -63,8 +63,8 @@ def default_axes(devices: int, kv_heads: int, params: float, memory: float) -> d
     """Axes for this many devices by default: `tensor` as small as leaves half of their memory to caches, then `data`.
 
     Devices that divide rows say nothing to each other; those that divide a layer do so twice in it. By libtpu's
-    estimate of a 7B (no measurement), that gives the most answers a second on v4, v5e and v5p, and all but a tenth of
-    it on v6e.
+    estimate of a 7B (no measurement; `tests/benchmarks/meshes.py`), no mesh that fits answers sooner on v4, v5e, v5p
+    and v6e.
 
     Args:
         params: bytes of all parameters.
