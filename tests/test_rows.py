@@ -247,7 +247,8 @@ def next_logits(ids, tokens):
 
 def test_log_probabilities_are_of_the_raw_logits():
     host, (_, questions) = text_host(), parts("text")
-    asked = [options(9, PENALIZED, top_logprobs=3), options(9, end_ids=(), min_new_tokens=4, top_logprobs=0)]
+    likeliest = wanted("text", 1, options(1))  # it may not end the answer yet, and is told of all the same
+    asked = [options(9, PENALIZED, top_logprobs=3), options(9, end_ids=(*likeliest,), min_new_tokens=9, top_logprobs=0)]
     answers = host.admit(0, 0, [(questions[i], asked[i], 9) for i in (0, 1)], [2, 0])
     quiet = host.admit(1, 0, [(questions[2], options(9), 9)], [1])
     while any(host.living()):
@@ -255,11 +256,11 @@ def test_log_probabilities_are_of_the_raw_logits():
     for text, answer in enumerate(answers):
         logits = next_logits(prompt("text", TEXTS[text]), answer.tokens)
         expected = np.asarray(jax.nn.log_softmax(logits))
-        assert answer.tokens == wanted("text", text, asked[text])
         for token, told, row in zip(answer.tokens, answer.told, expected, strict=True):
             np.testing.assert_allclose(told.logprobs, row[token], atol=2e-5)
             np.testing.assert_allclose(told.top_logprobs, np.sort(row)[::-1][: len(told.top_ids)], atol=2e-5)
             np.testing.assert_allclose(row[told.top_ids], told.top_logprobs, atol=2e-5)
+    assert answers[0].tokens == wanted("text", 0, asked[0]) and answers[1].tokens[0] != likeliest[0]
     assert quiet[0].tokens == wanted("text", 2, options(9)) and not any(told.logprobs for told in quiet[0].told)
 
 
