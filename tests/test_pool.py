@@ -17,7 +17,7 @@ from llava_jax.inputs.batch import pack
 POSITIONS = 3072  # of the pool
 TILES = 5  # a picture
 CHUNK = 1100  # the last one begins early: 3 · 1100 are more than 3072
-SIZES = {"five tiles": [(40, 39)], "two": [(700, 20), (500, 10)], "text": []}
+SIZES = {"five tiles": [(700, 690)], "two": [(700, 20), (500, 10)], "text": []}
 
 
 @cache
@@ -103,6 +103,7 @@ def test_a_prefix_in_a_slot_is_what_prefill_gives(name, chunk):
     """And the other slots, of this shard and of one that has nothing to do, are as they were."""
     llava, params, _ = model()
     ids, pictures = prompt(name)[:-4], images(name)
+    assert name != "five tiles" or len(pictures[0].tiles) == TILES
     wanted, _ = llava.engine.prefill(params, pack([ids], pictures, llava.config))
     pool = filled(4)
     before = as_numpy(pool)
