@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -22,7 +22,10 @@ from llava_jax.serve.jobs import Job, Served
 from llava_jax.serve.logprobs import Writer
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.protocol import ApiError, unavailable
-from llava_jax.serve.running import Loop, choose, generate, internal_error, too_many
+from llava_jax.serve.running import choose, generate, internal_error, too_many
+
+if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
 
 MOST_BODY_BYTES = 64 << 20
 BODY_SECONDS = 60  # in which a client has to send its request
@@ -39,7 +42,7 @@ Result = TypeVar("Result")
 log = logging.getLogger("llava_jax.serve")
 
 
-def why_not(loop: Loop) -> str | None:
+def why_not(loop: EngineLoop) -> str | None:
     """Why the engine answers nothing now; None where it does."""
     if loop.stats().failed is not None:
         return "the engine has failed; the server's log says why"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -29,7 +29,9 @@ from llava_jax.serve.prompts import (
     text_prompt,
 )
 from llava_jax.serve.protocol import AnyRequest, ApiError, parse_chat, parse_completion, wrong
-from llava_jax.serve.running import Loop
+
+if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Served:
     """A model as it is served."""
 
     name: str
-    loop: Loop
+    loop: EngineLoop
     tokenizer: Any
     load_picture: Callable[[str], Image.Image]  # of a URL; its ValueError is one line that may be shown to anybody
     conv_mode: str | None = None  # None: the checkpoint's

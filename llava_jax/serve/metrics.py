@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llava_jax.serve.running import Loop
+if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
 
 # Upper bounds in seconds, vLLM's own.
 _FRACTIONS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
@@ -23,7 +25,7 @@ LABEL = "model_name"
 class Metrics:
     """Counters and histograms of one served model, in a registry of their own."""
 
-    def __init__(self, model: str, loop: Loop):
+    def __init__(self, model: str, loop: EngineLoop):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(model, loop))
 
@@ -57,7 +59,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """What the engine's loop counts itself, looked at when it is asked for."""
 
-    def __init__(self, model: str, loop: Loop):
+    def __init__(self, model: str, loop: EngineLoop):
         self._model, self._loop = model, loop
 
     def collect(self) -> Iterator[Metric]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava_jax.config import LlavaConfig
 from llava_jax.errors import reason_of
 from llava_jax.inference.requests import (
     Finish,
@@ -27,24 +26,11 @@ from llava_jax.serve.completions import Answer, Piece, Tally
 from llava_jax.serve.prompts import Choices
 from llava_jax.serve.protocol import ApiError, unavailable
 
+if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
+
 RETRY_AFTER = 1  # seconds, that a client is asked to wait where the queue is full
 UNANSWERED = "the model could not answer; the server's log says why"
-
-
-class Loop(Protocol):
-    """What the server asks of `inference.engine_loop.EngineLoop`."""
-
-    ready: bool
-    starting: str  # what it does until it is ready
-    max_model_len: int
-    max_question: int
-    config: LlavaConfig
-
-    def submit(self, request: Request | ScoreRequest) -> None: ...
-    def cancel(self, request: Request | ScoreRequest) -> None: ...
-    def stats(self) -> Any: ...
-    def drain(self, timeout: float) -> bool: ...
-    def close(self) -> None: ...
 
 
 def internal_error() -> ApiError:
@@ -57,7 +43,7 @@ def too_many(message: str) -> ApiError:
 
 
 async def generate(
-    loop: Loop, tokenizer, rows: Sequence[tuple[Prompt, RowOptions]], stop: Sequence[str], tally: Tally
+    loop: EngineLoop, tokenizer, rows: Sequence[tuple[Prompt, RowOptions]], stop: Sequence[str], tally: Tally
 ) -> AsyncGenerator[Piece]:
     """The answers to (prompt, options) pairs, in pieces as they come; `tally` is kept.
 
@@ -94,7 +80,9 @@ async def generate(
             loop.cancel(request)
 
 
-async def choose(loop: Loop, choices: Sequence[Choices], texts: Sequence[str], tally: Tally) -> AsyncGenerator[Piece]:
+async def choose(
+    loop: EngineLoop, choices: Sequence[Choices], texts: Sequence[str], tally: Tally
+) -> AsyncGenerator[Piece]:
     """The likeliest of the texts after each prompt, each as one piece.
 
     Raises:
@@ -134,7 +122,7 @@ def _into(queue: asyncio.Queue, i: int):
     return emit
 
 
-def _submit(loop: Loop, request: Request | ScoreRequest) -> None:
+def _submit(loop: EngineLoop, request: Request | ScoreRequest) -> None:
     try:
         loop.submit(request)
     except QueueFull:

@@ -19,9 +19,9 @@ from llava_jax.inputs.numbers import finite_number, whole_number
 from llava_jax.serve.media import MediaPolicy, load_picture
 
 if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
     from llava_jax.inference.llava import Llava
     from llava_jax.serve.jobs import Served
-    from llava_jax.serve.running import Loop
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 LOOK = 0.2  # seconds between looks at the engine
@@ -93,7 +93,7 @@ def serve(llava: Llava, params: dict, options: ServeOptions) -> None:
     run_server(served, options)
 
 
-def _start_loop(llava: Llava, params: dict, options: ServeOptions) -> Loop:
+def _start_loop(llava: Llava, params: dict, options: ServeOptions) -> EngineLoop:
     """The one place where the engine's loop is made."""
     from llava_jax.inference.batch_shape import serving_shape
     from llava_jax.inference.batching import memory_budget
