@@ -5,10 +5,13 @@ import socket
 import sys
 
 import pytest
+from test_prompt import CONFIG
 
 from llava_jax.cli import add_command
 from llava_jax.cli.serve import run
-from llava_jax.serve.server import ServeOptions, media_policy
+from llava_jax.inference.batch_shape import serving_shape
+from llava_jax.inputs.groups import CacheLayout
+from llava_jax.serve.server import ServeOptions, media_policy, startup_table
 
 
 def parsed(*flags):
@@ -60,3 +63,11 @@ def test_it_is_safe_by_default():
     assert (args.host, args.api_key) == ("127.0.0.1", None)
     policy = media_policy(args.allowed_media_domains, args.allowed_media_path)
     assert policy == ServeOptions().media and not policy.allowed_domains and policy.allowed_path is None
+
+
+def test_the_startup_table_says_what_there_is():
+    shape = serving_shape(CONFIG, CacheLayout(4), 64 << 30, 2048, 8)
+    lines = startup_table(CONFIG, shape, 3 << 30, 64 << 30).splitlines()
+    assert lines[0] == "model   llava-v1.6-random, 2048 positions of prompt and answer"
+    assert lines[-1] == "memory  an estimated 3.00 of 64.00 GiB, parameters aside"
+    assert [line.split()[0] for line in lines[1:-1]] == ["pool", "pool"] and "of up to 2048 positions" in lines[2]

@@ -227,7 +227,9 @@ def test_a_choice_that_cannot_be_scored_is_named():
     with pytest.raises(ApiError, match=r"structured_outputs.choice\[1\]: it adds nothing"):
         choices_after(placed, [[*ids, 5], ids], LIMITS)
     with pytest.raises(ApiError, match="the longest answer take"):
-        choices_after(placed, [[*ids, *[5] * 5000]], LIMITS)
+        choices_after(placed, [[*ids, *[5] * 10]], Limits(len(ids) + 9, 512))
+    with pytest.raises(ApiError, match=r"choice\[0\]: it has 9 tokens, and 8 at most"):
+        choices_after(placed, [[*ids, *[5] * 9]], Limits(4096, 9))
     merged = choices_after(placed, [[*ids[:-1], 9, 9], [*ids, 5]], LIMITS)  # one takes the prompt's end with it
     assert merged.prompt.ids.tolist() == ids[:-1] and merged.prompt.shared == len(ids) - 2
     assert [c.tolist() for c in merged.candidates] == [[9, 9], [ids[-1], 5]] and merged.starts == (0, 1)

@@ -230,6 +230,9 @@ def choices_after(placed: Placed, rows: Sequence[Sequence[int]], limits: Limits)
     for i, whole in enumerate(wholes):
         if len(whole) == starts[i] or not start:
             raise wrong(f"{param}[{i}]", "it adds nothing to the prompt", "invalid_value")
+        if len(whole) - start >= limits.max_question:
+            tokens = f"it has {len(whole) - start} tokens, and {limits.max_question - 1} at most are possible"
+            raise wrong(f"{param}[{i}]", tokens, "invalid_value")
     longest = placed.positions + max(map(len, wholes)) - len(prompt.ids)
     if longest > limits.max_model_len:
         raise _too_long(f"the prompt and the longest answer take {longest} positions", limits, param)

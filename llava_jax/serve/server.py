@@ -19,6 +19,7 @@ from llava_jax.inputs.numbers import finite_number, whole_number
 from llava_jax.serve.media import MediaPolicy, load_picture
 
 if TYPE_CHECKING:
+    from llava_jax.inference.batch_shape import BatchShape
     from llava_jax.inference.engine_loop import EngineLoop
     from llava_jax.inference.llava import Llava
     from llava_jax.serve.jobs import Served
@@ -95,7 +96,7 @@ def serve(llava: Llava, params: dict, options: ServeOptions) -> None:
 
 def _start_loop(llava: Llava, params: dict, options: ServeOptions) -> EngineLoop:
     """The one place where the engine's loop is made."""
-    from llava_jax.inference.batch_shape import serving_shape
+    from llava_jax.inference.batch_shape import memory_bytes, serving_shape
     from llava_jax.inference.batching import memory_budget
     from llava_jax.inference.continuous_batch import ContinuousBatch
     from llava_jax.inference.engine_loop import EngineLoop
@@ -103,7 +104,19 @@ def _start_loop(llava: Llava, params: dict, options: ServeOptions) -> EngineLoop
     engine = llava.engine
     layout, budget = engine.cache_layout(params), memory_budget(params)
     shape = serving_shape(llava.config, layout, budget, options.max_model_len, options.max_num_seqs)
+    needed = memory_bytes(shape, llava.config, layout)
+    print(startup_table(llava.config, shape, needed, budget), file=sys.stderr, flush=True)
     return EngineLoop.start(ContinuousBatch(engine, params, shape), options.max_queue)
+
+
+def startup_table(config: LlavaConfig, shape: BatchShape, needed: int, budget: int) -> str:
+    """What is served, and how much of it at once. `needed` and `budget` are bytes of one device."""
+    lines = [("model", f"{config.name}, {shape.max_model_len} positions of prompt and answer")]
+    for pool in shape.pools:
+        rows = " and ".join(f"{rows} rows of {slots} slots" for rows, slots in pool.classes)
+        lines.append(("pool", f"{shape.groups} prefixes of up to {pool.capacity} positions, each with {rows}"))
+    lines.append(("memory", f"an estimated {needed / 2**30:.2f} of {budget / 2**30:.2f} GiB, parameters aside"))
+    return "\n".join(f"{name:8}{what}" for name, what in lines)
 
 
 def run_server(served: Served, options: ServeOptions) -> None:
