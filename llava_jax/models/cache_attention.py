@@ -73,7 +73,7 @@ def keeps_scores(head_dim: int, dtype) -> bool:
 
 def _append_first(q, new, suffix, valid, slot, *prefix):
     k, v = _append(suffix, new, slot)
-    if target_gpu() is not None and not _kernel_for_gpu(q):
+    if target_gpu() is not None:
         k, v = _row_major(k), _row_major(v)
     return decode_attention(q, k, v, valid, *prefix), (k, v)
 
@@ -89,8 +89,8 @@ def _append(suffix, new, slot):
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """x [G, K, R, S, D], its last axis together in memory on a GPU too: else XLA's form of attention has the whole
-    suffix turned round before the decode loop and after it."""
+    """x [G, K, R, S, D], its last axis together in memory on a GPU too: else XLA may turn the whole suffix round before
+    the decode loop and after it, and for a kernel at each step."""
 
     def constrain(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
