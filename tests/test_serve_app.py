@@ -58,9 +58,9 @@ def loop():
 
 
 @contextlib.contextmanager
-def serving(loop, key=None):
+def serving(loop, key=None, tokenizer=TOKENIZER, name=NAME):
     """The address of a server in a thread."""
-    served = Served(NAME, loop, TOKENIZER, partial(load_picture, policy=MediaPolicy()), api_key=key)
+    served = Served(name, loop, tokenizer, partial(load_picture, policy=MediaPolicy()), api_key=key)
     config = uvicorn.Config(build_app(served), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
