@@ -1,6 +1,7 @@
 """Odd requests to the server: each is answered, or refused with one clear line; never a 500, a fetch or a leak."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -110,7 +111,7 @@ def odd_body(rng):
     kind = rng.randrange(10)
     if kind == 0:
         return path, odd.damaged(rng, odd.dump(valid).encode())
-    body = odd.changed(rng, valid)
+    body = copy.deepcopy(odd.changed(rng, valid))  # it may be one of `odd.VALUES` itself
     if kind < 4 and isinstance(body, dict):
         body[odd.text(rng) if kind == 1 else rng.choice(list(CHAT))] = odd.value(rng)
     elif kind < 8:
