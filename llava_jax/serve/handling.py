@@ -68,6 +68,7 @@ class Seen:
     started: float = field(default_factory=time.monotonic)
     status: int = 200
     first: float | None = None  # when its first token came
+    streams: bool = False  # its headers are sent
     ended: int = 0  # of its answers
     answers: int = 0
     n: int = 1
@@ -94,9 +95,9 @@ class Endpoint:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             seen.status = GONE
-        except asyncio.CancelledError:  # the time to shut down is over
+        except asyncio.CancelledError:  # the server's time to shut down is over
             seen.status = 503
-            raise
+            await _cut_off(seen, scope, receive, send)
         except Exception:
             seen.status = 500
             raise
@@ -142,6 +143,7 @@ class Endpoint:
     ) -> None:
         """Server-sent events. What goes wrong before the first token still has its status."""
         first = await anext(pieces)
+        seen.streams = True
         await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         no_usage: Json = {"usage": None} if job.tells_usage else {}
         offsets = dict.fromkeys(range(job.answers), 0)
@@ -211,6 +213,16 @@ class Endpoint:
 
 def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, dict(error.headers))
+
+
+async def _cut_off(seen: Seen, scope: Scope, receive: Receive, send: Send) -> None:
+    """What the client of an answer that cannot be finished is told."""
+    error = unavailable("the server is shutting down")
+    if not seen.streams:
+        await error_response(error)(scope, receive, send)
+        return
+    await _send_event(send, error.body())
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
 async def _read_body(request: Request) -> bytes:
