@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = ("attention", "batch_evaluation", "finetune", "inside_llava", "quickstart")
+NAMES = ("attention", "batch_evaluation", "finetune", "inside_llava", "quickstart", "serving")
 VARIES = "varies"  # the tag of a cell whose text is not the same on every machine
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 LARGEST = 600_000  # bytes: what a code host still shows
