@@ -3,11 +3,13 @@ which is compiling."""
 
 import asyncio
 import base64
+import contextlib
 import io
 import random
 import time
 from dataclasses import dataclass
 
+import jax
 import openai
 import pytest
 from PIL import Image
@@ -110,9 +112,28 @@ def all_at_once(address, asked, scenes):
     return asyncio.run(run())
 
 
+@contextlib.contextmanager
+def nothing_compiles():
+    """Not even what JAX compiles without our asking."""
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
 def check(bundled, address, scenes, asked):
     llava, params = bundled
-    answers, known = all_at_once(address, asked, scenes), {}
+    with nothing_compiles():
+        answers = all_at_once(address, asked, scenes)
+    known = {}
     for one, (text, new) in zip(asked, answers, strict=True):
         key = one.pictures, one.question, one.new, one.seed
         if key not in known:
@@ -125,17 +146,13 @@ def check(bundled, address, scenes, asked):
 def test_many_at_once_get_what_generate_gives(bundled, loop, address, scenes):
     asked = [one for one in mixed(60) if len(one.pictures) < 2 and one.new < 60]
     assert len(asked) > 20
-    before = bundled[0].engine.batch.compiled
     check(bundled, address, scenes, asked)
-    assert bundled[0].engine.batch.compiled == before
     assert loop.stats().prefix_hits > 0 and loop.stats().prefix_slots_used == 0
 
 
 @pytest.mark.long
 def test_two_hundred_at_once_get_what_generate_gives(bundled, loop, address, scenes):
-    before = bundled[0].engine.batch.compiled
     check(bundled, address, scenes, mixed(200))
-    assert bundled[0].engine.batch.compiled == before
 
 
 def test_the_next_turn_of_a_chat_finds_what_was_said(bundled, address, scenes):
@@ -149,7 +166,7 @@ def test_the_next_turn_of_a_chat_finds_what_was_said(bundled, address, scenes):
             cached.append(said.usage.prompt_tokens_details.cached_tokens)
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": question}]
             turns += [text.strip(), question]
-    assert cached[-1] > 128 or cached[-1] == 0  # shorter prefixes are not worth a copy
+    assert cached[1] >= 64 and cached[2] > cached[1]
 
 
 def test_the_likeliest_of_given_answers(bundled, address, scenes):

@@ -56,9 +56,11 @@ class ContinuousBatch:
 
     def _allocate(self) -> None:
         shape, programs, dtype = self.shape, self.programs, activation_dtype(self.params)
-        self._pools = [programs.empty_pool(shape.groups, pool.capacity, dtype) for pool in shape.pools]
+        pools = [programs.empty_pool(shape.groups, pool.capacity, dtype) for pool in shape.pools]
         rows = {block: programs.empty_rows(shape.groups, *shape.row_class(block), dtype) for block in shape.blocks}
-        self._rows = rows
+        if self.engine.mesh is None:  # bound to the device, as what programs make of them is: else they compile twice
+            pools, rows = jax.device_put((pools, rows), jax.tree.leaves(self.params)[0].sharding)
+        self._pools, self._rows = pools, rows
 
     # ---- for its owner
 
