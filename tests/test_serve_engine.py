@@ -166,7 +166,7 @@ def test_the_next_turn_of_a_chat_finds_what_was_said(bundled, address, scenes):
             cached.append(said.usage.prompt_tokens_details.cached_tokens)
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": question}]
             turns += [text.strip(), question]
-    assert cached[1] >= 64 and cached[2] > cached[1]
+    assert cached[1] >= 48 and cached[2] > cached[1]
 
 
 def test_the_likeliest_of_given_answers(bundled, address, scenes):

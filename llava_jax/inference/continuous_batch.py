@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.generate import activation_dtype
+from llava_jax.inference.pool import Pool
 from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Token
-from llava_jax.inference.rows import Chosen, row_settings
+from llava_jax.inference.rows import Chosen, Rows, row_settings
 from llava_jax.inference.scheduler import (
     LOOKAHEAD,
     ActiveRequest,
@@ -44,13 +46,16 @@ class ContinuousBatch:
         self.scheduler = Scheduler(engine.config, shape)
         self._filling: Iterator[None] | None = None
         self._unread: deque[Callable[[], None]] = deque()
+        self._pools: list[Pool] = []
+        self._rows: dict[Block, Rows] = {}
         self._allocate()
 
     def reset(self) -> None:
         """Begin anew with nothing, after a failure; whoever waits must have been told."""
         self._filling = None
         self._unread.clear()
-        self._pools, self._rows = [], {}  # freed first
+        self._pools.clear()  # freed first
+        self._rows.clear()
         self.scheduler = Scheduler(self.config, self.shape)
         self._allocate()
 
@@ -85,7 +90,8 @@ class ContinuousBatch:
 
         With `shape.chunk` None there is a program for every bucket of prefix lengths, and those are left out.
         """
-        shape, nobody, place = self.shape, [None] * self.shape.shards, self.engine.place
+        shape, place = self.shape, self.engine.place
+        nobody: list[Any] = [None] * shape.shards
         last, nothing = len(shape.pools) - 1, place(np.zeros(shape.shards, np.int32))
         nowhere = self._slots(nobody, lambda lane: 0)
         yield "prompts"
@@ -180,10 +186,8 @@ class ContinuousBatch:
                     position, index, shown = placed[n]
                     tiles[b, : len(shown)] = shown
                     indices[b, position : position + len(index)] = np.where(index == NEWLINE, newline, index)
-            tiles = tiles.reshape(-1, *tiles.shape[2:])
-            embeds = self.programs.place_image(
-                self.params, embeds, self.engine.place(tiles), self.engine.place(indices)
-            )
+            flat = self.engine.place(tiles.reshape(-1, *tiles.shape[2:]))
+            embeds = self.programs.place_image(self.params, embeds, flat, self.engine.place(indices))
             yield
         return embeds
 
@@ -244,7 +248,7 @@ class ContinuousBatch:
                 ids[b, r, : len(question)], questions.lengths[b, r] = question, len(question)
                 questions.active[b, r], row_ids[b, r], steps[b, r] = True, active.row, len(tokens)
                 said[b, r, : len(tokens)] = tokens
-                options[b][r], limits[b, r] = active.request.options, self.scheduler.limit_here(active)
+                options[b][r], limits[b, r] = active.options, self.scheduler.limit_here(active)
                 lengths[b] = active.key.length
                 asked.append((active, active.epoch, (b, r)))
         settings = [row_settings(*pair) for row in zip(options, limits, strict=True) for pair in zip(*row, strict=True)]
@@ -259,9 +263,9 @@ class ContinuousBatch:
         self._unread.append(partial(self._read_first, chosen, asked))
 
     def _read_first(self, chosen: Chosen, asked) -> None:
-        read = _Read(chosen, any(active.request.options.top_logprobs is not None for active, _, _ in asked))
+        read = _Read(chosen, any(active.options.top_logprobs is not None for active, _, _ in asked))
         for active, epoch, place in asked:
-            self.scheduler.said(active, epoch, [read.token(place, active.request.options)])
+            self.scheduler.said(active, epoch, [read.token(place, active.options)])
 
     def _move(self, move: Move) -> None:
         target = Block(move.source.pool, move.source.row_class + 1)
@@ -306,17 +310,17 @@ class ContinuousBatch:
     def _read_decoded(self, blocks: list[Block], living: list[Living], chosen: Chosen, count) -> None:
         widths = [self.shape.row_class(block).rows for block in blocks]
         starts = {block: sum(widths[:n]) for n, block in enumerate(blocks)}
-        read = _Read(chosen, any(row.active.request.options.top_logprobs is not None for row in living))
+        read = _Read(chosen, any(row.active.options.top_logprobs is not None for row in living))
         for row in living:
             places = [(step, row.group, starts[row.block] + row.row) for step in range(int(count))]
-            tokens = [read.token(place, row.active.request.options) for place in places]
+            tokens = [read.token(place, row.active.options) for place in places]
             self.scheduler.said(row.active, row.epoch, tokens)
 
     # ---- scores
 
     def _score(self, scoring: Scoring) -> None:
         shards, count = self.shape.shards, self.shape.admitted
-        most = max((len(active.request.candidates) for active in scoring.lanes if active), default=1)
+        most = max((len(active.scores.candidates) for active in scoring.lanes if active), default=1)
         slots = self._slots(scoring.lanes, lambda active: active.slot.index)
         lengths = np.array([active.key.length if active else 0 for active in scoring.lanes], np.int32)
         parts = []
@@ -324,8 +328,8 @@ class ContinuousBatch:
             ids = np.zeros((shards, count, self.shape.question), np.int32)
             questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
             for b, active in enumerate(scoring.lanes):
-                for r, candidate in enumerate(active.request.candidates[first : first + count] if active else ()):
-                    row = np.concatenate([active.question, candidate])
+                for r, candidate in enumerate(active.scores.candidates[first : first + count] if active else ()):
+                    row = np.concatenate([active.question, candidate])  # type: ignore[union-attr]
                     ids[b, r, : len(row)], questions.lengths[b, r], questions.active[b, r] = row, len(row), True
             pool = self._pools[scoring.pool]
             place = self.engine.place
@@ -336,7 +340,7 @@ class ContinuousBatch:
         logprobs = np.concatenate([np.asarray(part) for part in parts], axis=1)
         for b, active in enumerate(scoring.lanes):
             if active is not None:
-                candidates, starts = active.request.candidates, active.request.starts or repeat(0)
+                candidates, starts = active.scores.candidates, active.scores.starts or repeat(0)
                 rows = zip(logprobs[b], candidates, starts, strict=False)
                 sums = [row[start : len(candidate)].sum() for row, candidate, start in rows]
                 self.scheduler.scored(active, np.array(sums, np.float32))

@@ -128,7 +128,7 @@ class EngineLoop:
             if not isinstance(update, Update) or update.finish is not None:
                 self._forget(request)
             try:
-                request.emit(update)
+                request.emit(update)  # type: ignore[arg-type]
             except Exception:
                 traceback.print_exc()
 

@@ -16,9 +16,8 @@ from llava_jax.inference.requests import Prompt
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.groups import common_length
 
-LEAST_SHARED = (
-    128  # positions that prefixes must share for one to be made from the other; a system prompt is not worth it
-)
+# Positions that two prefixes must share for one to be made from the other: more than a system prompt has.
+LEAST_SHARED = 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,22 +147,32 @@ class PrefixTable:
             return None
         count = len(key.elements)
         alike = [(slot, slot.key.shared_with(key)) for slot in self.slots if slot.key is not None]
-        slot, shared = max(alike, key=lambda pair: (pair[1], pair[0].ready, -pair[0].users), default=(None, 0))
-        if (
-            slot is not None
-            and count
-            and (shared == count or (self._grows and key.positions_of(shared) >= LEAST_SHARED))
-        ):
-            if not slot.ready:
-                return None
-            start, tail = key.positions_of(shared), shared < len(slot.key.elements)  # type: ignore[union-attr]
-            if not slot.users and (shared == count or not tail):
-                return Found(slot, start)
-            target = self._least_used(lambda other: other is not slot and other.shard == slot.shard)
-            if self._grows and target is not None:
-                return Found(target, start, slot)
+        best = max(alike, key=lambda pair: (pair[1], pair[0].ready, -pair[0].users), default=None)
+        if best is not None and count:
+            slot, shared = best
+            start = key.positions_of(shared)
+            if shared == count or (self._grows and start >= LEAST_SHARED):
+                return self._from(slot, start, shared == count)
         target = self._least_used(lambda other: True)
         return None if target is None else Found(target, 0)
+
+    def _from(self, slot: PrefixSlot, start: int, whole: bool) -> Found | None:
+        """A slot that goes on from what another one holds; or that one itself, if nobody needs it.
+
+        Args:
+            start: positions that are shared; `whole`: they are all of the prefix that is asked for.
+        """
+        if not slot.ready:
+            return None
+        if not slot.users and (whole or start == slot.length):
+            return Found(slot, start)
+        other = self._least_used(lambda other: other is not slot and other.shard == slot.shard)
+        if other is not None and self._grows:
+            return Found(other, start, slot)
+        if not slot.users and self._grows:
+            return Found(slot, start)
+        free = self._least_used(lambda other: True)
+        return None if free is None else Found(free, 0)
 
     def _least_used(self, wanted: Callable[[PrefixSlot], bool]) -> PrefixSlot | None:
         """Of those that nobody needs: an empty one, in the shard with the fewest users, or the one used longest ago."""

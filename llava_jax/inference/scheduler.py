@@ -17,7 +17,17 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inference.prefix_table import PrefixKey, PrefixSlot, PrefixTable, prefix_key
-from llava_jax.inference.requests import Finish, Prompt, Request, ScoreRequest, Scores, Stopped, Token, Update
+from llava_jax.inference.requests import (
+    Finish,
+    Prompt,
+    Request,
+    RowOptions,
+    ScoreRequest,
+    Scores,
+    Stopped,
+    Token,
+    Update,
+)
 from llava_jax.inputs.batch import merged_length
 
 LOOKAHEAD = 64  # waiting requests that are looked at for a slot
@@ -41,6 +51,18 @@ class ActiveRequest:
     epoch: int = 0  # counts its rows: what an earlier one still says is not said of it
     overtaken: int = 0
     ended: bool = False
+
+    @property
+    def options(self) -> RowOptions:
+        """Of a request for an answer."""
+        assert isinstance(self.request, Request)
+        return self.request.options
+
+    @property
+    def scores(self) -> ScoreRequest:
+        """The request, if it is for scores."""
+        assert isinstance(self.request, ScoreRequest)
+        return self.request
 
     @property
     def question(self) -> np.ndarray:
@@ -199,7 +221,8 @@ class Scheduler:
         self._place()
         if not self._fills:
             return None
-        pool, lanes = self._fills[0][0], [None] * self.shape.shards
+        pool = self._fills[0][0]
+        lanes: list[FillLane | None] = [None] * self.shape.shards
         left: deque[tuple[int, FillLane]] = deque()
         passed: set[int] = set()  # shards of which one waits longer, in whatever pool
         for of_pool, lane in self._fills:
@@ -339,7 +362,7 @@ class Scheduler:
         """New tokens of a row that was living when they were asked for; those behind its end are not its own."""
         if active.ended or epoch != active.epoch or not isinstance(active.request, Request):
             return
-        options, mine = active.request.options, []
+        options, mine = active.options, []
         for token in tokens:
             if active in self.outgrown:
                 break

@@ -23,7 +23,7 @@ class ProcessedImage:
     def digest(self) -> bytes:
         """16 bytes that tell it from other pictures."""
         digest = hashlib.blake2b(repr(self.size).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.tiles))
+        digest.update(np.ascontiguousarray(self.tiles).data)
         return digest.digest()
 
 
