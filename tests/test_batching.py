@@ -1,6 +1,7 @@
 """Many questions on one image, conversations and scores: what one prompt at a time gives, for less work."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,17 +9,17 @@ import pytest
 from small import small_model
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.batching import SHARE
+from llava_jax.inference import text_requests
+from llava_jax.inference.batch_shape import memory_bytes
+from llava_jax.inference.batching import SHARE, plan
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.groups import (
     CacheLayout,
     Group,
-    MemoryEstimate,
     Prompt,
     common_length,
     group_prompts,
     pack_questions,
-    plan_prefix_batches,
 )
 from llava_jax.inputs.tokenizer import tokenizer_image_token
 from llava_jax.inputs.types import Batch, Questions
@@ -74,15 +75,29 @@ def test_each_image_is_prefilled_once_however_small_the_budget(small, requests, 
     llava, params = small
 
     def prefixes_and_questions():
-        prefills = [len(batch.gather_indices) for batch in given(programs, "prefill", Batch)]
-        return prefills, [questions.active.size for questions in given(programs, "answer", Questions)]
+        names = [name for name, _ in programs]
+        return names.count("first chunk"), [one.active.size for one in given(programs, "admission", Questions)]
 
     wanted = llava.generate_batch(params, requests[:3], **OPTIONS)
-    prefills, answers = prefixes_and_questions()
-    assert sum(prefills) == 3 and sum(answers) == 6
+    prefixes, questions = prefixes_and_questions()
+    assert prefixes == 3 and sum(questions) >= 6 and len(questions) < 6
     programs.clear()
     assert llava.generate_batch(params, requests[:3], memory_budget=1, **OPTIONS) == wanted
-    assert prefixes_and_questions() == ([1, 1, 1], [1] * 6)
+    assert prefixes_and_questions() == (3, [1] * 6)
+
+
+def test_each_question_has_its_own_limit(small, requests):
+    """Answers end at different times, and the next ones take their rows: more than there are rows for."""
+    llava, params = small
+    limits = [3, 17, 1, 8, 30, 5, 4, 2, 40, 6]
+    answers = llava.generate_batch(params, requests, max_new_tokens=limits, memory_budget=1)
+    asked = [(image, question) for image, questions in requests for question in questions]
+    each = zip(asked, limits, strict=True)
+    assert answers == [llava.generate(params, *one, max_new_tokens=limit) for one, limit in each]
+    with pytest.raises(ValueError, match="max_new_tokens: 2 for 10 questions"):
+        llava.generate_batch(params, requests, max_new_tokens=[3, 4])
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be"):
+        llava.generate_batch(params, requests, max_new_tokens=[*limits[1:], 0])
 
 
 def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_row(small, pictures):
@@ -162,23 +177,44 @@ def test_groups_share_what_the_ids_share():
     assert packed.ids.shape == (2, 3, 3) and packed.active.tolist() == [[True, False, False], [False] * 3]
 
 
-def test_waves_hold_every_group_once_within_the_budget():
+def planned(config, layout, groups, output_capacity, budget):
+    """Phases, of an engine of which only its configuration and layout are asked."""
+    engine = SimpleNamespace(config=config, cache_layout=lambda params: layout)
+    return plan(engine, None, groups, output_capacity, budget)
+
+
+def test_phases_hold_every_group_once_within_the_budget():
     config, rng = LlavaConfig.preset("1.6-vicuna-7b"), np.random.default_rng(0)
-    groups, lengths, layout = [], rng.integers(600, 2990, 40), CacheLayout(itemsize=2)
+    groups, lengths, layout = [], rng.integers(20, 2990, 40), CacheLayout(itemsize=2)
     for n in range(40):
         rows = [np.arange(rng.integers(2, 30)) for _ in range(rng.integers(1, 40))]
         prompts = [Prompt(row, np.concatenate([[1, 2, 50 + n], row])) for row in rows]
         (group,) = group_prompts(prompts, n, [], config)
         groups.append(replace(group, prefix_length=int(lengths[n])))
     for budget in (1, 4 << 30, 40 << 30):
-        waves = plan_prefix_batches(groups, config, layout, 32, budget)
-        assert sorted(g.images for wave in waves for g in wave.groups) == list(range(40))
-        assert all(wave.bytes <= budget or (len(wave.groups), wave.rows) == (1, 1) for wave in waves)
-    assert max(len(wave.groups) for wave in waves) > 1
-    small, large = (MemoryEstimate(config, layout, prefix, 16, 32) for prefix in (1024, 3072))
-    assert small.bytes(1, 4) < large.bytes(1, 4) < large.bytes(1, 64) < large.bytes(2, 64)
-    # 7B in bf16: 0.5 MiB a position
-    assert large.bytes(1, 1) > 3072 * 2**19
+        phases = planned(config, layout, groups, 32, budget)
+        assert sorted(group.images for phase in phases for group in phase.groups) == list(range(40))
+        for phase in phases:
+            shape, (pool,) = phase.shape, phase.shape.pools
+            assert memory_bytes(shape, config, layout) <= budget or (shape.per_shard, shape.admitted) == (1, 1)
+            assert all(pool.capacity / 3 < group.prefix_length <= pool.capacity for group in phase.groups)
+            counts = [len(group.questions) for group in phase.groups]
+            assert counts == sorted(counts, reverse=True)
+    assert max(phase.shape.per_shard for phase in phases) > 1
+
+
+def test_rows_are_as_many_as_are_soonest_done():
+    """As many as all have; where one has more than others, no more than keep it from being the last."""
+    config, layout = LlavaConfig.preset("1.6-vicuna-7b"), CacheLayout(itemsize=2, keeps_scores=False)
+
+    def rows(*counts):
+        groups = [Group(np.zeros(1), (np.zeros(30),) * n, tuple(range(n)), "picture", 2928) for n in counts]
+        (phase,) = planned(config, layout, groups, 128, 1 << 50)
+        return phase.shape.per_shard, phase.shape.admitted
+
+    assert rows(*[18] * 8) == (8, 20) and rows(1) == (1, 1) and rows(*[1] * 30) == (8, 1)
+    per_shard, admitted = rows(100, *[1] * 100)
+    assert per_shard == 8 and 1 < admitted < 20
 
 
 def test_all_questions_of_a_pope_picture_go_at_once_on_an_h100():
@@ -186,8 +222,8 @@ def test_all_questions_of_a_pope_picture_go_at_once_on_an_h100():
     config, layout = LlavaConfig.preset("1.6-vicuna-7b"), CacheLayout(itemsize=2, keeps_scores=False)
     group = Group(np.zeros(1), (np.zeros(30),) * 18, tuple(range(18)), "picture", 2928)
     budget = int(SHARE * (0.75 * 84.9e9 - param_bytes(config, 2)))
-    (wave,) = plan_prefix_batches([group] * 8, config, layout, 128, budget)
-    assert (wave.groups_per_shard, wave.rows) == (8, 20)
+    (phase,) = planned(config, layout, [group] * 8, 128, budget)
+    assert (phase.shape.per_shard, phase.shape.admitted) == (8, 20)
 
 
 def test_one_text_is_one_where_a_list_is_meant(small, pictures):
@@ -208,6 +244,20 @@ def test_half_a_character_costs_its_own_question(small):
     assert answer == llava.generate(params, None, "Hi", **OPTIONS)
     with pytest.raises(ValueError, match=r"candidates\[1\]: has '\\ud800'"):
         llava.score(params, None, "Hi", ["Yes", "\ud800"])
+
+
+def test_a_candidate_whose_first_letter_joins_the_prompts_last_counts_whole(small, monkeypatch):
+    """Its tokens are another row's than the prompt's from the prompt's last on: those all count."""
+    llava, params = small
+    prompt = llava.prompt_ids("Hi", [])
+    rows = {"joined": [*prompt[:-1], 77, 78], "apart": [*prompt, 79]}
+    monkeypatch.setattr(text_requests, "prompt_ids", lambda *args: rows[args[-1]])
+    scores = llava.score(params, None, "Hi", list(rows))
+    for score, ids, answer in zip(scores, rows.values(), ([77, 78], [79]), strict=True):
+        logprobs = jax.nn.log_softmax(llava.forward(params, [ids]).logits[0], axis=-1)
+        first = len(ids) - len(answer)
+        wanted = sum(logprobs[first - 1 + i, token] for i, token in enumerate(answer))
+        assert score == pytest.approx(float(wanted), abs=1e-3)
 
 
 def test_a_candidate_that_is_too_long_is_refused(small):

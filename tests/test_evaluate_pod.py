@@ -41,8 +41,7 @@ import os, signal, sys
 from pathlib import Path
 from llava_jax.cli import main
 from llava_jax.evaluation import answers  # JAX is imported once; each child makes its own backend
-from llava_jax.inference import batching
-from llava_jax.inputs import groups
+from llava_jax.inference import batch_shape
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -63,8 +62,8 @@ def write(path, content):
     path.write_bytes(content)
     kill()
 
-groups.MAX_GROUPS = 1  # a picture's answers at a time,
-batching.bucket_rows = lambda count: 8  # by one program
+batch_shape.MAX_GROUPS = 1  # a picture's answers at a time,
+batch_shape.bucket_rows = lambda count: 8  # by one program
 AnswerShard, AnswerShard.calls = answers.AnswerShard, 0
 out, *flags = sys.argv[1:]
 for kill_at in ((1, "within"), (1, "after"), (2, "within"), "merge", None):

@@ -8,10 +8,11 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from llava_jax.config import LlavaConfig
 from llava_jax.errors import reason_of
-from llava_jax.inputs.groups import PrefixBatch
+from llava_jax.inputs.groups import Group
 from llava_jax.inputs.image import image_size, image_source, load_image, process_images
 from llava_jax.inputs.sources import source_name
 from llava_jax.inputs.types import ProcessedImage
@@ -19,7 +20,7 @@ from llava_jax.inputs.workers import WorkerDied, Workers
 
 READERS = 32  # threads: an object store answers many requests at a time
 WORKERS = 8  # processes, where there are so many cores
-AHEAD = 2  # batches whose pictures are being loaded while the device works
+AHEAD = 16  # groups whose pictures are being loaded while the device works
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,24 +60,28 @@ def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> Process
         raise ValueError(f"{source_name(source)} cannot be made into tiles: {reason_of(error)}") from error
 
 
-Loaded = dict[Picture, list[ProcessedImage] | ValueError]
+class LoadedOrLost(NamedTuple):
+    """A group and its pictures, or what is wrong with one."""
+
+    group: Group
+    images: list[ProcessedImage] | ValueError
 
 
-def load_ahead(config: LlavaConfig, rgb: bool, batches: Iterable[PrefixBatch]) -> Generator[tuple[PrefixBatch, Loaded]]:
-    """Each batch with its groups' pictures, which processes load `AHEAD` batches before they are asked for."""
-    waiting: deque[tuple[PrefixBatch, dict[Picture, Future | None]]] = deque()
+def load_ahead(config: LlavaConfig, rgb: bool, groups: Iterable[Group]) -> Generator[LoadedOrLost]:
+    """Each group with its picture, which processes load while `AHEAD` groups before it are worked on."""
+    waiting: deque[tuple[Group, Future | None]] = deque()
     with Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1)) as workers:
-        for batch in batches:
-            pictures = dict.fromkeys(group.images for group in batch.groups)
-            waiting.append((batch, {p: None if p.source is None else workers.submit(p.source) for p in pictures}))
+        for group in groups:
+            source = group.images.source
+            waiting.append((group, None if source is None else workers.submit(source)))
             if len(waiting) > AHEAD:
                 yield _finish(*waiting.popleft())
         while waiting:
             yield _finish(*waiting.popleft())
 
 
-def _finish(batch: PrefixBatch, futures: dict[Picture, Future | None]) -> tuple[PrefixBatch, Loaded]:
-    return batch, {picture: _result(picture, future) for picture, future in futures.items()}
+def _finish(group: Group, future: Future | None) -> LoadedOrLost:
+    return LoadedOrLost(group, _result(group.images, future))
 
 
 def _result(picture: Picture, future: Future | None) -> list[ProcessedImage] | ValueError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import jax
 from etils import epath
@@ -17,14 +18,15 @@ from llava_jax.checkpoint import fingerprint, load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, answer_line, failure_of
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
-from llava_jax.evaluation.pictures import Loaded, Picture, find_pictures, load_ahead
+from llava_jax.evaluation.pictures import LoadedOrLost, Picture, find_pictures, load_ahead
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference import batching
+from llava_jax.inference.batching import LoadedGroup, Phase
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.text_requests import group_questions
+from llava_jax.inference.text_requests import group_questions, row_options
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
-from llava_jax.inputs.groups import Group, PrefixBatch
+from llava_jax.inputs.groups import Group
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
 from llava_jax.parallel.sharding import make_mesh
@@ -158,26 +160,35 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
         groups += grouped.groups
         lines += [job.failure(q, str(error)) for q, error in grouped.refused]
     shard.append(lines)
-    batches = batching.plan(llava.engine, params, groups, job.generation.output_capacity)
+    phases = batching.plan(llava.engine, params, groups, job.generation.output_capacity)
     count = sum(len(group.questions) for group in groups)
     progress = tqdm(total=count, unit="question", disable=not multihost.is_primary(), dynamic_ncols=True)
-    with contextlib.closing(load_ahead(job.config, options.layout.rgb, batches)) as batches_ahead, progress:
-        for batch, loaded in batches_ahead:
-            lines = _answer_batch(job, llava, params, batch, loaded)
-            shard.append(lines)
-            progress.update(len(lines))
+    in_order = [group for phase in phases for group in phase.groups]
+    with contextlib.closing(load_ahead(job.config, options.layout.rgb, in_order)) as ahead, progress:
+        for phase in phases:
+            for lines in _answer_phase(job, llava, params, phase, islice(ahead, len(phase.groups))):
+                shard.append(lines)
+                progress.update(len(lines))
 
 
-def _answer_batch(job: Job, llava: Llava, params, batch: PrefixBatch, loaded: Loaded) -> list[str]:
-    """The lines of a batch's questions; a picture that turned out to be damaged takes its own questions along only."""
-    images = {picture: shown for picture, shown in loaded.items() if not isinstance(shown, ValueError)}
-    lost = [group for group in batch.groups if group.images not in images]
-    lines = [job.failure(question, str(loaded[group.images])) for group in lost for question in group.questions]
-    if images:
-        batch = replace(batch, groups=tuple(group for group in batch.groups if group.images in images))
-        for question, tokens in batching.generate(llava.engine, params, batch, images, job.generation):
-            lines.append(answer_line(question, llava.decode(tokens), job.config.name))
-    return lines
+def _answer_phase(job: Job, llava: Llava, params, phase: Phase, loaded: Iterable[LoadedOrLost]) -> Iterator[list[str]]:
+    """The lines of a phase's questions as they come; a picture that turned out to be damaged takes its own questions
+    along only."""
+    lines: list[str] = []
+    how = row_options(job.config, job.generation)
+
+    def whole() -> Iterator[LoadedGroup]:
+        for group, images in loaded:
+            if isinstance(images, ValueError):
+                lines.extend(job.failure(question, str(images)) for question in group.questions)
+            else:
+                yield LoadedGroup(group, images)
+
+    for ended in batching.generate(llava.engine, params, phase, whole(), lambda question: how):
+        lines += [answer_line(question, llava.decode(tokens), job.config.name) for question, tokens in ended]
+        yield lines.copy()
+        lines.clear()
+    yield lines
 
 
 def by_image(questions: Sequence[Question]) -> list[list[Question]]:

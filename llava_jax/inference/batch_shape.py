@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inputs.batch import bucket_length
-from llava_jax.inputs.groups import PREFILL_CHUNK, SCORE_BYTES, CacheLayout
+from llava_jax.inputs.batch import bucket_count, bucket_length
+from llava_jax.inputs.groups import MAX_GROUPS, PREFILL_CHUNK, SCORE_BYTES, CacheLayout, Group, bucket_rows
 
 
 class RowClass(NamedTuple):
@@ -132,3 +133,43 @@ def serving_shape(
         f"one prefix of {capacity} positions takes {needed:.2f} GiB, and there are {budget / 2**30:.2f} GiB for it: "
         "give a smaller --max-model-len, --quantize int8 or --int8-prefix"
     )
+
+
+# ---- everything known beforehand
+
+STEP_COST = 64  # what a step takes beside its rows, for the weights and the prefixes, in rows: roughly, of any device
+OFFLINE_STEPS = 16  # new tokens between two looks
+
+
+def offline_shape(
+    groups: Sequence[Group], config: LlavaConfig, layout: CacheLayout, output_capacity: int, budget: int
+) -> BatchShape:
+    """The batch that answers these groups fastest within a budget of bytes on each device.
+
+    It has a slot for one prefix, and a row, on each shard however small the budget is.
+
+    Args:
+        output_capacity: slots for new tokens in each row.
+    """
+    question = bucket_count(max(len(ids) for group in groups for ids in group.suffixes))
+    capacity = bucket_length(max(group.prefix_length for group in groups), config)
+    slots = question + output_capacity
+    counts = [len(group.questions) for group in groups]
+
+    def shape(per_shard: int, rows: int) -> BatchShape:
+        pools = (PoolShape(capacity, (RowClass(rows, slots),)),)
+        return BatchShape(layout.shards, per_shard, pools, question, rows, OFFLINE_STEPS, None, capacity + slots)
+
+    def fits(per_shard: int, rows: int) -> bool:
+        return memory_bytes(shape(per_shard, rows), config, layout) <= budget
+
+    most = min(MAX_GROUPS, -(-len(groups) // layout.shards))
+    per_shard = next((n for n in range(most, 1, -1) if fits(n, 1)), 1)
+
+    def cost(rows: int) -> int:
+        """Steps, in turns of a whole answer, times what each takes."""
+        turns = [-(-count // rows) for count in counts]
+        return max([*turns, -(-sum(turns) // (per_shard * layout.shards))]) * (STEP_COST + per_shard * rows)
+
+    buckets = {bucket_rows(n) for n in range(1, max(counts) + 1)}
+    return shape(per_shard, min((n for n in buckets if n == 1 or fits(per_shard, n)), key=cost))

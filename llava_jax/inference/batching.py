@@ -1,11 +1,11 @@
-"""Many questions: each image is encoded and prefilled once, and its questions share that prefix."""
+"""Many questions, all known beforehand: each image is prefilled once, and its questions share that prefix."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import BatchShape, memory_bytes, offline_shape
+from llava_jax.inference.continuous_batch import ContinuousBatch, run
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generation_options import GenerationOptions
-from llava_jax.inputs.batch import pack, room_for, stack_shards
-from llava_jax.inputs.groups import Group, PrefixBatch, bucket_rows, pack_questions, plan_prefix_batches
+from llava_jax.inference.requests import Prompt, Request, RowOptions, ScoreRequest, Scores, Update
+from llava_jax.inputs.batch import bucket_length
+from llava_jax.inputs.groups import Group
 from llava_jax.inputs.numbers import whole_number
-from llava_jax.inputs.types import Batch, ProcessedImage
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.models.llava_llama import param_bytes
 from llava_jax.parallel.sharding import default_axes, make_mesh
 from llava_jax.parallel.target import default_dtype
@@ -26,7 +28,7 @@ from llava_jax.parallel.target import default_dtype
 CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
 
-Images = Mapping[Any, Sequence[ProcessedImage]]  # Group.images → what they are
+Options = Callable[[Any], RowOptions]  # of a question
 
 
 def memory_budget(params) -> int:
@@ -49,67 +51,101 @@ def default_mesh(config: LlavaConfig, dtype: str | None, quantize: str | None) -
     return make_mesh(devices, **default_axes(len(devices), config.text.num_key_value_heads, params, memory))
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Groups whose prefixes are about as long, in the order in which they are begun, and the batch for them."""
+
+    groups: tuple[Group, ...]
+    shape: BatchShape
+
+
+class LoadedGroup(NamedTuple):
+    """A group and its pictures."""
+
+    group: Group
+    images: Sequence[ProcessedImage]
+
+
 def plan(
-    engine: Engine, params, groups: Sequence[Group], output_capacity: int, budget: int | None = None
-) -> list[PrefixBatch]:
-    """`plan_prefix_batches`, with a line on stderr. `budget` is bytes of one device; None is most of those free."""
+    engine: Engine,
+    params,
+    groups: Sequence[Group],
+    output_capacity: int,
+    budget: int | None = None,
+    work: Callable[[Group], int] = lambda group: len(group.questions),
+) -> list[Phase]:
+    """The groups in phases, the longest prefixes first, and in each the most work first; with a line on stderr.
+
+    Args:
+        output_capacity: slots for new tokens in each row.
+        budget: bytes of one device; None is most of those free.
+        work: how much a group asks for.
+    """
     budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
-    batches = plan_prefix_batches(groups, engine.config, engine.cache_layout(params), output_capacity, budget)
-    if batches:
-        rows, most = sum(len(group.questions) for group in groups), max(batches, key=lambda batch: batch.bytes)
+    layout, phases = engine.cache_layout(params), []
+    left = sorted(groups, key=lambda group: group.prefix_length, reverse=True)
+    while left:
+        least = bucket_length(left[0].prefix_length, engine.config) // 2
+        together = [group for group in left if bucket_length(group.prefix_length, engine.config) > least]
+        left = left[len(together) :]
+        shape = offline_shape(together, engine.config, layout, output_capacity, budget)
+        phases.append(Phase(tuple(sorted(together, key=work, reverse=True)), shape))
+    if phases:
+        rows, needed = sum(len(group.questions) for group in groups), memory_bytes
+        most = max((phase.shape for phase in phases), key=lambda shape: needed(shape, engine.config, layout))
         print(
-            f"{rows} questions on {len(groups)} prefixes in {len(batches)} waves; the largest takes "
-            f"{len(most.groups)} prefixes, {most.rows} rows each, {most.bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB",
+            f"{rows} questions on {len(groups)} prefixes in {len(phases)} phases; the largest has room for "
+            f"{most.groups} prefixes, {most.admitted} rows each, and takes "
+            f"{needed(most, engine.config, layout) / 2**30:.2f} of {budget / 2**30:.2f} GiB",
             file=sys.stderr,
         )
-    return batches
+    return phases
 
 
 def generate(
-    engine: Engine, params, batch: PrefixBatch, images: Images, options: GenerationOptions
-) -> Iterator[tuple[Any, np.ndarray]]:
-    """(question, its tokens int32 [output_capacity]) of every question of a batch, as the caller has them."""
+    engine: Engine, params, phase: Phase, loaded: Iterable[LoadedGroup], options: Options
+) -> Iterator[list[tuple[Any, np.ndarray]]]:
+    """Questions, as the caller has them, and their new tokens, int32 [tokens]: lists of those that have just ended.
 
-    answer = partial(engine.generate_from_prefix, params, options=options)
-    return _over_rows(engine, params, batch, images, answer)
-
-
-def score(engine: Engine, params, batch: PrefixBatch, images: Images) -> Iterator[tuple[Any, np.ndarray]]:
-    """(question, log-probability of each token of its suffix but the first, float32 [Q - 1]) of every question."""
-
-    def answer(prefix, last_hidden, questions):
-        return engine.score(params, prefix, questions)
-
-    return _over_rows(engine, params, batch, images, answer)
+    `loaded` are the phase's groups, in its order, or some of them; they are taken as there is room for them.
+    """
+    ended: list[tuple[Any, np.ndarray]] = []
+    requests = (request for group in loaded for request in _requests(group, options, ended))
+    for _ in run(ContinuousBatch(engine, params, phase.shape), requests):
+        if ended:
+            yield ended.copy()
+            ended.clear()
 
 
-def _over_rows(
-    engine: Engine, params, batch: PrefixBatch, images: Images, answer: Callable
-) -> Iterator[tuple[Any, np.ndarray]]:
-    """Prefill the prefixes once, and hand them and their questions, a few rows at a time, to `answer`."""
-    prefix, last_hidden = prefill(engine, params, batch, images)
-    for start in range(0, max(len(group.questions) for group in batch.groups), batch.rows):
-        here = slice(start, start + batch.rows)
-        suffixes = [group.suffixes[here] for group in batch.groups]
-        rows = bucket_rows(max(map(len, suffixes)))
-        questions = pack_questions(suffixes, batch.groups_per_shard * engine.num_shards, rows)
-        results = answer(prefix, last_hidden, engine.place(questions))
-        for group, of_group in zip(batch.groups, results, strict=False):
-            yield from zip(group.questions[here], of_group, strict=False)
+def _requests(loaded: LoadedGroup, options: Options, ended: list) -> Iterator[Request]:
+    """A group's, the longest answers first; each puts its question and its tokens into `ended` when it has ended."""
+    group, images = loaded
+    asked = zip(group.suffixes, group.questions, map(options, group.questions), strict=True)
+    for suffix, question, how in sorted(asked, key=lambda one: one[2].max_new_tokens, reverse=True):
+        prompt = Prompt(np.concatenate([group.prefix, suffix]), len(group.prefix), images)
+        yield Request(prompt, how, _collect(question, ended))
 
 
-def prefill(engine: Engine, params, batch: PrefixBatch, images: Images):
-    """(Prefix, last hidden states [G, E]) of a batch, `prefill_batch_size` prefixes of each shard after another."""
-    size, each, shards, wave = batch.prefill_batch_size, batch.groups_per_shard, engine.num_shards, None
-    for first in range(0, each, size):
-        starts = range(first, each * shards, each)
-        packed = [_pack_groups(engine.config, batch.groups[i : i + size], size, images) for i in starts]
-        whole = packed[0] if shards == 1 else stack_shards(packed, room_for(packed), engine.config)
-        wave = engine.add_to_wave(wave, engine.prefill(params, engine.place(whole)), first, each)
-    return wave
+def _collect(question, ended: list) -> Callable[[Update], None]:
+    tokens: list[int] = []
+
+    def emit(update: Update) -> None:
+        tokens.extend(token.id for token in update.tokens)
+        if update.finish is not None:
+            ended.append((question, np.array(tokens, np.int32)))
+
+    return emit
 
 
-def _pack_groups(config, groups: Sequence[Group], count: int, images: Images) -> Batch:
-    """The prefixes of `count` groups; those that are missing are one token of padding."""
-    rows = [group.prefix for group in groups] + [np.zeros(1, np.int64)] * (count - len(groups))
-    return pack(rows, [image for group in groups for image in images[group.images]], config)
+def score(engine: Engine, params, phase: Phase, loaded: LoadedGroup, starts: Sequence[int]) -> np.ndarray:
+    """The log-likelihood of each of a group's suffixes, whose first id all have and does not count, float32.
+
+    starts: how many more ids of each suffix do not count.
+    """
+    group, heard = loaded.group, list[Scores]()
+    ids = np.concatenate([group.prefix, group.suffixes[0][:1]])
+    prompt = Prompt(ids, len(group.prefix), loaded.images)
+    request = ScoreRequest(prompt, [suffix[1:] for suffix in group.suffixes], heard.append, starts)
+    for _ in run(ContinuousBatch(engine, params, phase.shape), [request]):
+        pass
+    return heard[0].logprobs

@@ -19,7 +19,6 @@ from llava_jax.inference.pool import Pool
 from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Token
 from llava_jax.inference.rows import Chosen, Rows, row_settings
 from llava_jax.inference.scheduler import (
-    LOOKAHEAD,
     ActiveRequest,
     Admission,
     Fill,
@@ -31,7 +30,6 @@ from llava_jax.inference.scheduler import (
 )
 from llava_jax.inputs.anyres import NEWLINE, image_index
 from llava_jax.inputs.batch import bucket_length
-from llava_jax.inputs.groups import bucket_rows
 from llava_jax.inputs.types import Questions
 
 NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
@@ -75,13 +73,15 @@ class ContinuousBatch:
         return self.scheduler.idle and not self._unread and self._filling is None
 
     def step(self) -> None:
-        """Give the device what is next, and say what it has answered meanwhile: one chunk of decoding behind."""
+        """Give the device what is next, and say what it has answered meanwhile: one chunk of decoding behind, but where
+        only throughput counts and somebody waits for the rows of those who end in it."""
         self._fill_some()
         for found in self.scheduler.admissions():
             self._score(found) if isinstance(found, Scoring) else self._admit(found)
         for move in self.scheduler.moves():
             self._move(move)
-        ahead = int(self._decode())
+        decoding = self._decode()
+        ahead = int(decoding and not (self.shape.chunk is None and self.scheduler.somebody_waits))
         while len(self._unread) > ahead:
             self._unread.popleft()()
 
@@ -233,7 +233,7 @@ class ContinuousBatch:
 
     def _admit(self, admission: Admission) -> None:
         lanes, shards = admission.lanes, self.shape.shards
-        count = bucket_rows(max(1, *map(len, lanes)))
+        count = self._admitted(max(map(len, lanes)))
         options, nobody = [[RowOptions(1)] * count for _ in range(shards)], self.shape.row_class(admission.block).rows
         row_ids = np.full((shards, count), nobody, np.int32)
         steps, lengths = np.zeros((shards, count), np.int32), np.zeros(shards, np.int32)
@@ -261,6 +261,13 @@ class ContinuousBatch:
             place(stacked), place(steps), place(said),
         )  # fmt: skip
         self._unread.append(partial(self._read_first, chosen, asked))
+
+    def _admitted(self, most: int) -> int:
+        """Rows of an admission of up to `most`: 1, 4, 16, … or `shape.admitted`, so that there are few programs."""
+        count = 1
+        while count < most:
+            count *= 4
+        return min(count, self.shape.admitted)
 
     def _read_first(self, chosen: Chosen, asked) -> None:
         read = _Read(chosen, any(active.options.top_logprobs is not None for active, _, _ in asked))
@@ -366,12 +373,13 @@ class _Read:
 def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> Iterator[None]:
     """Answer them all, in about this order; yields now and then, when some may have been answered.
 
-    Requests are taken as there is room for them, so that their pictures need not all be in memory.
+    They are taken until one finds no slot, so that their pictures need not all be in memory.
     """
-    source = iter(requests)
+    source, scheduler = iter(requests), batch.scheduler
     while True:
-        while len(batch.scheduler.waiting) < LOOKAHEAD and (request := next(source, None)) is not None:
-            batch.scheduler.add(batch.scheduler.check(request))
+        while not scheduler.waiting and (request := next(source, None)) is not None:
+            scheduler.add(scheduler.check(request))
+            scheduler.place()
         if batch.idle:
             return
         batch.step()

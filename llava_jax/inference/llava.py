@@ -168,7 +168,7 @@ class Llava:
         requests,
         *,
         memory_budget: int | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | Sequence[int] = 512,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -181,13 +181,17 @@ class Llava:
         Args:
             requests: (image, questions) pairs: a picture in any form, a list of them or None; and its prompts, or one.
             memory_budget: bytes for the cache and the activations at any time; None is most of what the device has
-                free (4 GiB on a CPU). Other options are as `generate` has them.
+                free (4 GiB on a CPU).
+            max_new_tokens: of each answer; or one for each question, in their order: short answers make room for
+                others at once. Other options are as `generate` has them.
 
         Returns:
             the answers, in the questions' order; a ValueError, not raised, where one, or its picture, cannot be asked.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, sampling)
-        return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options)
+        limits = None if np.ndim(max_new_tokens) == 0 else list(max_new_tokens)
+        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in limits or [max_new_tokens]]
+        options = max(each, key=lambda one: one.max_new_tokens)
+        return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options, limits)
 
     def chat(
         self,

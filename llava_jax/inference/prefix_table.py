@@ -3,6 +3,7 @@ longest ago given up first. Host only."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,12 +103,14 @@ class PrefixTable:
         shards, per_shard: how many slots there are.
         rows: of each class, how many rows a slot has.
         grows: whether a prefix can be made from another one that begins like it.
+        once: whether a prefix is in one slot only, whose rows all of its users wait for.
     """
 
-    def __init__(self, shards: int, per_shard: int, rows: Sequence[int], grows: bool):
+    def __init__(self, shards: int, per_shard: int, rows: Sequence[int], grows: bool, once: bool = False):
         places = [(shard, index) for shard in range(shards) for index in range(per_shard)]
         self.slots = [PrefixSlot(*place, free_rows=[list(range(n)) for n in rows]) for place in places]
-        self._rows, self._grows, self._clock = sum(rows), grows, 0
+        self._most_users = sys.maxsize if once else sum(rows)
+        self._grows, self._clock = grows, 0
 
     def used(self) -> int:
         """How many slots somebody needs."""
@@ -141,7 +144,7 @@ class PrefixTable:
 
     def _find(self, key: PrefixKey) -> Found | None:
         for slot in self.slots:
-            if slot.key is not None and slot.key.name == key.name and slot.users < self._rows:
+            if slot.key is not None and slot.key.name == key.name and slot.users < self._most_users:
                 return Found(slot, key.length)
         if all(slot.users for slot in self.slots):
             return None

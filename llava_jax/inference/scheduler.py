@@ -136,7 +136,7 @@ class Scheduler:
         self.config, self.shape = config, shape
         last, grows = len(shape.pools) - 1, shape.chunk is not None
         self.tables = [
-            PrefixTable(shape.shards, shape.per_shard, [c.rows for c in pool.classes], grows and n == last)
+            PrefixTable(shape.shards, shape.per_shard, [c.rows for c in pool.classes], grows and n == last, not grows)
             for n, pool in enumerate(shape.pools)
         ]
         self.waiting: deque[ActiveRequest] = deque()  # for a slot
@@ -218,7 +218,7 @@ class Scheduler:
 
     def next_fill(self) -> Fill | None:
         """Prefixes to be prefilled next. They hold their slots until `filled` is said of them."""
-        self._place()
+        self.place()
         if not self._fills:
             return None
         pool = self._fills[0][0]
@@ -241,7 +241,7 @@ class Scheduler:
             lane.slot.ready = True
             self.tables[fill.pool].release(lane.slot)
 
-    def _place(self) -> None:
+    def place(self) -> None:
         """Give slots to those who wait."""
         first = None  # that finds none
         for active in list(islice(self.waiting, LOOKAHEAD)):
@@ -350,9 +350,14 @@ class Scheduler:
                 found.append(Living(active, active.epoch, active.block, group, active.row))
         return found
 
+    @property
+    def somebody_waits(self) -> bool:
+        """For a slot, or a row."""
+        return bool(self.waiting or self.placed)
+
     def leave_after(self, living: int) -> int:
         """How many rows must have ended for decoding to stop before its time: more than there are, if nobody waits."""
-        if not (self.waiting or self.placed):
+        if not self.somebody_waits:
             return living + 1
         return 1 if self.shape.chunk is not None else max(1, living // 8)
 

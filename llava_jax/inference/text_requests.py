@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from llava_jax.config import LlavaConfig
 from llava_jax.inference import batching
+from llava_jax.inference.batching import LoadedGroup
 from llava_jax.inference.generation_options import GenerationOptions
+from llava_jax.inference.requests import RowOptions
+from llava_jax.inputs.batch import merged_length
 from llava_jax.inputs.groups import Group, Prompt, common_length, group_prompts
 from llava_jax.inputs.prompt import as_prompts, as_texts, prompt_ids
 from llava_jax.inputs.types import ProcessedImage
@@ -44,9 +47,15 @@ def group_questions(
 
 
 def generate_batch(
-    llava: Llava, params, requests, memory_budget: int | None, conv_mode: str | None, options: GenerationOptions
+    llava: Llava,
+    params,
+    requests,
+    memory_budget: int | None,
+    conv_mode: str | None,
+    options: GenerationOptions,
+    limits: Sequence[int] | None = None,
 ) -> list:
-    """`Llava.generate_batch`."""
+    """`Llava.generate_batch`. `limits`: new tokens of each question, at most those of the options; None: those."""
     answers: list = []
     groups: list[Group] = []
     images: dict[int, list[ProcessedImage]] = {}  # of each request
@@ -61,16 +70,36 @@ def generate_batch(
         groups += grouped.groups
         for i, reason in grouped.refused:
             answers[i] = ValueError(f"question {i} (image {n}, {asked[i]!r:.60}): {reason}")
-    for batch in batching.plan(llava.engine, params, groups, options.output_capacity, memory_budget):
-        for i, tokens in batching.generate(llava.engine, params, batch, images, options):
-            answers[i] = llava.decode(tokens)
+    if limits is not None and len(limits) != len(answers):
+        raise ValueError(f"max_new_tokens: {len(limits)} for {len(answers)} questions")
+
+    def limit(i: int) -> int:
+        return options.max_new_tokens if limits is None else limits[i]
+
+    def of_row(i: int) -> RowOptions:
+        return row_options(llava.config, options, limit(i))
+
+    def work(group: Group) -> int:
+        return sum(map(limit, group.questions))
+
+    for phase in batching.plan(llava.engine, params, groups, options.output_capacity, memory_budget, work):
+        loaded = (LoadedGroup(group, images[group.images]) for group in phase.groups)
+        for ended in batching.generate(llava.engine, params, phase, loaded, of_row):
+            for i, tokens in ended:
+                answers[i] = llava.decode(tokens)
     return answers
+
+
+def row_options(config: LlavaConfig, options: GenerationOptions, max_new_tokens: int | None = None) -> RowOptions:
+    """A row's, of an answer as `Llava.generate` gives it."""
+    limit = options.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return RowOptions(limit, tuple(config.generation.eos_token_ids), options.sampling)
 
 
 def score_candidates(
     llava: Llava, params, image, question, candidates, memory_budget: int | None, conv_mode: str | None
 ) -> np.ndarray:
-    """`Llava.score`: the prompt is the prefix, the candidates are its rows."""
+    """`Llava.score`: what the prompt and all candidates' rows begin with is prefilled once."""
     texts = as_texts(candidates, "candidates")
     images = llava.load_images(image)
     sizes = [picture.size for picture in images]
@@ -80,15 +109,12 @@ def score_candidates(
             rows.append(np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, text)))
         except ValueError as error:
             raise ValueError(f"candidates[{i}] ({text!r:.60}): {error}") from None
-    scores = np.zeros(len(rows), np.float32)
     if not rows:
-        return scores
-    prompts = [Prompt(None, prompt), *(Prompt(i, row) for i, row in enumerate(rows))]
-    (group,) = group_prompts(prompts, 0, sizes, llava.config)  # the prompt is among them: no more than it is shared
-    group = replace(group, suffixes=group.suffixes[1:], questions=group.questions[1:])
-    (batch,) = batching.plan(llava.engine, params, [group], 0, memory_budget)
-    for i, logprobs in batching.score(llava.engine, params, batch, {0: images}):
-        first = len(group.prefix) + 1  # the id that the first of the log-probabilities is of
-        answer_start = common_length([prompt, rows[i]])
-        scores[i] = logprobs[answer_start - first : len(rows[i]) - first].sum()
-    return scores
+        return np.zeros(0, np.float32)
+    starts = [common_length([prompt, row]) for row in rows]
+    shared = min(starts)  # less than the prompt, where a candidate's first letters make a token with the prompt's last
+    prefix, suffixes = prompt[: shared - 1], tuple(row[shared - 1 :] for row in rows)
+    group = Group(prefix, suffixes, tuple(range(len(rows))), 0, merged_length(prefix, sizes, llava.config))
+    (phase,) = batching.plan(llava.engine, params, [group], 0, memory_budget)
+    counted = [start - shared for start in starts]
+    return batching.score(llava.engine, params, phase, LoadedGroup(group, images), counted)
