@@ -188,8 +188,9 @@ class Llava:
         Returns:
             the answers, in the questions' order; a ValueError, not raised, where one, or its picture, cannot be asked.
         """
-        limits = None if np.ndim(max_new_tokens) == 0 else list(max_new_tokens)
-        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in limits or [max_new_tokens]]
+        limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else None
+        different = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens]
+        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in different]
         options = max(each, key=lambda one: one.max_new_tokens)
         return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options, limits)
 
