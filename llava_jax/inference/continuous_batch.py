@@ -85,46 +85,51 @@ class ContinuousBatch:
         while len(self._unread) > ahead:
             self._unread.popleft()()
 
-    def warm_up(self) -> Iterator[str]:
-        """Compile all that can be asked of it, with nothing to do; yields the name of what is compiled next.
+    def to_compile(self) -> list[tuple[str, Callable[[], object]]]:
+        """Everything that can be asked of it: (its name, what has it compiled by doing it with nothing to do).
 
         With `shape.chunk` None there is a program for every bucket of prefix lengths, and those are left out.
         """
-        shape, place = self.shape, self.engine.place
+        shape, place, programs = self.shape, self.engine.place, self.programs
         nobody: list[Any] = [None] * shape.shards
         last, nothing = len(shape.pools) - 1, place(np.zeros(shape.shards, np.int32))
         nowhere = self._slots(nobody, lambda lane: 0)
-        yield "prompts"
         text = np.zeros((shape.shards, shape.pools[last].capacity), np.int32)
-        embeds = self.programs.embed_text(self.params, place(text))
-        yield "pictures"
         side, most = self.config.tile_size, self.config.max_tiles_per_image
-        tiles = place(np.zeros((shape.shards * most, side, side, 3), np.uint8))
-        embeds = self.programs.place_image(self.params, embeds, tiles, place(np.full_like(text, -1)))
+        tiles = np.zeros((shape.shards * most, side, side, 3), np.uint8)
+        kept: list[jax.Array] = []
+
+        def pictures() -> None:
+            embeds = programs.embed_text(self.params, place(text))
+            kept.append(programs.place_image(self.params, embeds, place(tiles), place(np.full_like(text, -1))))
+
+        def first_chunk(n: int) -> None:
+            size = min(shape.chunk or 0, shape.pools[n].capacity)
+            self._pools[n] = programs.prefill_first(size, self.params, self._pools[n], kept[0], nowhere, nothing)
+
+        def next_chunk(n: int) -> None:
+            size = self._next_size(shape.pools[n].capacity)
+            pool = programs.prefill_next(size, self.params, self._pools[n], kept[0], nowhere, nothing, nothing)
+            self._pools[n] = programs.copy_slot(pool, shape.shards, nothing, nowhere)
+
+        steps: list[tuple[str, Callable[[], object]]] = [("pictures", pictures)]
         for n, pool in enumerate(shape.pools):
-            size = min(shape.chunk or 0, pool.capacity)
-            if size:
-                yield f"prefill of {pool.capacity} positions"
-                first = self.programs.prefill_first
-                self._pools[n] = first(size, self.params, self._pools[n], embeds, nowhere, nothing)
-            if size and n == last:
-                yield "prefill of a later chunk"
-                following = self.programs.prefill_next
-                self._pools[n] = following(size, self.params, self._pools[n], embeds, nowhere, nothing, nothing)
-                self._pools[n] = self.programs.copy_slot(self._pools[n], shape.shards, nothing, nowhere)
-            yield f"scores after {pool.capacity} positions"
-            self._score(Scoring(n, nobody))
+            if shape.chunk is not None:
+                steps.append((f"prefill of up to {pool.capacity} positions", partial(first_chunk, n)))
+            if shape.chunk is not None and n == last:
+                steps.append(("prefill of later chunks", partial(next_chunk, n)))
+            steps.append((f"scores after {pool.capacity} positions", partial(self._score, Scoring(n, nobody))))
             for row_class in range(1, len(pool.classes)):
-                self._move(Move(Block(n, row_class - 1), nobody, [0] * shape.shards))
+                move = Move(Block(n, row_class - 1), nobody, [0] * shape.shards)
+                steps.append((f"moves after {pool.capacity} positions", partial(self._move, move)))
         for block in shape.blocks:
-            yield f"questions after {shape.pools[block.pool].capacity} positions, {shape.row_class(block).slots} slots"
-            self._admit(Admission(block, [[] for _ in nobody]))
+            name = f"{shape.row_class(block).slots} slots after {shape.pools[block.pool].capacity} positions"
+            steps.append((f"questions, {name}", partial(self._admit, Admission(block, [[] for _ in nobody]))))
         alone = [[block] for block in shape.blocks if block.row_class == 0]
         for blocks in alone if alone == [shape.blocks] else [*alone, shape.blocks]:
-            yield f"decoding of {sum(shape.groups * shape.row_class(block).rows for block in blocks)} rows"
-            self._decode_blocks(blocks, [])
-        while self._unread:
-            self._unread.popleft()()
+            rows = sum(shape.groups * shape.row_class(block).rows for block in blocks)
+            steps.append((f"decoding of {rows} rows", partial(self._decode_blocks, blocks, [])))
+        return steps
 
     # ---- prefixes
 

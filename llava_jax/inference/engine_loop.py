@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.continuous_batch import ContinuousBatch
 from llava_jax.inference.requests import QueueFull, Request, ScoreRequest, Scores, Stopped, Update
@@ -177,10 +179,12 @@ class EngineLoop:
         self._fail_all(Stopped(self._failed or "the server was closed"))
 
     def _warm_up(self) -> None:
-        for name in self._batch.warm_up():
+        steps = self._batch.to_compile()
+        for n, (name, compile_it) in enumerate(tqdm(steps, desc="compiling", unit="program", dynamic_ncols=True), 1):
             if self._closed:
                 return
-            self.starting = f"compiling {name}"
+            self.starting = f"compiling {name} ({n} of {len(steps)})"
+            compile_it()
         self.compiled = self._batch.programs.compiled
         self._ready.set()
 
