@@ -80,6 +80,11 @@ class Computation:
                 out[name].append(instruction)
         return out
 
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """What `traffic` has found out about its values, by their names."""
+        return {}
+
     def behind(self, name: str) -> Instruction:
         """The instruction of that name, or what it only shows in another shape."""
         while self[name].operation == "bitcast":

@@ -94,7 +94,10 @@ def _share_needed(module: Module, computation: Computation, value: Instruction) 
     """How much of a value within a fusion is needed: most of what is made of it is only made where it is needed."""
     if value.is_root:
         return 1
-    return min(1, sum(_share_needed_by(module, computation, value, user) for user in computation.users[value.name]))
+    if value.name not in computation.shares:  # else each of many paths through a fusion would be gone once more
+        users = computation.users[value.name]
+        computation.shares[value.name] = min(1, sum(_share_needed_by(module, computation, value, u) for u in users))
+    return computation.shares[value.name]
 
 
 def _share_needed_by(module: Module, computation: Computation, value: Instruction, user: Instruction) -> float:
