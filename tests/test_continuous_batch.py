@@ -139,7 +139,7 @@ def test_many_at_once_get_what_each_gets_alone(small, loop):
 
 def test_nothing_is_compiled_once_it_is_ready(small, loop):
     llava, _ = small
-    assert loop.compiled == 16
+    assert loop.compiled == 17
     for request in requests_for(llava, 6, seed=1):
         loop.submit(request)
         request.emit.ids()

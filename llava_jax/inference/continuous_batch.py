@@ -33,6 +33,8 @@ from llava_jax.inputs.batch import bucket_length
 from llava_jax.inputs.types import Questions
 
 NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
+SHORT_CHUNK = 4  # times as short is the chunk for prefixes of a few words
+TOWER_SHARE = 4  # of a picture's positions in the tower, as many as one in the decoder: roughly
 
 
 class ContinuousBatch:
@@ -43,6 +45,7 @@ class ContinuousBatch:
         self.config, self.programs = engine.config, engine.batch
         self.scheduler = Scheduler(engine.config, shape)
         self._filling: Iterator[None] | None = None
+        self._spent = 0  # positions that were prefilled in this step
         self._unread: deque[Callable[[], None]] = deque()
         self._pools: list[Pool] = []
         self._rows: dict[Block, Rows] = {}
@@ -103,8 +106,7 @@ class ContinuousBatch:
             embeds = programs.embed_text(self.params, place(text))
             kept.append(programs.place_image(self.params, embeds, place(tiles), place(np.full_like(text, -1))))
 
-        def first_chunk(n: int) -> None:
-            size = min(shape.chunk or 0, shape.pools[n].capacity)
+        def first_chunk(n: int, size: int) -> None:
             self._pools[n] = programs.prefill_first(size, self.params, self._pools[n], kept[0], nowhere, nothing)
 
         def next_chunk(n: int) -> None:
@@ -114,8 +116,8 @@ class ContinuousBatch:
 
         steps: list[tuple[str, Callable[[], object]]] = [("pictures", pictures)]
         for n, pool in enumerate(shape.pools):
-            if shape.chunk is not None:
-                steps.append((f"prefill of up to {pool.capacity} positions", partial(first_chunk, n)))
+            for size in self._first_sizes(pool.capacity) if shape.chunk is not None else ():
+                steps.append((f"prefill of {size} of {pool.capacity} positions", partial(first_chunk, n, size)))
             if shape.chunk is not None and n == last:
                 steps.append(("prefill of later chunks", partial(next_chunk, n)))
             steps.append((f"scores after {pool.capacity} positions", partial(self._score, Scoring(n, nobody))))
@@ -134,26 +136,32 @@ class ContinuousBatch:
     # ---- prefixes
 
     def _fill_some(self) -> None:
-        """A chunk of a prefix, or where no stream waits for its next token, all that there is."""
+        """Prefill a chunk's worth of positions; or all that there are to prefill, if no stream waits for its tokens."""
+        self._spent = 0
         while True:
             if self._filling is None:
                 fill = self.scheduler.next_fill()
                 if fill is None:
                     return
-                self._filling = self._stages(fill)
+                self._filling = self._pieces(fill)
             for _ in self._filling:
-                if self.shape.chunk is not None and self.scheduler.running:
-                    return
+                return
             self._filling = None
 
-    def _stages(self, fill: Fill) -> Iterator[None]:
-        """Prefill the lanes' prefixes, a piece at a time."""
+    def _take_turn(self, positions: int) -> Iterator[None]:
+        """Before so many positions are prefilled: yields if this step has had its share, and streams wait."""
+        chunk = self.shape.chunk
+        if chunk is not None and self._spent and self._spent + positions > chunk and self.scheduler.running:
+            yield
+        self._spent += positions
+
+    def _pieces(self, fill: Fill) -> Iterator[None]:
+        """Prefill the lanes' prefixes; yields where it may be left for the next step."""
         lanes, pool = fill.lanes, fill.pool
         if any(lane and lane.source for lane in lanes):
             sources = self._slots(lanes, lambda lane: lane.source and lane.source.index)
             targets = self._slots(lanes, lambda lane: lane.source and lane.slot.index)
             self._pools[pool] = self.programs.copy_slot(self._pools[pool], self.shape.shards, sources, targets)
-            yield
         starts = [lane.start if lane else 0 for lane in lanes]
         lengths = np.array([lane.key.length if lane else 0 for lane in lanes], np.int32)
         if any(start < length for start, length in zip(starts, lengths, strict=True)):
@@ -181,9 +189,9 @@ class ContinuousBatch:
                 position, image = position + len(index), image + 1
             pictures.append(placed)
         embeds = self.programs.embed_text(self.params, self.engine.place(text))
-        yield
         most, newline = config.max_tiles_per_image, config.max_tiles_per_image * config.tokens_per_tile
         for n in range(max(map(len, pictures))):
+            yield from self._take_turn(most * config.tokens_per_tile // TOWER_SHARE)
             tiles = np.zeros((len(lanes), most, config.tile_size, config.tile_size, 3), np.uint8)
             indices = np.full(text.shape, -1, np.int32)
             for b, placed in enumerate(pictures):
@@ -193,22 +201,22 @@ class ContinuousBatch:
                     indices[b, position : position + len(index)] = np.where(index == NEWLINE, newline, index)
             flat = self.engine.place(tiles.reshape(-1, *tiles.shape[2:]))
             embeds = self.programs.place_image(self.params, embeds, flat, self.engine.place(indices))
-            yield
         return embeds
 
     def _chunks(self, pool: int, lanes, embeds, starts: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
         """Prefill what is missing of each lane, from its start on."""
-        capacity, chunk = self.shape.pools[pool].capacity, self.shape.chunk
+        capacity = self.shape.pools[pool].capacity
         if not starts.any():
-            size = min(chunk or bucket_length(int(lengths.max()), self.config), capacity)
+            size = self._first_size(int(lengths.max()), capacity)
+            yield from self._take_turn(size)
             slots = self._slots(lanes, lambda lane: lane.slot.index)
             self._pools[pool] = self.programs.prefill_first(
                 size, self.params, self._pools[pool], embeds, slots, self.engine.place(lengths)
             )
             starts = starts + size
-            yield
         size = self._next_size(capacity)
         while (starts < lengths).any():
+            yield from self._take_turn(size)
             behind = [
                 lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
             ]
@@ -223,7 +231,16 @@ class ContinuousBatch:
                 self.engine.place(lengths),
             )
             starts = starts + size
-            yield
+
+    def _first_size(self, longest: int, capacity: int) -> int:
+        """Positions of a first chunk of prefixes of up to `longest`: what is served has two sizes."""
+        if self.shape.chunk is None:
+            return min(bucket_length(longest, self.config), capacity)
+        return next(size for size in self._first_sizes(capacity) if size >= min(longest, self.shape.chunk))
+
+    def _first_sizes(self, capacity: int) -> list[int]:
+        chunk = min(self.shape.chunk or 0, capacity)
+        return [chunk // SHORT_CHUNK, chunk] if capacity == self.shape.pools[0].capacity else [chunk]
 
     def _next_size(self, capacity: int) -> int:
         """Positions of a chunk behind others."""
@@ -305,7 +322,8 @@ class ContinuousBatch:
             np.array([slot.length for slot in self.scheduler.tables[block.pool].slots], np.int32) for block in blocks
         ]
         left = max((self.scheduler.limit_here(row.active) - len(row.active.tokens) for row in living), default=1)
-        steps, leave = min(self.shape.decode_steps, max(1, left)), self.scheduler.leave_after(len(living))
+        most = 1 if self._filling is not None else self.shape.decode_steps  # then prefill has its next turn soon
+        steps, leave = min(most, max(1, left)), self.scheduler.leave_after(len(living))
         rows, chosen, count = self.programs.decode(
             self.shape.decode_steps, self.params, [self._pools[block.pool] for block in blocks],
             self.engine.place(lengths), [self._rows[block] for block in blocks],
