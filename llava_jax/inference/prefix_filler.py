@@ -1,0 +1,182 @@
+"""Prefixes on their way into the slots of a pool: text and pictures embedded, then prefilled a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+
+from llava_jax.constants import IMAGE_TOKEN_INDEX
+from llava_jax.inference.batch_shape import BatchShape
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.pool import Pool
+from llava_jax.inference.scheduler import Fill, FillLane, Scheduler
+from llava_jax.inputs.anyres import NEWLINE, image_index
+from llava_jax.inputs.batch import bucket_length
+
+NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
+SHORT_CHUNK = 4  # times as short is the chunk for prefixes of a few words
+TOWER_SHARE = 4  # of a picture's positions in the tower, as many as one in the decoder: roughly
+
+
+def lane_slots(engine: Engine, shape: BatchShape, lanes: Iterable, index: Callable) -> jax.Array | np.ndarray:
+    """int32 [B]: of each lane; one behind the last slot where there is nothing to do."""
+    found = [index(lane) if lane else None for lane in lanes]
+    return engine.place(np.array([shape.per_shard if i is None else i for i in found], np.int32))
+
+
+class PrefixFiller:
+    """Fills slots of the pools, which it replaces in their list, as the scheduler says."""
+
+    def __init__(self, engine: Engine, params, scheduler: Scheduler, pools: list[Pool]):
+        self.engine, self.params, self.shape, self.pools = engine, params, scheduler.shape, pools
+        self._scheduler = scheduler
+        self.config, self.programs = engine.config, engine.batch
+        self._filling: Iterator[None] | None = None
+        self._spent = 0  # positions that were prefilled in this step
+
+    @property
+    def busy(self) -> bool:
+        """There is more of what was begun."""
+        return self._filling is not None
+
+    def fill_some(self) -> None:
+        """Prefill a chunk's worth of positions; or all that there are to prefill, if no stream waits for its tokens."""
+        self._spent = 0
+        while True:
+            if self._filling is None:
+                fill = self._scheduler.next_fill()
+                if fill is None:
+                    return
+                self._filling = self._pieces(fill)
+            for _ in self._filling:
+                return
+            self._filling = None
+
+    def to_compile(self) -> list[tuple[str, Callable[[], object]]]:
+        """As `ContinuousBatch.to_compile`; in this order, once."""
+        shape, place, programs = self.shape, self.engine.place, self.programs
+        last, nothing = len(shape.pools) - 1, place(np.zeros(shape.shards, np.int32))
+        nowhere = lane_slots(self.engine, shape, [None] * shape.shards, lambda lane: 0)
+        text = np.zeros((shape.shards, shape.pools[last].capacity), np.int32)
+        side, most = self.config.tile_size, self.config.max_tiles_per_image
+        tiles = np.zeros((shape.shards * most, side, side, 3), np.uint8)
+        kept: list[jax.Array] = []
+
+        def pictures() -> None:
+            embeds = programs.embed_text(self.params, place(text))
+            kept.append(programs.place_image(self.params, embeds, place(tiles), place(np.full_like(text, -1))))
+
+        def first_chunk(n: int, size: int) -> None:
+            self.pools[n] = programs.prefill_first(size, self.params, self.pools[n], kept[0], nowhere, nothing)
+
+        def next_chunk(n: int) -> None:
+            size = self._next_size(shape.pools[n].capacity)
+            pool = programs.prefill_next(size, self.params, self.pools[n], kept[0], nowhere, nothing, nothing)
+            self.pools[n] = programs.copy_slot(pool, shape.shards, nothing, nowhere)
+
+        steps: list[tuple[str, Callable[[], object]]] = [("pictures", pictures)]
+        for n, pool in enumerate(shape.pools):
+            for size in self._first_sizes(pool.capacity):
+                steps.append((f"prefill of {size} of {pool.capacity} positions", partial(first_chunk, n, size)))
+        return [*steps, ("prefill of later chunks", partial(next_chunk, last))]
+
+    def _take_turn(self, positions: int) -> Iterator[None]:
+        """Before so many positions are prefilled: yields if this step has had its share, and streams wait."""
+        chunk = self.shape.chunk
+        if chunk is not None and self._spent and self._spent + positions > chunk and self._scheduler.running:
+            yield
+        self._spent += positions
+
+    def _pieces(self, fill: Fill) -> Iterator[None]:
+        """Prefill the lanes' prefixes; yields where it may be left for the next step."""
+        lanes, pool = fill.lanes, fill.pool
+        if any(lane and lane.source for lane in lanes):
+            sources = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.source and lane.source.index)
+            targets = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.source and lane.slot.index)
+            self.pools[pool] = self.programs.copy_slot(self.pools[pool], self.shape.shards, sources, targets)
+        starts = [lane.start if lane else 0 for lane in lanes]
+        lengths = np.array([lane.key.length if lane else 0 for lane in lanes], np.int32)
+        if any(start < length for start, length in zip(starts, lengths, strict=True)):
+            embeds = yield from self._embed(lanes)
+            yield from self._chunks(pool, lanes, embeds, np.array(starts, np.int32), lengths)
+        self._scheduler.filled(fill)
+
+    def _embed(self, lanes: list[FillLane | None]) -> Generator[None, None, jax.Array]:
+        """The prefixes' embeddings [B, P, E], one picture at a time."""
+        config, capacity = self.config, self.shape.pools[-1].capacity
+        last_chunk = capacity - self._next_size(capacity)  # where one begins that would go beyond the capacity
+        text = np.zeros((len(lanes), capacity), np.int32)
+        pictures: list[list[tuple[int, np.ndarray, np.ndarray]]] = []  # of each lane: where it starts, index, tiles
+        for b, lane in enumerate(lanes):
+            placed, position, image = [], 0, 0
+            for token in [] if lane is None else lane.prompt.ids[: lane.prompt.shared].tolist():
+                if token != IMAGE_TOKEN_INDEX:
+                    text[b, position] = token
+                    position += 1
+                    continue
+                shown = lane.prompt.images[image]  # type: ignore[union-attr]
+                index = image_index(shown.size, config)
+                if position + len(index) > min(lane.start, last_chunk):  # type: ignore[union-attr]
+                    placed.append((position, index, shown.tiles))
+                position, image = position + len(index), image + 1
+            pictures.append(placed)
+        embeds = self.programs.embed_text(self.params, self.engine.place(text))
+        most, newline = config.max_tiles_per_image, config.max_tiles_per_image * config.tokens_per_tile
+        for n in range(max(map(len, pictures))):
+            yield from self._take_turn(most * config.tokens_per_tile // TOWER_SHARE)
+            tiles = np.zeros((len(lanes), most, config.tile_size, config.tile_size, 3), np.uint8)
+            indices = np.full(text.shape, -1, np.int32)
+            for b, placed in enumerate(pictures):
+                if n < len(placed):
+                    position, index, shown = placed[n]
+                    tiles[b, : len(shown)] = shown
+                    indices[b, position : position + len(index)] = np.where(index == NEWLINE, newline, index)
+            flat = self.engine.place(tiles.reshape(-1, *tiles.shape[2:]))
+            embeds = self.programs.place_image(self.params, embeds, flat, self.engine.place(indices))
+        return embeds
+
+    def _chunks(self, pool: int, lanes, embeds, starts: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
+        """Prefill what is missing of each lane, from its start on."""
+        capacity = self.shape.pools[pool].capacity
+        if not starts.any():
+            size = self._first_size(int(lengths.max()), capacity)
+            yield from self._take_turn(size)
+            slots = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.slot.index)
+            self.pools[pool] = self.programs.prefill_first(
+                size, self.params, self.pools[pool], embeds, slots, self.engine.place(lengths)
+            )
+            starts = starts + size
+        size = self._next_size(capacity)
+        while (starts < lengths).any():
+            yield from self._take_turn(size)
+            behind = [
+                lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
+            ]
+            slots = lane_slots(self.engine, self.shape, behind, lambda lane: lane.slot.index)
+            self.pools[pool] = self.programs.prefill_next(
+                size,
+                self.params,
+                self.pools[pool],
+                embeds,
+                slots,
+                self.engine.place(np.minimum(starts, lengths).astype(np.int32)),
+                self.engine.place(lengths),
+            )
+            starts = starts + size
+
+    def _first_size(self, longest: int, capacity: int) -> int:
+        """Positions of a first chunk of prefixes of up to `longest`: what is served has two sizes."""
+        if self.shape.chunk is None:
+            return min(bucket_length(longest, self.config), capacity)
+        return next(size for size in self._first_sizes(capacity) if size >= min(longest, self.shape.chunk))
+
+    def _first_sizes(self, capacity: int) -> list[int]:
+        chunk = min(self.shape.chunk or 0, capacity)
+        return [chunk // SHORT_CHUNK, chunk] if capacity == self.shape.pools[0].capacity else [chunk]
+
+    def _next_size(self, capacity: int) -> int:
+        """Positions of a chunk behind others."""
+        return min(self.shape.chunk or NEXT_CHUNK, capacity)
