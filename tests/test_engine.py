@@ -26,9 +26,10 @@ def test_prefix_and_questions_give_what_a_prompt_gives():
     batch = pack([prompts[0][:-12]], images, llava.config)
     assert int(batch.lengths[0]) == merged_length(prompts[0][:-12], sizes, llava.config) and batch.labels is None
     shared = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b)
-    prefix, last_hidden = llava.engine.prefill(params, pack([prompts[0][:shared]], images, llava.config))
+    prefix, _ = llava.engine.prefill(params, pack([prompts[0][:shared]], images, llava.config))
     questions = pack_questions([[ids[shared:] for ids in prompts]], 1, 2)
-    tokens = llava.engine.generate_from_prefix(params, prefix, last_hidden, questions, options)
+    state = llava.engine.sample_first_token(params, prefix, questions, options)
+    tokens = np.asarray(llava.engine.decode(params, prefix, state, options, 6).tokens)
     assert tokens.shape == (1, 2, options.output_capacity)
     for row, ids in zip(tokens[0], prompts, strict=True):
         (alone,) = llava.engine.generate(params, pack([ids], images, llava.config), options)

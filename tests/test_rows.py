@@ -336,7 +336,8 @@ def test_an_int8_prefix():
         host.decode(MAX_STEPS)
     prefix = Prefix(host.pool, host.lengths)
     packed, asked = pack_questions([questions], 1, 3), generation_options(llava.config.generation, 16)
-    expected = engine.generate_from_prefix(params, prefix, None, packed, asked)[0, :, :16]
+    state = engine.sample_first_token(params, prefix, packed, asked)
+    expected = np.asarray(engine.decode(params, prefix, state, asked, 16).tokens)[0, :, :16]
     for answer, row in zip(answers, expected, strict=True):
         ends = np.flatnonzero(row == model()[0].config.generation.eos_token_ids[0])
         count = ends[0] + 1 if len(ends) else 16

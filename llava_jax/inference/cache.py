@@ -42,29 +42,6 @@ def empty_suffix(config: TextConfig, groups: int, rows: int, slots: int, dtype) 
     return Suffix(keys_values, jnp.zeros((groups, rows, slots), bool))
 
 
-def start_wave(shards: int, count: int, part):
-    """`part`, a tree of arrays [shards * n, ...], with room for `count` prefixes in each shard, of which it has the
-    first."""
-
-    def widen(x):
-        divided = x.reshape(shards, -1, *x.shape[1:])
-        room = [(0, 0), (0, count - divided.shape[1])] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(divided, room).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(widen, part)
-
-
-def add_to_wave(shards: int, wave, part, first: jax.Array):
-    """`part` in the place of each shard's prefixes from `first` (int32) on; in the wave's own memory, if donated."""
-
-    def place(whole, some):
-        divided = whole.reshape(shards, -1, *whole.shape[1:])
-        some = some.reshape(shards, -1, *some.shape[1:])
-        return jax.lax.dynamic_update_slice_in_dim(divided, some, first, axis=1).reshape(whole.shape)
-
-    return jax.tree.map(place, wave, part)
-
-
 def append_to_prefix(
     capacity: int, question_slots: int, prefix: Prefix, suffix: Suffix, question_length: jax.Array
 ) -> Prefix:

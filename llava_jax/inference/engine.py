@@ -69,11 +69,7 @@ class Engine:
         self._decode = of_model("decode", generate.decode_loop, decodes=True, donate_argnums=2)
         self._prefill = of_model("prefill", generate.prefill)
         self._first_token = of_model("first token", generate.sample_first_token, static_argnums=0)
-        self._generate_from_prefix = of_model("answer", generate.generate_from_prefix, decodes=True, static_argnums=0)
-        self._score = of_model("score", generate.score)
         self._append_to_prefix = program("append", cache.append_to_prefix, static_argnums=(0, 1))
-        self._start_wave = program("wave", cache.start_wave, static_argnums=(0, 1))
-        self._add_to_wave = program("join", cache.add_to_wave, static_argnums=0, donate_argnums=1)
         self._forward = of_model("forward", _forward, static_argnums=(0, 1))
         self._encode_images = of_model("encode_images", partial(_call, "encode_images"))
         self._embed_multimodal = of_model("embed_multimodal", partial(_call, "embed_multimodal"))
@@ -117,20 +113,6 @@ class Engine:
         """Until every row is done or has `max_new_tokens`, at most those of the options. `state` is used up."""
         return self._decode(params, prefix, state, options.sampling, np.int32(max_new_tokens))
 
-    def generate_from_prefix(
-        self, params, prefix: Prefix, last_hidden, questions: Questions, options: GenerationOptions
-    ) -> np.ndarray:
-        """Questions to tokens, int32 [G, R, output_capacity]. last_hidden: as `prefill` gave it."""
-        limit = np.int32(options.max_new_tokens)
-        tokens = self._generate_from_prefix(
-            options.output_capacity, params, prefix, last_hidden, questions, options.sampling, limit
-        )
-        return np.asarray(tokens)
-
-    def score(self, params, prefix: Prefix, questions: Questions) -> np.ndarray:
-        """Log-probability of each question's next token at each of its positions but the last, [G, R, Q - 1]."""
-        return np.asarray(self._score(params, prefix, questions))
-
     # ---- the cache
 
     @property
@@ -149,16 +131,6 @@ class Engine:
     def place(self, arrays):
         """A tree of arrays with a batch's rows, or G, in front: each shard's on the devices of that shard."""
         return arrays if self.mesh is None else jax.device_put(arrays, batch_sharding(self.mesh))
-
-    def add_to_wave(self, wave, part, first: int, count: int):
-        """A wave of `count` prefixes on each shard, with a result of `prefill` as those from `first` on.
-
-        `wave` is None for the first ones, and else used up: there is never more than one wave and one such result.
-        """
-        if wave is not None:
-            return self._add_to_wave(self.num_shards, wave, part, np.int32(first))
-        whole = count * self.num_shards == len(part[0].lengths)
-        return part if whole else self._start_wave(self.num_shards, count, part)
 
     def append_to_prefix(self, prefix: Prefix, state: DecodeState, question: Questions, capacity: int) -> Prefix:
         """The only row's question and answer behind its prefix; see `cache.append_to_prefix` for what is valid."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
-from llava_jax.inputs.batch import bucket_count, bucket_length, merged_length
+from llava_jax.inputs.batch import bucket_count, merged_length
 from llava_jax.inputs.types import Questions
 
 MAX_GROUPS = 8  # prefixes at a time on each shard: more gain nothing once the weights are read for all of them
@@ -92,49 +92,6 @@ class CacheLayout:
     tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
     int8_prefix: bool = False
     keeps_scores: bool = True  # of all heads of questions at once, as attention does that is not by a kernel
-
-
-@dataclass(frozen=True)
-class PrefixBatch:
-    """Groups that the device takes together: G prefixes of up to P positions, up to R rows of each at a time."""
-
-    groups: tuple[Group, ...]  # one shard's after another's, the last ones perhaps missing
-    groups_per_shard: int
-    prefill_batch_size: int  # how many of a shard's prefixes are prefilled together; divides their number
-    rows: int
-    bytes: int = 0  # estimated, on one device
-
-
-def plan_prefix_batches(
-    groups: Sequence[Group], config: LlavaConfig, layout: CacheLayout, output_capacity: int, budget: int
-) -> list[PrefixBatch]:
-    """Groups of like length together, as many, and as many of their rows at a time, as the budget holds; largest first.
-
-    One group a shard is always taken, however small the budget.
-
-    Args:
-        output_capacity: slots for new tokens in each row.
-        budget: bytes of each device for the cache and the activations of one batch.
-    """
-    order = [(bucket_length(group.prefix_length, config), group) for group in groups]
-    order.sort(key=lambda pair: (pair[0], len(pair[1].questions)), reverse=True)
-    batches, start = [], 0
-    while start < len(order):
-        prefix, _ = order[start]
-        same = [group for length, group in order[start : start + MAX_GROUPS * layout.shards] if length == prefix]
-        count = max([n for n in range(1, len(same) // layout.shards + 1) if bucket_count(n) == n], default=1)
-        longest = max(len(ids) for group in same for ids in group.suffixes)
-        estimate = MemoryEstimate(config, layout, prefix, bucket_count(longest), output_capacity)
-        while count > 1 and estimate.bytes(count, 1) > budget:
-            count = max(n for n in range(1, count) if bucket_count(n) == n)
-        taken = same[: count * layout.shards]
-        rows = bucket_rows(max(len(group.questions) for group in taken))
-        while rows > 1 and estimate.bytes(count, rows) > budget:
-            rows = max(n for n in range(1, rows) if bucket_rows(n) == n)
-        size = estimate.prefill_batch_size(count)
-        batches.append(PrefixBatch(tuple(taken), count, size, rows, estimate.bytes(count, rows)))
-        start += len(taken)
-    return batches
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Our speed and memory against transformers', with the same random weights: one table.
 
     python tests/benchmarks/run.py                        # everything but the 1B decoder, about an hour on 2 cores
-    python tests/benchmarks/run.py ttft decode            # some of ttft decode pope vqa host memory
+    python tests/benchmarks/run.py ttft decode            # some of ttft decode pope vqa mixed host memory
     python tests/benchmarks/run.py ttft decode --model 1b # a decoder of 1.1B parameters; 24 GiB of memory
     python tests/benchmarks/run.py ttft decode pope --before ../older  # another checkout instead of transformers
 
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from sides import Before, Ours, Process, Theirs
 
-BENCHMARKS = ("ttft", "decode", "pope", "vqa", "host", "memory")
+BENCHMARKS = ("ttft", "decode", "pope", "vqa", "mixed", "host", "memory")
 QUESTION = "What is in this picture?"
 FIVE_TILES = (672, 672)  # 2,928 positions
 CONTEXT_2400 = (640, 480)  # 2,340 positions, and about 60 of text
@@ -64,6 +64,8 @@ VQA = [
         "Where is the dog?",
     )
 ]
+TALK = [f"Tell me something about a {thing}." for thing in THINGS]
+LIMITS = (4, 8, 16, 32, 64, 128, 256)  # new tokens
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:
@@ -191,6 +193,31 @@ def vqa(table: Table, ours: Process, theirs: Process, turns: int) -> None:
     shared(table, ours, theirs, turns, "vqa, 5 x 8 images", VQA, 8, (4, None))
 
 
+def mixed_prompts() -> tuple[list, list[int]]:
+    """64 prompts, and how long each answer is: 8 pictures with one question, 4 with six, and 32 of text alone."""
+    shown = [(picture(size, seed), [POPE[seed]]) for seed, size in enumerate(PHOTOS)]
+    shared = [(picture(size, 10 + seed), POPE[seed : seed + 6]) for seed, size in enumerate(PHOTOS[:4])]
+    text = [(None, [f"{question} {n}"]) for n in range(2) for question in TALK[:16]]
+    asked = shown + shared + text
+    count = sum(len(questions) for _, questions in asked)
+    return asked, np.random.default_rng(0).choice(LIMITS, count).tolist()
+
+
+def mixed(table: Table, ours: Process, theirs: Process, turns: int) -> None:
+    asked, limits = mixed_prompts()
+    first = ours.time("answer_mixed", asked, limits)
+    ways = theirs.call("fastest_mixed", asked, limits)
+
+    def speed(side: Process, _) -> float:
+        return sum(limits) / side.time("answer_mixed", asked, limits)
+
+    mine, other, ratios, busy = take_turns(turns, ours, theirs, speed, speed)
+    tried = ", ".join(f"{way}: {took:.1f} s" for way, took in ways.items())
+    notes = f"first call {first:.1f} s; theirs {tried}; {busy}"
+    met = statistics.median(ratios) >= 2
+    table.add("mixed, 64 prompts, tokens/s", middle(mine, 1), middle(other, 1), ratios, ">= 2 times before", met, notes)
+
+
 def host(table: Table, ours: Process, count: int) -> None:
     rng = np.random.default_rng(0)
     pictures = [picture(tuple(map(int, rng.integers(200, 1200, 2))), seed) for seed in range(count)]
@@ -245,7 +272,7 @@ def run(args, asked_for, directory: Path) -> Table:
         them = (Before, args.before, our_directory) if args.before else (Theirs, their_directory, template)
         with Process(*them) as theirs:
             check_agreement(ours, theirs)
-            for name in ("ttft", "decode", "pope", "vqa"):
+            for name in ("ttft", "decode", "pope", "vqa", "mixed"):
                 if name in asked_for:
                     globals()[name](table, ours, theirs, args.turns)
         if "pope" in asked_for and not args.before:

@@ -34,6 +34,10 @@ class Ours:
     def answer_all(self, asked, new: int) -> list[str]:
         return self.llava.generate_batch(self.params, asked, max_new_tokens=new)
 
+    def answer_mixed(self, asked, limits: list[int]) -> list[str]:
+        """Each question's answer has its own length."""
+        return self.llava.generate_batch(self.params, asked, max_new_tokens=limits)
+
     def programs_alone(self, asked, new: int) -> float:
         """Seconds that (image, questions) must take: each image's one prefill, no position padded, and all of its
         questions' tokens, in one batch. The host's work and the compilation are not in it."""
@@ -58,8 +62,9 @@ class Ours:
             packed = packed._replace(ids=packed.ids[..., :longest])
 
             def both(batch=batch, packed=packed):
-                prefix, last_hidden = engine.prefill(self.params, batch)
-                engine.generate_from_prefix(self.params, prefix, last_hidden, packed, options)
+                prefix, _ = engine.prefill(self.params, batch)
+                state = engine.sample_first_token(self.params, prefix, packed, options)
+                np.asarray(engine.decode(self.params, prefix, state, options, new).tokens)
 
             both()
             total += seconds(both)
@@ -88,11 +93,12 @@ class Ours:
 
             return call
 
-        programs = {name: value for name, value in vars(self.llava.engine).items() if isinstance(value, LoggedJit)}
-        vars(self.llava.engine).update({name: timed(program) for name, program in programs.items()})
+        batch = vars(self.llava.engine.batch)
+        programs = {name: value for name, value in batch.items() if isinstance(value, LoggedJit)}
+        batch.update({name: timed(program) for name, program in programs.items()})
         asked = [(picture, ["What is in this picture?"]) for picture in pictures]
         whole = seconds(self.answer_all, asked, new)
-        vars(self.llava.engine).update(programs)
+        batch.update(programs)
         return whole - compiling, inside
 
 
@@ -108,6 +114,25 @@ class Before(Ours):
     def fastest_rows(self, image, questions, new: int) -> dict[int, float]:
         """There is one way only: all of a picture's questions."""
         return {len(questions): seconds(self.answer_all, [(image, questions)], new) / len(questions)}
+
+    def fastest_mixed(self, asked, limits: list[int]) -> dict[str, float]:
+        """Seconds of both ways to have answers of several lengths, compiled before; the faster one is kept."""
+        took = {}
+        for way in ("all of the longest", "a call for each length"):
+            self.way = way
+            self.answer_mixed(asked, limits)
+            took[way] = seconds(self.answer_mixed, asked, limits)
+        self.way = min(took, key=took.get)
+        return took
+
+    def answer_mixed(self, asked, limits: list[int]) -> None:
+        if self.way == "all of the longest":
+            self.answer_all(asked, max(limits))
+            return
+        for limit in sorted(set(limits)):
+            each = iter(limits)
+            some = [(image, [text for text in questions if next(each) == limit]) for image, questions in asked]
+            self.answer_all([(image, questions) for image, questions in some if questions], limit)
 
 
 class Theirs:
@@ -153,12 +178,28 @@ class Theirs:
         self.rows = min(took, key=took.get)
         return dict(sorted(took.items()))
 
+    def fastest_mixed(self, asked, limits: list[int]) -> dict[str, float]:
+        """There is one way only: batches of a picture's questions, or of text alone, each to its longest answer."""
+        return {"batches": seconds(self.answer_mixed, asked, limits)}
+
+    def answer_mixed(self, asked, limits: list[int]) -> None:
+        rows = [(image, text) for image, questions in asked for text in questions]
+        together: dict[int, list] = {}
+        for (image, text), limit in sorted(zip(rows, limits, strict=True), key=lambda row: row[1]):
+            together.setdefault(id(image), []).append((image, text, limit))
+        for same in together.values():
+            for start in range(0, len(same), self.rows):
+                images, questions, longest = zip(*same[start : start + self.rows], strict=True)
+                self._generate(list(images), questions, max(longest))
+
     def keep_rows(self, rows: int) -> None:
         self.rows = rows
 
     def _generate(self, images, questions, new: int) -> list[str]:
         with self.torch.inference_mode():
-            text = [self.template.format(question) for question in questions]
+            template = self.template if images[0] is not None else self.template.replace("<image>\n", "")
+            text = [template.format(question) for question in questions]
+            images = None if images[0] is None else images
             inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
             tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=new, use_cache=True)
             new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
