@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 SCRIPT = """
 import json, sys
@@ -46,3 +49,35 @@ def test_tensor_parallel_generation_gives_the_same_tokens(model, converted, pict
     command = [sys.executable, "-c", SCRIPT, converted("vicuna"), picture]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == wanted.tolist()
+
+
+BATCH = """
+import jax
+import numpy as np
+import llava_jax
+from small import small_model
+from llava_jax.inference.llava import Llava
+from llava_jax.parallel.sharding import param_shardings
+alone, params = small_model()
+rng = np.random.default_rng(0)
+wide, high = (rng.integers(0, 256, (*size, 3), np.uint8) for size in ((300, 500), (700, 300)))
+asked = [(wide, ["Is it?", "Why is it so?", "Who?"]), (high, ["A cat?"]), (None, ["Who are you?", "And now?"])]
+options = {"max_new_tokens": [5, 20, 3, 9, 17, 2]}
+wanted = alone.generate_batch(params, asked, **options)
+mesh = llava_jax.make_mesh(jax.devices(), data=2)
+llava, placed = Llava(alone.config, alone.tokenizer, mesh), jax.device_put(params, param_shardings(params, mesh))
+programs = [value.jitted for value in vars(llava.engine.batch).values() if hasattr(value, "jitted")]
+counts = []
+for _ in range(2):
+    assert llava.generate_batch(placed, asked, **options) == wanted
+    counts.append([program._cache_size() for program in programs])
+assert counts[0] == counts[1] and sum(counts[0]) == llava.engine.batch.compiled, counts
+"""
+
+
+@pytest.mark.long
+def test_a_batch_over_two_devices_gives_the_same_and_compiles_once():
+    """Pools and rows keep their shardings from call to call. Some 20 seconds."""
+    flags = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", BATCH], env={**os.environ, **flags}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
