@@ -110,6 +110,13 @@ def test_a_small_pool_does_not_copy(config):
     assert other.take(key(config, 200)).source is None  # its only row is taken: once more, from the start
 
 
+def test_where_all_is_known_a_prefix_is_prefilled_once(config):
+    """Its users wait for its rows, however many they are."""
+    table = PrefixTable(1, 2, [1], grows=False, once=True)
+    slot = table.take(key(config, 200)).slot
+    assert all(table.take(key(config, 200)).slot is slot for _ in range(5)) and slot.users == 6
+
+
 class Device:
     """Does at once what it is told, and checks that it may."""
 
