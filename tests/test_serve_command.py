@@ -10,8 +10,9 @@ from test_prompt import CONFIG
 from llava_jax.cli import add_command
 from llava_jax.cli.serve import run
 from llava_jax.inference.batch_shape import serving_shape
+from llava_jax.inference.serving import startup_table
 from llava_jax.inputs.groups import CacheLayout
-from llava_jax.serve.server import ServeOptions, media_policy, startup_table
+from llava_jax.serve.server import ServeOptions, media_policy
 
 
 def parsed(*flags):

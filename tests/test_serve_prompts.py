@@ -7,6 +7,7 @@ import pytest
 from small import small_model
 from test_prompt import CONFIG, TOKENIZER
 
+from llava_jax.inference.serving import shared_length
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.prompt import Dialogue, Turn, dialogue_ids, prompt_ids
 from llava_jax.inputs.types import ProcessedImage
@@ -18,7 +19,6 @@ from llava_jax.serve.prompts import (
     chat_prompt,
     choices_after,
     read_messages,
-    shared_length,
     text_prompt,
 )
 from llava_jax.serve.protocol import MOST_PICTURES, ApiError, parse_chat

@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     )
     check_address(args.host, args.port)
     from llava_jax.checkpoint import load_config
+    from llava_jax.inference.batch_shape import model_len
 
-    server.check_length(options, load_config(args.model_path))
+    model_len(load_config(args.model_path), options.max_model_len)
     server.log_requests()
     llava, params = load_model(args)
     server.serve(llava, params, options)

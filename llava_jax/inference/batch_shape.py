@@ -99,26 +99,55 @@ MOST_PREFIXES = 16  # on each shard
 LONGEST_BY_DEFAULT = 4096  # positions, of models that could take many more
 
 
+class RowsPerPrefix(NamedTuple):
+    """Answers that decode on one prefix at once."""
+
+    short: int
+    long: int
+
+
+ROWS = RowsPerPrefix(4, 2), RowsPerPrefix(2, 1), RowsPerPrefix(1, 1)
+ONE_ROW = (RowsPerPrefix(1, 1),)  # where each asks about something of his own
+
+
+def model_len(config: LlavaConfig, asked: int | None) -> int:
+    """Positions of a prompt and its answer; not asked for: what the model takes, but LONGEST_BY_DEFAULT at most.
+
+    Raises:
+        ValueError: it takes fewer, or they are too few for a prompt.
+    """
+    most = config.text.max_position_embeddings
+    length = min(most, LONGEST_BY_DEFAULT) if asked is None else asked
+    if not QUESTION < length <= most:
+        raise ValueError(f"--max-model-len {length} must be from {QUESTION + 1} to this model's {most}")
+    return length
+
+
 def serving_shape(
-    config: LlavaConfig, layout: CacheLayout, budget: int, max_model_len: int | None, max_num_seqs: int
+    config: LlavaConfig,
+    layout: CacheLayout,
+    budget: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    rows: Sequence[RowsPerPrefix] = ROWS,
+    one_prefix_fits: bool = False,
 ) -> BatchShape:
     """The largest batch for a server within a budget of bytes on each device.
 
     Args:
-        max_model_len: positions of a prompt and its answer; None: what the model takes, but LONGEST_BY_DEFAULT at most.
+        max_model_len: as `model_len` takes it.
         max_num_seqs: answers that decode at once, at most.
+        rows: what to try, in this order, until it fits.
+        one_prefix_fits: a batch of one prefix is returned whatever the budget is.
 
     Raises:
         ValueError: the budget holds not even one prefix, or the numbers are out of range.
     """
-    most = config.text.max_position_embeddings
-    length = min(most, LONGEST_BY_DEFAULT) if max_model_len is None else max_model_len
-    if not QUESTION < length <= most:
-        raise ValueError(f"--max-model-len {length} must be from {QUESTION + 1} to this model's {most}")
+    length = model_len(config, max_model_len)
     if max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs {max_num_seqs} must be at least 1")
     capacity = bucket_length(length, config)
-    for short, long in ((4, 2), (2, 1), (1, 1)):
+    for short, long in rows:
         if short * layout.shards > max_num_seqs and short > 1:
             continue
         classes = RowClass(short, SHORT_ANSWER), RowClass(long, LONG_ANSWER)
@@ -128,6 +157,8 @@ def serving_shape(
             shape = replace(shape, per_shard=count)
             if memory_bytes(shape, config, layout) <= budget:
                 return shape
+    if one_prefix_fits:
+        return shape
     needed = memory_bytes(shape, config, layout) / 2**30
     raise ValueError(
         f"one prefix of {capacity} positions takes {needed:.2f} GiB, and there are {budget / 2**30:.2f} GiB for it: "

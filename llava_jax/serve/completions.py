@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from llava_jax.inference.requests import Finish, Token, Update
-from llava_jax.inputs.detokenizer import IncrementalDetokenizer
+from llava_jax.inference.requests import Token
 from llava_jax.serve.logprobs import Writer, chat_logprobs, text_logprobs
 
 Json = dict[str, Any]
@@ -20,28 +19,6 @@ class Piece(NamedTuple):
     text: str = ""  # final: never half a character, nor what may become a stop string
     tokens: tuple[Token, ...] = ()
     finish: str | None = None  # "stop" or "length" on the last one
-
-
-class Answer:
-    """One answer's tokens as text, as they come."""
-
-    def __init__(self, number: int, tokenizer, stop: Sequence[str]):
-        self.number = number
-        self._text = IncrementalDetokenizer(tokenizer, stop)
-
-    def take(self, update: Update) -> Piece:
-        """The piece of an update. One that finishes where the update does not has come to a stop string."""
-        text = ""
-        for count, token in enumerate(update.tokens, 1):
-            text += self._text.push(token.id)
-            if self._text.stopped:
-                return Piece(self.number, text, update.tokens[:count], "stop")
-        if update.finish is None:
-            return Piece(self.number, text, update.tokens)
-        return Piece(self.number, text + self._text.flush(), update.tokens, _REASONS.get(update.finish, "stop"))
-
-
-_REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.requests import Prompt
+from llava_jax.inference.serving import shared_length
 from llava_jax.inputs.batch import merged_length
 from llava_jax.inputs.groups import common_length
 from llava_jax.inputs.prompt import ROLES, Dialogue, Turn, dialogue_head_ids, dialogue_ids
@@ -164,17 +164,6 @@ def answer_ids(
         return [dialogue_ids(config, tokenizer, dialogue, conv_mode, answer) for answer in answers]
     except ValueError as error:
         raise wrong("structured_outputs.choice", str(error), "invalid_value") from None
-
-
-def shared_length(ids: Sequence[int], head: Sequence[int], max_question: int) -> int:
-    """How many of a prompt's ids are its prefix: those of its head, so that all images are among them.
-
-    After them come at least 1 and at most `max_question` ids.
-    """
-    whole = np.asarray(ids)
-    images = np.flatnonzero(whole == IMAGE_TOKEN_INDEX)
-    shared = max(common_length([whole, np.asarray(head)]), len(ids) - max_question, *(images[-1:] + 1), 0)
-    return int(min(shared, len(ids) - 1))
 
 
 def _placed(

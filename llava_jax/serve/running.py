@@ -22,7 +22,8 @@ from llava_jax.inference.requests import (
     Token,
     Update,
 )
-from llava_jax.serve.completions import Answer, Piece, Tally
+from llava_jax.inference.serving import AnswerText
+from llava_jax.serve.completions import Piece, Tally
 from llava_jax.serve.prompts import Choices
 from llava_jax.serve.protocol import ApiError, unavailable
 
@@ -53,7 +54,7 @@ async def generate(
         ApiError: the queue is full, the engine takes no more, or it failed.
     """
     queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-    answers = [Answer(i, tokenizer, stop) for i in range(len(rows))]
+    answers = [AnswerText(tokenizer, stop) for _ in rows]
     running: dict[int, Request] = {}
     try:
         for i, (prompt, options) in enumerate(rows):
@@ -67,7 +68,7 @@ async def generate(
             if update.finish in (Finish.ERROR, Finish.CANCELLED):
                 del running[i]
                 raise _failed(update.error)
-            piece = answers[i].take(update)
+            piece = Piece(i, *answers[i].take(update))
             tally.new_tokens += len(piece.tokens)
             tally.cached[i] = max(update.cached, tally.cached.get(i, 0))
             if piece.finish:

@@ -14,13 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_jax.config import LlavaConfig
 from llava_jax.inputs.numbers import finite_number, whole_number
 from llava_jax.serve.media import MediaPolicy, load_picture
 
 if TYPE_CHECKING:
-    from llava_jax.inference.batch_shape import BatchShape
-    from llava_jax.inference.engine_loop import EngineLoop
     from llava_jax.inference.llava import Llava
     from llava_jax.serve.jobs import Served
 
@@ -72,51 +69,21 @@ def check_packages() -> None:
         raise ValueError(f'llava-jax serve needs {", ".join(missing)}: pip install "llava-jax[serve]"')
 
 
-def check_length(options: ServeOptions, config: LlavaConfig) -> None:
-    """ValueError if the model takes no prompts as long as are asked for."""
-    asked, most = options.max_model_len, config.text.max_position_embeddings
-    if asked is not None and asked > most:
-        raise ValueError(f"--max-model-len {asked} is more than this model's max_position_embeddings={most}")
-
-
 def serve(llava: Llava, params: dict, options: ServeOptions) -> None:
     """Serve a model until SIGTERM or Ctrl-C.
 
     Raises:
         RuntimeError: the engine has failed for good.
     """
+    from llava_jax.inference.serving import start_loop
     from llava_jax.serve.jobs import Served
 
-    loop = _start_loop(llava, params, options)
+    most, length, waiting = options.max_num_seqs, options.max_model_len, options.max_queue
+    loop = start_loop(llava.engine, params, most, length, max_waiting=waiting)
     name = options.served_model_name or llava.config.name
     picture = partial(load_picture, policy=options.media)
     served = Served(name, loop, llava.tokenizer, picture, options.conv_mode, options.api_key)
     run_server(served, options)
-
-
-def _start_loop(llava: Llava, params: dict, options: ServeOptions) -> EngineLoop:
-    """The one place where the engine's loop is made."""
-    from llava_jax.inference.batch_shape import memory_bytes, serving_shape
-    from llava_jax.inference.batching import memory_budget
-    from llava_jax.inference.continuous_batch import ContinuousBatch
-    from llava_jax.inference.engine_loop import EngineLoop
-
-    engine = llava.engine
-    layout, budget = engine.cache_layout(params), memory_budget(params)
-    shape = serving_shape(llava.config, layout, budget, options.max_model_len, options.max_num_seqs)
-    needed = memory_bytes(shape, llava.config, layout)
-    print(startup_table(llava.config, shape, needed, budget), file=sys.stderr, flush=True)
-    return EngineLoop.start(ContinuousBatch(engine, params, shape), options.max_queue)
-
-
-def startup_table(config: LlavaConfig, shape: BatchShape, needed: int, budget: int) -> str:
-    """What is served, and how much of it at once. `needed` and `budget` are bytes of one device."""
-    lines = [("model", f"{config.name}, {shape.max_model_len} positions of prompt and answer")]
-    for pool in shape.pools:
-        rows = " and ".join(f"{rows} rows of {slots} slots" for rows, slots in pool.classes)
-        lines.append(("pool", f"{shape.groups} prefixes of up to {pool.capacity} positions, each with {rows}"))
-    lines.append(("memory", f"an estimated {needed / 2**30:.2f} of {budget / 2**30:.2f} GiB, parameters aside"))
-    return "\n".join(f"{name:8}{what}" for name, what in lines)
 
 
 def run_server(served: Served, options: ServeOptions) -> None:

@@ -9,32 +9,56 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_jax.web.conversations import Conversations
-
 if TYPE_CHECKING:
+    from llava_jax.inference.engine_loop import EngineLoop
     from llava_jax.inference.llava import Llava
 
 EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which kind of question is asked
+ANSWERS = 8  # that decode at once, each about a picture of its own; others wait
+LOOK = 0.2  # seconds between looks at the engine
 
 
-def serve(llava: Llava, params: dict, host: str, port: int, conv_mode: str | None = None) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. `conv_mode` is the prompt template; None is the checkpoint's."""
+def serve(
+    llava: Llava, params: dict, host: str, port: int, conv_mode: str | None = None, max_model_len: int | None = None
+) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; its first answers wait until the engine has compiled.
+
+    Args:
+        conv_mode: the prompt template; None is the checkpoint's.
+        max_model_len: positions of a conversation; None: what the model takes.
+
+    Raises:
+        RuntimeError: the engine has failed for good.
+    """
     with contextlib.ExitStack() as stack:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         stack.callback(signal.signal, signal.SIGTERM, before)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-jax-web-"))
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded goes when the server ends
+        from llava_jax.inference.batch_shape import ONE_ROW
+        from llava_jax.inference.serving import start_loop
+        from llava_jax.web.conversations import Conversations
         from llava_jax.web.page import build_page, launch
 
-        conversations = Conversations(llava, params, conv_mode)
-        page = build_page(conversations, example_scenes(llava.config.name, folder))
+        loop = start_loop(llava.engine, params, ANSWERS, max_model_len, ONE_ROW)
+        stack.callback(loop.close)  # a process that ends while JAX works in a thread ends in a crash
+        page = build_page(Conversations(llava, loop, conv_mode), example_scenes(llava.config.name, folder))
         launch(page, host, port)
+        stack.callback(page.close, verbose=False)
         print(f"http://{host}:{port} (Ctrl-C ends)", flush=True)
-        page.block_thread()
-        conversations.close()
+        _watch(loop)
+
+
+def _watch(loop: EngineLoop) -> None:
+    """Until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while (failed := loop.stats().failed) is None:
+            time.sleep(LOOK)
+        raise RuntimeError(f"the engine has failed: {failed}")
 
 
 def check_address(host: str, port: int) -> None:

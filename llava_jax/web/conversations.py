@@ -1,4 +1,4 @@
-"""The conversations of the page's tabs: each shows a picture, or none, and keeps its cache while it is asked often."""
+"""The conversations of the page's tabs: each shows a picture, or none, and asks the engine's loop beside the others."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from llava_jax.inference.engine_loop import EngineLoop
+from llava_jax.inference.generation_options import generation_options
+from llava_jax.inference.llava import Llava
+from llava_jax.inference.requests import Prompt, QueueFull, RowOptions, Stopped
+from llava_jax.inference.serving import AnswerStream, shared_length
 from llava_jax.inputs.image import process_image
+from llava_jax.inputs.prompt import Dialogue, Turn, dialogue_head_ids
 from llava_jax.inputs.types import ProcessedImage
-
-if TYPE_CHECKING:
-    from llava_jax.inference.chat import Chat
-    from llava_jax.inference.llava import Llava
-
-MAX_CACHED_CONVERSATIONS = 4  # conversations whose caches are kept, and answers that are made at the same time
 
 
 @dataclass(eq=False)
 class Conversation:
-    """What a tab of a browser shows. `chat` holds its cache; None: to be made anew, from the picture and the turns."""
+    """What a tab of a browser shows."""
 
     file: str | None = None
     picture: ProcessedImage | None = None
     turns: list[str] = field(default_factory=list)  # question, answer, question, answer, …
-    chat: Chat | None = None
-    stopped: bool = False
     answering: threading.Lock = field(default_factory=threading.Lock)
+    stream: AnswerStream | None = None  # the last answer, while it is made and afterwards
 
 
 class Conversations:
-    """The conversations of all tabs. Only the MAX_CACHED_CONVERSATIONS asked last keep their caches."""
+    """The conversations of all tabs. What was said in them the loop finds in its pool, while it is there."""
 
-    def __init__(self, llava: Llava, params: dict, conv_mode: str | None = None):
-        self.llava, self.params, self.conv_mode = llava, params, conv_mode
-        self.by_tab: dict[str, Conversation] = {}  # those asked last are last
-        self.answering: set[Conversation] = set()
+    def __init__(self, llava: Llava, loop: EngineLoop, conv_mode: str | None = None):
+        self.llava, self.loop, self.conv_mode = llava, loop, conv_mode
+        self.by_tab: dict[str, Conversation] = {}
 
     def of(self, tab: str) -> Conversation:
         """The tab's; an empty one if nothing has happened there yet."""
@@ -61,19 +60,14 @@ class Conversations:
         self.by_tab[tab] = Conversation(file, picture)
 
     def forget(self, tab: str) -> None:
-        """The tab was closed: its cache is freed."""
+        """The tab was closed."""
         self.stop(tab)
         self.by_tab.pop(tab, None)
 
     def stop(self, tab: str) -> None:
-        """End the answer at its next token; what was said of it is kept."""
-        self.of(tab).stopped = True
-
-    def close(self) -> None:
-        """Stop all answers and wait for them: a process that ends while JAX works in a thread ends in a crash."""
-        for conversation in list(self.answering):
-            conversation.stopped = True
-            conversation.answering.acquire(timeout=60)
+        """End the answer at once; what was said of it is kept."""
+        if (stream := self.of(tab).stream) is not None:
+            stream.close()
 
     def answer(self, tab: str, question: str | None, **options) -> Iterator[list[str]]:
         """The turns, the last of them the answer as it comes. A question of None is the last one again, in place of its
@@ -85,7 +79,6 @@ class Conversations:
         conversation = self.by_tab.setdefault(tab, Conversation())
         if not conversation.answering.acquire(blocking=False):
             raise ValueError("the last question is still being answered")
-        self.answering.add(conversation)
         before = list(conversation.turns)
         try:
             if question is None:
@@ -93,37 +86,39 @@ class Conversations:
                 del conversation.turns[-2:]
             if not question.strip():
                 raise ValueError("the question is empty")
-            yield from self._answer(tab, conversation, question.strip(), options)
+            yield from self._answer(conversation, question.strip(), options)
         except Exception as error:
             conversation.turns[:] = before
             if isinstance(error, ValueError):
                 raise
-            conversation.chat = None  # there is no telling what its cache holds
+            if isinstance(error, QueueFull | Stopped):
+                raise ValueError(f"no answer: {error}") from None
             traceback.print_exc()
             kind = type(error).__name__
             raise ValueError(f"the answer failed: {kind}, of which the server's log says more") from None
         finally:
-            self.answering.discard(conversation)
             conversation.answering.release()
 
-    def _answer(self, tab: str, conversation: Conversation, question: str, options: dict) -> Iterator[list[str]]:
-        conversation.stopped, turns, answer = False, [*conversation.turns, question], ""
-        yield [*turns, answer]
-        with contextlib.closing(self._chat(tab, conversation).stream(question, **options)) as pieces:
-            for piece in pieces:
-                answer += piece
+    def _answer(self, conversation: Conversation, question: str, options: dict) -> Iterator[list[str]]:
+        turns, answer = [*conversation.turns, question], ""
+        conversation.stream = self._ask(conversation, turns, options)
+        with contextlib.closing(conversation.stream) as pieces:
+            try:
                 yield [*turns, answer]
-                if conversation.stopped:
-                    break
+                for piece in pieces:
+                    answer += piece
+                    yield [*turns, answer]
+            finally:  # also where nobody reads it to its end
+                conversation.turns += [question, answer]
 
-    def _chat(self, tab: str, conversation: Conversation) -> Chat:
-        """The conversation's, which is now the one that was asked last."""
-        if conversation.chat is None:
-            conversation.chat = self.llava.chat(self.params, conversation.picture, self.conv_mode)
-            conversation.chat.turns = conversation.turns  # one list: what the chat adds is said here
-        chat = conversation.chat
-        if self.by_tab.get(tab) is conversation:
-            self.by_tab[tab] = self.by_tab.pop(tab)
-        for other in list(self.by_tab.values())[:-MAX_CACHED_CONVERSATIONS]:
-            other.chat = None
-        return chat
+    def _ask(self, conversation: Conversation, turns: list[str], options: dict) -> AnswerStream:
+        """The prefix is all that stands before the words of the last turn: the next turn begins with it too."""
+        config, tokenizer = self.llava.config, self.llava.tokenizer
+        asked = generation_options(config.generation, **options)
+        images = [] if conversation.picture is None else [conversation.picture]
+        ids = self.llava.prompt_ids(turns, [image.size for image in images], self.conv_mode)
+        said = tuple(Turn(text, 0 if i else len(images)) for i, text in enumerate(turns))
+        head = dialogue_head_ids(config, tokenizer, Dialogue(said), self.conv_mode)
+        prompt = Prompt(np.array(ids, np.int64), shared_length(ids, head, self.loop.max_question), images)
+        row = RowOptions(asked.max_new_tokens, config.generation.eos_token_ids, asked.sampling)
+        return AnswerStream(self.loop, tokenizer, prompt, row)

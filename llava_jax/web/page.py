@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.helpers import Examples
 
-from llava_jax.web.conversations import MAX_CACHED_CONVERSATIONS, Conversations
+from llava_jax.web.conversations import Conversations
 
 SUGGESTED = (
     "Describe the image in detail.",
     "What is unusual about this image?",
     "What are the things I should be cautious about when I visit here?",
 )
+MOST_ANSWERS = 32  # that are made or wait; each takes one of gradio's 40 threads, and Stop needs one too
 UPLOAD_LIMIT = "64mb"  # for one picture
 CURSOR = "▌"
 WELCOME = "Upload a picture and ask about it. The first answers wait for the compiler."
@@ -112,7 +113,7 @@ def _connect(page: gr.Blocks, parts: Parts, events: Events, with_pictures: bool)
     shown = [parts.chatbot, parts.question, parts.send, parts.stop, parts.regenerate]
     numbers = [parts.temperature, parts.top_p, parts.max_new_tokens]
     private: dict[str, Any] = {"api_visibility": "private"}
-    answers: dict[str, Any] = {"concurrency_limit": MAX_CACHED_CONVERSATIONS, "concurrency_id": "answers", **private}
+    answers: dict[str, Any] = {"concurrency_limit": MOST_ANSWERS, "concurrency_id": "answers", **private}
     answers["show_progress"] = "minimal"
     answers["trigger_mode"] = "multiple"  # a second question gets a message, and is not dropped by the browser
     gr.on([parts.question.submit, parts.send.click], events.ask, [parts.question, *numbers], shown, **answers)
