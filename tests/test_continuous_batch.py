@@ -11,7 +11,7 @@ from PIL import Image
 from small import small_model
 
 from llava_jax.constants import IMAGE_TOKEN_INDEX
-from llava_jax.inference.batch_shape import BatchShape, PoolShape, RowClass, memory_bytes, serving_shape
+from llava_jax.inference.batch_shape import ONE_ROW, BatchShape, PoolShape, RowClass, memory_bytes, serving_shape
 from llava_jax.inference.continuous_batch import ContinuousBatch, run
 from llava_jax.inference.engine_loop import EngineLoop
 from llava_jax.inference.generation_options import GenerationOptions
@@ -275,6 +275,9 @@ def test_a_server_takes_the_largest_batch_that_fits(small):
     smaller = serving_shape(llava.config, layout, tight, None, 256)
     assert memory_bytes(smaller, llava.config, layout) <= tight and smaller.groups < roomy.groups
     assert serving_shape(llava.config, layout, 8 << 30, 300, 8).pools[-1].capacity == 512
+    own = serving_shape(llava.config, layout, 8 << 30, None, 8, ONE_ROW)
+    assert own.per_shard == 8 and [row_class.rows for row_class in own.pools[0].classes] == [1, 1]
+    assert serving_shape(llava.config, layout, 0, None, 8, one_prefix_fits=True).per_shard == 1
     for wrong, problem in (((1 << 20, None, 8), "takes 0"), ((8 << 30, 5000, 8), "4096"), ((8 << 30, None, 0), "seqs")):
         with pytest.raises(ValueError, match=problem):
             serving_shape(llava.config, layout, *wrong)

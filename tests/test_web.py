@@ -94,6 +94,14 @@ def test_bad_addresses_are_named(flags, message):
         run(parsed(*flags))
 
 
+def test_a_conversation_too_long_for_the_model_is_named_before_it_is_loaded(scenes_model, port, monkeypatch):
+    pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
+    monkeypatch.setattr("llava_jax.load", lambda *args, **options: pytest.fail("it was loaded"))
+    args = parsed("--port", str(port), "--max-model-len", "513", "--model-path", str(scenes_model))
+    with pytest.raises(ValueError, match="--max-model-len 513 must be from 65 to this model's 512"):
+        run(args)
+
+
 # ---- conversations
 
 
