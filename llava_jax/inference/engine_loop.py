@@ -46,7 +46,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._submitted: set[Request | ScoreRequest] = set()  # that have not ended
-        self._ready, self._idle = threading.Event(), threading.Event()
+        self._ready = threading.Event()
         self._stopping = self._closed = False
         self._failed: str | None = None
         self.starting, self.compiled = "starting", 0
@@ -115,7 +115,6 @@ class EngineLoop:
             if len(self._submitted) - len(self._batch.scheduler.running) >= self._max_waiting:
                 raise QueueFull(f"{self._max_waiting} requests wait already")
             self._submitted.add(request)
-            self._idle.clear()
         active.emit = self._noting(request)
         self._inbox.put(lambda: self._batch.scheduler.add(active))
 
