@@ -14,12 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import openai
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 from served import Server, scene_uri, served
@@ -53,7 +59,12 @@ def main() -> None:
         server = stack.enter_context(served(model))
         measure(server, args.guidellm, args.streams[0], Load(max(args.streams), args.tokens), folder)  # to warm up
         results = [measure(server, args.guidellm, streams, load, folder) for streams in args.streams]
+        alone, beside = gaps(server, pictures=0), gaps(server, pictures=16)
     print(table(args.streams, results, load))
+    print(
+        "\nBetween the tokens of one stream, ms: median and longest, alone, and while 16 new pictures are asked about"
+    )
+    print(" | ".join(f"{statistics.median(some) * 1e3:.0f}, {max(some) * 1e3:.0f}" for some in (alone, beside)))
 
 
 def measure(server: Server, guidellm: str, streams: int, load: Load, folder: Path) -> dict:
@@ -79,6 +90,35 @@ def measure(server: Server, guidellm: str, streams: int, load: Load, folder: Pat
     if metrics["request_totals"]["successful"] != load.requests:
         raise RuntimeError(f"of {load.requests} requests at {streams} streams: {metrics['request_totals']}")
     return metrics
+
+
+def gaps(server: Server, pictures: int) -> list[float]:
+    """Seconds between the pieces that come of one stream, while others ask about so many pictures at once."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    endless = {"ignore_eos": True}
+
+    def ask(number: int) -> None:
+        image = {"type": "image_url", "image_url": {"url": scene_uri(1000, number)}}
+        messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, image]}]
+        client.chat.completions.create(model=server.model, messages=messages, max_tokens=16, extra_body=endless)
+
+    said = client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=200,
+        stream=True,
+        temperature=0,
+        extra_body=endless | {"logprobs": True},  # so that each token is told of
+    )
+    times = []
+    with ThreadPoolExecutor(max(1, pictures)) as threads:
+        for chunk in said:
+            times += [time.perf_counter()] * bool(chunk.choices)
+            if len(times) == 20:
+                asked = [threads.submit(ask, number) for number in range(pictures)]
+        for each in asked:
+            each.result()
+    return np.diff(times[2:]).tolist()
 
 
 def table(streams: list[int], results: list[dict], load: Load) -> str:
