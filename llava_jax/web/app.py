@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llava_jax.inference.llava import Llava
 
 EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which kind of question is asked
-ANSWERS = 8  # that decode at once, each about a picture of its own; others wait
+ANSWERS = 4  # that decode at once, each about a picture of its own; others wait
 LOOK = 0.2  # seconds between looks at the engine
 
 
