@@ -149,6 +149,7 @@ def test_several_answer_as_one_does(benchmark, tmp_path, processes, devices, mes
     assert all("questions on" in error for error in errors)  # each had its share
 
 
+@pytest.mark.long
 def test_killed_where_it_writes_it_gives_the_same_file(benchmark, tmp_path):
     """Within a line, between two pictures, within a later line, and before the parts are deleted."""
     flags, _, answers = benchmark

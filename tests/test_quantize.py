@@ -116,6 +116,7 @@ def test_levels_are_those_of_what_is_stored(scenes_model, tmp_path):
     assert all(bool(jnp.all(got[path] == x)) for path, x in wanted.items() if x.dtype == jnp.int8)
 
 
+@pytest.mark.long
 def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(loaded):
     _, (llava, params) = loaded
     scene = held_out_scene(0, 2)
