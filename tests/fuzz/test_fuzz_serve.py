@@ -20,7 +20,7 @@ from llava_jax.serve.jobs import Served
 from llava_jax.serve.media import MediaPolicy, load_picture
 
 STATUSES = {200, 400, 404, 413}
-LEAK = re.compile(r'Traceback|File "|/work/|/root/|/tmp/|/etc/|0x[0-9a-f]{6}|169\.254|127\.0\.0|\[::1\]')
+LEAK = re.compile(r'Traceback|File "|/home/|/root/|/tmp/|/etc/|0x[0-9a-f]{6}|169\.254|127\.0\.0|\[::1\]')
 
 
 def file(kind, size=(30, 20)):
