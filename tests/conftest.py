@@ -144,6 +144,12 @@ def loads():
     return loaded_once
 
 
+@pytest.fixture(scope="session")
+def bundled(scenes_model, loads):
+    """(llava, params) of the bundled model."""
+    return loads(scenes_model)
+
+
 @pytest.fixture
 def load_once(loads, monkeypatch):
     """For tests of what asks for a model by its path."""

@@ -128,7 +128,7 @@ class Device:
         scheduler = self.scheduler
         while (fill := scheduler.next_fill()) is not None:
             for lane in filter(None, fill.lanes):
-                assert (not lane.slot.ready and lane.start < lane.key.length) or lane.source
+                assert (not lane.slot.ready and lane.start < lane.slot.length) or lane.source
                 self.log["filled"] += 1
             scheduler.filled(fill)
         for found in scheduler.admissions():
@@ -147,7 +147,7 @@ class Device:
         for move in scheduler.moves():
             self.log["moved"] += 1
             following = Block(move.source.pool, move.source.row_class + 1)
-            assert all(active is None or active.block == following for active in move.lanes)
+            assert move.active.block == following
         self.rows = {}
         for row in scheduler.living():
             place = row.block, id(row.active.slot), row.row

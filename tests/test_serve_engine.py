@@ -26,11 +26,6 @@ QUESTIONS = ("What color is the heart?", "How many shapes are there?", "Describe
 
 
 @pytest.fixture(scope="module")
-def bundled(scenes_model, loads):
-    return loads(scenes_model)
-
-
-@pytest.fixture(scope="module")
 def loop(bundled):
     llava, params = bundled
     loop = EngineLoop.start(ContinuousBatch(llava.engine, params, SHAPE))

@@ -275,12 +275,6 @@ def test_only_uploads_are_read(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bundled(scenes_model, loads):
-    """(llava, params) of the bundled model."""
-    return loads(scenes_model)
-
-
-@pytest.fixture(scope="module")
 def batch(bundled):
     llava, params = bundled
     return ContinuousBatch(llava.engine, params, SHAPE)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -81,6 +83,35 @@ def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
     import llava_jax  # JAX is imported once the command line is known to be good
 
     return llava_jax.load(args.model_path, args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
+
+
+# ---- its answers to others
+
+
+def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Where it is asked, and for how much."""
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
+    parser.add_argument("--port", type=int, default=port, help="(%(default)s)")
+    parser.add_argument("--max-model-len", type=int, help="positions of a prompt and its answer (as the model takes)")
+
+
+def check_server(args: argparse.Namespace) -> None:
+    """ValueError, FileNotFoundError: nothing can listen there, or the model is not there or does not take so much."""
+    from llava_jax.checkpoint import load_config
+    from llava_jax.inference.batch_shape import model_len
+
+    host, port = args.host, args.port
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port} must be from 1 to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"--port {port} is already in use; choose another") from None
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
+    model_len(load_config(args.model_path), args.max_model_len)
 
 
 # ---- its answers at a terminal

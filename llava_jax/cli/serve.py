@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llava_jax.cli.flags import add_model_arguments, load_model
-from llava_jax.web.app import check_address
+from llava_jax.cli.flags import add_model_arguments, add_server_arguments, check_server, load_model
 
 DESCRIPTION = "Serve a model to every client that speaks the OpenAI API, many at once."
 EXAMPLE = "--model-path llava-v1.6-vicuna-7b --port 8000"
@@ -13,11 +12,9 @@ EXAMPLE = "--model-path llava-v1.6-vicuna-7b --port 8000"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    add_server_arguments(parser, 8000)
     parser.add_argument("--api-key", help="what clients must give, for everything but /health (nothing)")
     parser.add_argument("--served-model-name", help="what clients call the model (the checkpoint's name)")
-    parser.add_argument("--max-model-len", type=int, help="positions of a prompt and its answer (as the model takes)")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="answers that decode at once (%(default)s)")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that wait; more get 429 (%(default)s)")
     parser.add_argument(
@@ -47,11 +44,7 @@ def run(args: argparse.Namespace) -> None:
         shutdown_timeout=args.shutdown_timeout,
         media=policy,
     )
-    check_address(args.host, args.port)
-    from llava_jax.checkpoint import load_config
-    from llava_jax.inference.batch_shape import model_len
-
-    model_len(load_config(args.model_path), options.max_model_len)
+    check_server(args)
     server.log_requests()
     llava, params = load_model(args)
     server.serve(llava, params, options)

@@ -58,6 +58,11 @@ class Block(NamedTuple):
     pool: int
     row_class: int
 
+    @property
+    def following(self) -> Block:
+        """The longer rows of the same pool."""
+        return self._replace(row_class=self.row_class + 1)
+
 
 # ---- what fits
 

@@ -91,12 +91,15 @@ def plan(
         shape = offline_shape(together, engine.config, layout, output_capacity, budget)
         phases.append(Phase(tuple(sorted(together, key=work, reverse=True)), shape))
     if phases:
-        rows, needed = sum(len(group.questions) for group in groups), memory_bytes
-        most = max((phase.shape for phase in phases), key=lambda shape: needed(shape, engine.config, layout))
+        rows = sum(len(group.questions) for group in groups)
+        needed, most = max(
+            ((memory_bytes(phase.shape, engine.config, layout), phase.shape) for phase in phases),
+            key=lambda pair: pair[0],
+        )
         print(
             f"{rows} questions on {len(groups)} prefixes in {len(phases)} phases; the largest has room for "
             f"{most.groups} prefixes, {most.admitted} rows each, and takes "
-            f"{needed(most, engine.config, layout) / 2**30:.2f} of {budget / 2**30:.2f} GiB",
+            f"{needed / 2**30:.2f} of {budget / 2**30:.2f} GiB",
             file=sys.stderr,
         )
     return phases

@@ -1,4 +1,4 @@
-"""A wave that never ends: requests come and go while others decode. The scheduler says what, and this has it done."""
+"""Continuous batching: requests come and go while others decode. The scheduler says what, and this has it done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llava_jax.inference.scheduler import (
     Scheduler,
     Scoring,
 )
-from llava_jax.inputs.types import Questions
+from llava_jax.inputs.groups import pack_questions
 
 
 class ContinuousBatch:
@@ -91,7 +91,7 @@ class ContinuousBatch:
         for n, pool in enumerate(shape.pools):
             steps.append((f"scores after {pool.capacity} positions", partial(self._score, Scoring(n, nobody))))
             for row_class in range(1, len(pool.classes)):
-                move = Move(Block(n, row_class - 1), nobody, [0] * shape.shards)
+                move = Move(Block(n, row_class - 1), 0, None)
                 steps.append((f"moves after {pool.capacity} positions", partial(self._move, move)))
         for block in shape.blocks:
             name = f"{shape.row_class(block).slots} slots after {shape.pools[block.pool].capacity} positions"
@@ -110,17 +110,14 @@ class ContinuousBatch:
         options, nobody = [[RowOptions(1)] * count for _ in range(shards)], self.shape.row_class(admission.block).rows
         row_ids = np.full((shards, count), nobody, np.int32)
         steps, lengths = np.zeros((shards, count), np.int32), np.zeros(shards, np.int32)
-        ids = np.zeros((shards, count, self.shape.question), np.int32)
-        questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
+        questions = pack_questions([[a.question for a in lane] for lane in lanes], shards, count, self.shape.question)
         said = np.full((shards, count, self.shape.max_model_len), -1, np.int32)
         limits = np.ones((shards, count), np.int32)
         asked: list[tuple[ActiveRequest, int, tuple[int, int]]] = []
         for b, lane in enumerate(lanes):
             for r, active in enumerate(lane):
-                question, tokens = active.question, active.tokens
-                ids[b, r, : len(question)], questions.lengths[b, r] = question, len(question)
-                questions.active[b, r], row_ids[b, r], steps[b, r] = True, active.row, len(tokens)
-                said[b, r, : len(tokens)] = tokens
+                row_ids[b, r], steps[b, r] = active.row, len(active.tokens)
+                said[b, r, : len(active.tokens)] = active.tokens
                 options[b][r], limits[b, r] = active.options, self.scheduler.limit_here(active)
                 lengths[b] = active.key.length
                 asked.append((active, active.epoch, (b, r)))
@@ -148,12 +145,13 @@ class ContinuousBatch:
             self.scheduler.said(active, epoch, [read.token(place, active.options)])
 
     def _move(self, move: Move) -> None:
-        target = Block(move.source.pool, move.source.row_class + 1)
-        lanes, rows = move.lanes, self._rows
+        target, rows, active = move.source.following, self._rows, move.active
+        shard = active.slot.shard if active and active.slot else None
+        lanes = [active if n == shard else None for n in range(self.shape.shards)]
         targets = np.array([active.row if active else 0 for active in lanes], np.int32)
         limits = np.array([self.scheduler.limit_here(active) if active else 0 for active in lanes], np.int32)
         slots = lane_slots(self.engine, self.shape, lanes, lambda active: active.slot.index)
-        sources, targets, limits = self.engine.place((np.array(move.rows, np.int32), targets, limits))
+        sources, targets, limits = self.engine.place((np.full_like(targets, move.row), targets, limits))
         rows[move.source], rows[target] = self.programs.move(
             rows[move.source], rows[target], self.shape.shards, slots, sources, targets, limits
         )
@@ -206,12 +204,14 @@ class ContinuousBatch:
         lengths = np.array([active.key.length if active else 0 for active in scoring.lanes], np.int32)
         parts = []
         for first in range(0, most, count):
-            ids = np.zeros((shards, count, self.shape.question), np.int32)
-            questions = Questions(ids, np.ones((shards, count), np.int32), np.zeros((shards, count), bool))
-            for b, active in enumerate(scoring.lanes):
-                for r, candidate in enumerate(active.scores.candidates[first : first + count] if active else ()):
-                    row = np.concatenate([active.question, candidate])  # type: ignore[union-attr]
-                    ids[b, r, : len(row)], questions.lengths[b, r], questions.active[b, r] = row, len(row), True
+            here = slice(first, first + count)
+            rows = [
+                [np.concatenate([active.question, candidate]) for candidate in active.scores.candidates[here]]
+                if active
+                else []
+                for active in scoring.lanes
+            ]
+            questions = pack_questions(rows, shards, count, self.shape.question)
             pool = self._pools[scoring.pool]
             place = self.engine.place
             parts.append(self.programs.score(self.params, pool, shards, place(lengths), slots, place(questions)))

@@ -115,8 +115,8 @@ class EngineLoop:
             if len(self._submitted) - len(self._batch.scheduler.running) >= self._max_waiting:
                 raise QueueFull(f"{self._max_waiting} requests wait already")
             self._submitted.add(request)
-        active.emit = self._noting(request)
-        self._inbox.put(lambda: self._batch.scheduler.add(active))
+            active.emit = self._noting(request)
+            self._inbox.put(lambda: self._batch.scheduler.add(active))  # before anybody gives up, who then ends it
 
     def cancel(self, request: Request | ScoreRequest) -> None:
         """End it, wherever it is; nothing if it has ended."""
@@ -211,5 +211,6 @@ class EngineLoop:
         self._batch.scheduler.fail_all(error)
 
     def _give_up(self, why: str) -> None:
-        self._failed = why
+        with self._lock:
+            self._failed = why
         self._ready.set()

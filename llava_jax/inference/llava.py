@@ -189,8 +189,8 @@ class Llava:
             the answers, in the questions' order; a ValueError, not raised, where one, or its picture, cannot be asked.
         """
         limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else None
-        different = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens]
-        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in different]
+        asked: Sequence[int] = [max_new_tokens] if not isinstance(max_new_tokens, Sequence) else limits or [1]
+        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in asked]
         options = max(each, key=lambda one: one.max_new_tokens)
         return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options, limits)
 

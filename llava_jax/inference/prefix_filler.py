@@ -8,17 +8,18 @@ from functools import partial
 import jax
 import numpy as np
 
-from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.batch_shape import BatchShape
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.pool import Pool
+from llava_jax.inference.requests import Prompt
 from llava_jax.inference.scheduler import Fill, FillLane, Scheduler
-from llava_jax.inputs.anyres import NEWLINE, image_index
-from llava_jax.inputs.batch import bucket_length
+from llava_jax.inputs.batch import PlacedImage, bucket_length, place_images
 
 NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
 SHORT_CHUNK = 4  # times as short is the chunk for prefixes of a few words
 TOWER_SHARE = 4  # of a picture's positions in the tower, as many as one in the decoder: roughly
+
+NOTHING = Prompt(np.zeros(0, np.int64), 0)  # of a lane without a prefix
 
 
 def lane_slots(engine: Engine, shape: BatchShape, lanes: Iterable, index: Callable) -> jax.Array | np.ndarray:
@@ -98,7 +99,7 @@ class PrefixFiller:
             targets = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.source and lane.slot.index)
             self.pools[pool] = self.programs.copy_slot(self.pools[pool], self.shape.shards, sources, targets)
         starts = [lane.start if lane else 0 for lane in lanes]
-        lengths = np.array([lane.key.length if lane else 0 for lane in lanes], np.int32)
+        lengths = np.array([lane.slot.length if lane else 0 for lane in lanes], np.int32)
         if any(start < length for start, length in zip(starts, lengths, strict=True)):
             embeds = yield from self._embed(lanes)
             yield from self._chunks(pool, lanes, embeds, np.array(starts, np.int32), lengths)
@@ -109,31 +110,24 @@ class PrefixFiller:
         config, capacity = self.config, self.shape.pools[-1].capacity
         last_chunk = capacity - self._next_size(capacity)  # where one begins that would go beyond the capacity
         text = np.zeros((len(lanes), capacity), np.int32)
-        pictures: list[list[tuple[int, np.ndarray, np.ndarray]]] = []  # of each lane: where it starts, index, tiles
+        pictures: list[list[PlacedImage]] = []  # of each lane
         for b, lane in enumerate(lanes):
-            placed, position, image = [], 0, 0
-            for token in [] if lane is None else lane.prompt.ids[: lane.prompt.shared].tolist():
-                if token != IMAGE_TOKEN_INDEX:
-                    text[b, position] = token
-                    position += 1
-                    continue
-                shown = lane.prompt.images[image]  # type: ignore[union-attr]
-                index = image_index(shown.size, config)
-                if position + len(index) > min(lane.start, last_chunk):  # type: ignore[union-attr]
-                    placed.append((position, index, shown.tiles))
-                position, image = position + len(index), image + 1
-            pictures.append(placed)
+            prompt = lane.prompt if lane else NOTHING
+            placed = place_images(prompt.ids[: prompt.shared], prompt.images, config)
+            text[b, : len(placed.text_ids)] = placed.text_ids
+            begins = min(lane.start, last_chunk) if lane else 0
+            pictures.append([image for image in placed.images if image.end > begins])
         embeds = self.programs.embed_text(self.params, self.engine.place(text))
-        most, newline = config.max_tiles_per_image, config.max_tiles_per_image * config.tokens_per_tile
+        most = config.max_tiles_per_image
         for n in range(max(map(len, pictures))):
             yield from self._take_turn(most * config.tokens_per_tile // TOWER_SHARE)
             tiles = np.zeros((len(lanes), most, config.tile_size, config.tile_size, 3), np.uint8)
             indices = np.full(text.shape, -1, np.int32)
-            for b, placed in enumerate(pictures):
-                if n < len(placed):
-                    position, index, shown = placed[n]
-                    tiles[b, : len(shown)] = shown
-                    indices[b, position : position + len(index)] = np.where(index == NEWLINE, newline, index)
+            for b, images in enumerate(pictures):
+                if n < len(images):
+                    image = images[n]
+                    tiles[b, : len(image.tiles)] = image.tiles
+                    indices[b, image.start : image.end] = image.rows
             flat = self.engine.place(tiles.reshape(-1, *tiles.shape[2:]))
             embeds = self.programs.place_image(self.params, embeds, flat, self.engine.place(indices))
         return embeds

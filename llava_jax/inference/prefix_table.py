@@ -122,9 +122,9 @@ class PrefixTable:
         if found is None:
             return None
         slot = found.slot
-        if slot.key is None or slot.key.length != key.length or found.source is not None or found.start < key.length:
-            slot.ready = found.source is None and found.start == key.length
-        slot.key = key
+        if slot.key is None or slot.key.name != key.name:
+            slot.key = key
+            slot.ready = found.complete
         self.hold(slot)
         return found
 

@@ -28,7 +28,6 @@ from llava_jax.inference.requests import (
     Token,
     Update,
 )
-from llava_jax.inputs.batch import merged_length
 
 LOOKAHEAD = 64  # waiting requests that are looked at for a slot
 MOST_OVERTAKEN = 32  # requests that may find a slot before the one that has waited longest
@@ -80,7 +79,6 @@ class FillLane(NamedTuple):
 
     slot: PrefixSlot
     prompt: Prompt
-    key: PrefixKey
     start: int  # so many positions are there already, or once the source is copied
     source: PrefixSlot | None
 
@@ -107,11 +105,11 @@ class Scoring(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A row, of each shard at most one, that goes on among the next class's."""
+    """A row that goes on among the following block's."""
 
     source: Block
-    lanes: list[ActiveRequest | None]  # in their new places
-    rows: list[int]  # where they were
+    row: int  # where it was
+    active: ActiveRequest | None  # in its new place; None: nothing moves
 
 
 class Living(NamedTuple):
@@ -151,19 +149,19 @@ class Scheduler:
 
     def check(self, request: Request | ScoreRequest) -> ActiveRequest:
         """A request, ready to be added. ValueError if it does not fit the batch's shape."""
-        prompt = request.prompt
-        sizes = [image.size for image in prompt.images]
-        length, most = merged_length(prompt.ids, sizes, self.config), self.shape.max_model_len
+        prompt, most = request.prompt, self.shape.max_model_len
+        if isinstance(request, ScoreRequest):
+            prompt = prompt._replace(shared=len(prompt.ids) - 1)  # so that most is left to the candidates
+        key, behind = prefix_key(prompt, self.config), len(prompt.ids) - prompt.shared
+        length, limit = key.length + behind, 0  # all images are in the prefix
         if length >= most:
             raise ValueError(f"prompt: {length} positions leave no room for an answer within {most}")
         if isinstance(request, ScoreRequest):
-            prompt = prompt._replace(shared=len(prompt.ids) - 1)  # so that most is left to the candidates
-            behind, limit = 1 + max(map(len, request.candidates)), 0
+            behind += max(map(len, request.candidates))
         else:
-            behind, limit = len(prompt.ids) - prompt.shared, min(request.options.max_new_tokens, most - length)
+            limit = min(request.options.max_new_tokens, most - length)
         if behind > self.shape.question:
             raise ValueError(f"prompt: {behind} ids behind its prefix are more than {self.shape.question}")
-        key = prefix_key(prompt, self.config)
         if key.length > self.shape.pools[-1].capacity:
             raise ValueError(f"prompt: a prefix of {key.length} positions is more than {self.shape.pools[-1].capacity}")
         return ActiveRequest(request, prompt, key, request.emit, limit)
@@ -262,7 +260,7 @@ class Scheduler:
                 self.queried, self.hit = self.queried + active.key.length, self.hit + found.start
             if not found.complete:
                 self.tables[pool].hold(found.slot)  # until it is filled, whoever goes
-                self._fills.append((pool, FillLane(found.slot, active.prompt, active.key, found.start, found.source)))
+                self._fills.append((pool, FillLane(found.slot, active.prompt, found.start, found.source)))
 
     # ---- rows
 
@@ -316,17 +314,15 @@ class Scheduler:
         for active in list(self.outgrown):
             slot, block = active.slot, active.block
             assert slot is not None and block is not None
-            following = Block(block.pool, block.row_class + 1)
+            following = block.following
             if following.row_class == len(slot.free_rows):
                 self._preempt(active)
             elif slot.free_rows[following.row_class]:
-                source = active.row
-                slot.free_rows[block.row_class].append(source)
+                moves.append(Move(block, active.row, active))
+                slot.free_rows[block.row_class].append(active.row)
                 active.block, active.row = following, slot.free_rows[following.row_class].pop(0)
                 active.epoch += 1
                 self.outgrown.remove(active)
-                lanes = [active if shard == slot.shard else None for shard in range(self.shape.shards)]
-                moves.append(Move(block, lanes, [source] * self.shape.shards))
         return moves
 
     def _preempt(self, active: ActiveRequest) -> None:

@@ -125,6 +125,45 @@ def _splice(row, text, images: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([*pieces, text[start:]])
 
 
+def _image_rows(image: ProcessedImage, config: LlavaConfig, first: int, newline: int) -> np.ndarray:
+    """The rows of a table that stand for an image: its features begin at `first`, its lines end with `newline`."""
+    cells = image_index(image.size, config)
+    return np.where(cells == NEWLINE, newline, cells + first)
+
+
+class PlacedImage(NamedTuple):
+    """An image among a prompt's positions."""
+
+    tiles: np.ndarray  # uint8 [T, S, S, 3]
+    start: int  # its first position
+    rows: (
+        np.ndarray
+    )  # int32 [n]: what stands at each, of [features of as many tiles as an image can have | image_newline]
+
+    @property
+    def end(self) -> int:
+        """The position behind it."""
+        return self.start + len(self.rows)
+
+
+class PlacedPrompt(NamedTuple):
+    """A prompt whose images are merged one at a time."""
+
+    text_ids: np.ndarray  # int [L], 0 where an image goes
+    images: list[PlacedImage]
+
+
+def place_images(ids: np.ndarray, images: Sequence[ProcessedImage], config: LlavaConfig) -> PlacedPrompt:
+    """Where each id of a prompt stands, and each of its images, of which there is one for each placeholder."""
+    newline = config.max_tiles_per_image * config.tokens_per_tile
+    rows = [_image_rows(image, config, 0, newline) for image in images]
+    placeholders, widths = np.flatnonzero(ids == IMAGE_TOKEN_INDEX), np.ones(len(ids), np.int64)
+    widths[placeholders] = [len(own) for own in rows]
+    starts = (np.cumsum(widths) - widths)[placeholders].tolist()
+    placed = [PlacedImage(image.tiles, start, own) for image, start, own in zip(images, starts, rows, strict=True)]
+    return PlacedPrompt(_splice(ids, ids, [np.zeros(len(own), np.int64) for own in rows]), placed)
+
+
 class _Table(NamedTuple):
     """The device's table, as far as the host has it and needs to know it."""
 
@@ -143,8 +182,7 @@ def _table(images: Sequence[ProcessedImage], config: LlavaConfig, text_rows: int
     newline = text_rows + config.tokens_per_tile * total
     indices = []
     for image, first_tile in zip(images, np.cumsum([0, *counts])[:-1], strict=True):
-        cells = image_index(image.size, config)
-        indices.append(np.where(cells == NEWLINE, newline, cells + text_rows + config.tokens_per_tile * first_tile))
+        indices.append(_image_rows(image, config, text_rows + config.tokens_per_tile * first_tile, newline))
     return _Table(tiles, indices, newline + 1)
 
 

@@ -64,10 +64,14 @@ def bucket_rows(n: int) -> int:
     return bucket_count(n, per_doubling=4)
 
 
-def pack_questions(suffixes: Sequence[Sequence[np.ndarray]], groups: int, rows: int) -> Questions[np.ndarray]:
-    """`suffixes[g][r]`, ids, into bucketed arrays [groups, rows, Q]; what is not there is inactive."""
-    longest = bucket_count(max(len(ids) for group in suffixes for ids in group))
-    ids = np.zeros((groups, rows, longest), np.int32)
+def pack_questions(
+    suffixes: Sequence[Sequence[np.ndarray]], groups: int, rows: int, length: int | None = None
+) -> Questions[np.ndarray]:
+    """`suffixes[g][r]`, ids, into arrays [groups, rows, length]; what is not there is inactive. `length` is the bucket
+    of the longest, unless it is given."""
+    if length is None:
+        length = bucket_count(max(len(ids) for group in suffixes for ids in group))
+    ids = np.zeros((groups, rows, length), np.int32)
     lengths, active = np.ones((groups, rows), np.int32), np.zeros((groups, rows), bool)
     for g, group in enumerate(suffixes):
         for r, row in enumerate(group):

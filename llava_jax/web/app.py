@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
 import os
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -59,20 +57,6 @@ def _watch(loop: EngineLoop) -> None:
         while (failed := loop.stats().failed) is None:
             time.sleep(LOOK)
         raise RuntimeError(f"the engine has failed: {failed}")
-
-
-def check_address(host: str, port: int) -> None:
-    """ValueError if nothing can listen there."""
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port {port} must be from 1 to 65535")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.create_server((host, port), family=family):
-            pass
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"--port {port} is already in use; choose another") from None
-        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
 
 
 def check_gradio() -> None:

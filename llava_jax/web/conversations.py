@@ -13,8 +13,9 @@ import numpy as np
 from llava_jax.inference.engine_loop import EngineLoop
 from llava_jax.inference.generation_options import generation_options
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.requests import Prompt, QueueFull, RowOptions, Stopped
+from llava_jax.inference.requests import Prompt, QueueFull, Stopped
 from llava_jax.inference.serving import AnswerStream, shared_length
+from llava_jax.inference.text_requests import row_options
 from llava_jax.inputs.image import process_image
 from llava_jax.inputs.prompt import Dialogue, Turn, dialogue_head_ids
 from llava_jax.inputs.types import ProcessedImage
@@ -120,5 +121,4 @@ class Conversations:
         said = tuple(Turn(text, 0 if i else len(images)) for i, text in enumerate(turns))
         head = dialogue_head_ids(config, tokenizer, Dialogue(said), self.conv_mode)
         prompt = Prompt(np.array(ids, np.int64), shared_length(ids, head, self.loop.max_question), images)
-        row = RowOptions(asked.max_new_tokens, config.generation.eos_token_ids, asked.sampling)
-        return AnswerStream(self.loop, tokenizer, prompt, row)
+        return AnswerStream(self.loop, tokenizer, prompt, row_options(config, asked))
