@@ -7,7 +7,14 @@ import pytest
 from test_attention import normal, plain_attention
 
 from llava_jax.models.attention import causal_attention
-from llava_jax.models.cache_attention import attend_and_append, decode_attention, question_attention
+from llava_jax.models.cache_attention import (
+    Appended,
+    Own,
+    attend_and_append,
+    decode_attention,
+    question_attention,
+)
+from llava_jax.models.prefix_attention import by_chunks, over_all, over_few
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.tpu_attention import decode_apart, question_by_splash
 
@@ -50,31 +57,83 @@ def test_one_position(kv_heads):
     assert_plain(out, *arrays, valid[:, :, None])
 
 
+def appended(new, k, v, valid, slot, rows, slots=None):
+    """Some of the rows as a block, with as many slots."""
+    cut = np.s_[:, :, rows, :slots]
+    own = Own((k[cut], v[cut]), valid[:, rows, :slots], LENGTHS)
+    return Appended(tuple(x[:, :, rows] for x in new), np.int32(slot), own)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_position_is_appended(kv_heads, platform):
-    """What is in its slot before, and behind it, is not looked at."""
+    """What is in its slot before, and behind it, is not looked at. Two blocks of rows, one with fewer slots."""
     q, k, v, *prefix = arrays = parts(kv_heads, new=1, slots=6)
     valid, slot = np.random.default_rng(0).random((GROUPS, ROWS, 6)) < 0.6, 4
     valid[..., slot], valid[..., 5] = True, False
     before = [np.where(np.arange(6)[:, None] == slot, 7.0, x).astype(np.float32) for x in (k, v)]
     new = [x[:, :, :, slot : slot + 1] for x in (k, v)]
+    blocks = [appended(new, *before, valid, slot, *cut) for cut in ((np.s_[:1], 5), (np.s_[1:],))]
     if platform == "cpu":
-        out, suffix = jax.jit(attend_and_append)(q, new, before, valid, slot, *prefix, LENGTHS)
-        for ours, expected in zip(suffix, (k, v), strict=True):
-            np.testing.assert_array_equal(ours, expected)
+        out, suffixes = jax.jit(attend_and_append)(q, blocks, *prefix)
+        for ours, expected in zip(suffixes[0], (k, v), strict=True):
+            np.testing.assert_array_equal(ours, expected[:, :, :1, :5])
+        for ours, expected in zip(suffixes[1], (k, v), strict=True):
+            np.testing.assert_array_equal(ours, expected[:, :, 1:])
     else:
-        seen = valid & (np.arange(6) != slot)
-        out = jax.jit(decode_apart)(q, new, before, seen, *prefix, LENGTHS)
+        out = jax.jit(decode_apart)(q, blocks, *prefix)
     assert_plain(np.asarray(out), *arrays, valid[:, :, None])
+
+
+def test_blocks_that_see_different_prefixes():
+    """A prefix is looked at if the rows of one block live there."""
+    q, k, v, *prefix = parts(2, new=1, slots=6)
+    valid, new = np.ones((GROUPS, ROWS, 6), bool), [x[:, :, :, 5:] for x in (k, v)]
+    blocks = [appended(new, k, v, valid, 5, rows) for rows in (np.s_[:1], np.s_[1:])]
+    only_in = ([7, 0], [0, 4])
+    blocks = [
+        block._replace(own=block.own._replace(prefix_lengths=np.array(lengths, np.int32)))
+        for block, lengths in zip(blocks, only_in, strict=True)
+    ]
+    expected = jax.jit(decode_attention)(q, k, v, valid, *prefix, LENGTHS)
+    for out in (jax.jit(attend_and_append)(q, blocks, *prefix)[0], jax.jit(decode_apart)(q, blocks, *prefix)):
+        np.testing.assert_allclose(out[0, :1], expected[0, :1], atol=5e-6)
+        np.testing.assert_allclose(out[1, 1:], expected[1, 1:], atol=5e-6)
+
+
+def assert_same_part(got, expected):
+    np.testing.assert_allclose(got.sum / got.weight[..., None], expected.sum / expected.weight[..., None], atol=2e-6)
+    got_lse, expected_lse = (part.largest + np.log(part.weight) for part in (got, expected))
+    np.testing.assert_allclose(got_lse, expected_lse, atol=2e-6)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_prefixes_in_chunks(int8):
+    """The last chunk begins among what is counted already."""
+    q, k, v = normal(4, 2, 3, 8), normal(4, 2, 150, 8, seed=1), normal(4, 2, 150, 8, seed=2)
+    if int8:
+        k, v = to_int8(k, -1), to_int8(v, -1)
+    arguments = q, k, v, np.array([150, 1, 64, 129], np.int32)
+    assert_same_part(jax.jit(by_chunks)(*arguments), jax.jit(over_all)(*arguments))
+
+
+@pytest.mark.parametrize("length, reads_all", [(150, False), (151, True)])
+def test_prefixes_that_nobody_looks_at_are_not_read(length, reads_all):
+    q, k, v = normal(4, 2, 3, 8), normal(4, 2, 150, 8, seed=1), normal(4, 2, 150, 8, seed=2)
+    lengths = np.array([150, length - 150, 0, 0], np.int32)
+    expected = jax.jit(over_all)(q, k, v, lengths)
+    v[2:] = np.nan
+    got = jax.jit(over_few)(q, k, v, lengths)
+    assert_same_part(*(jax.tree.map(lambda x: np.asarray(x)[:1], part) for part in (got, expected)))
+    assert np.isnan(got.sum[2:]).any() == reads_all
 
 
 def test_a_tpu_takes_int8_prefixes():
     q, k, v, *prefix = (x / 3 for x in parts(2, new=1, slots=4, width=16, prefix=24))
     lengths, valid = np.array([24, 17]), np.ones((GROUPS, ROWS, 4), bool)
     int8 = [to_int8(x, -1) for x in prefix]
-    before = valid & (np.arange(4) < 3)
-    got = jax.jit(decode_apart)(q, (k[:, :, :, 3:], v[:, :, :, 3:]), (k, v), before, *int8, lengths)
+    block = Appended((k[:, :, :, 3:], v[:, :, :, 3:]), np.int32(3), Own((k, v), valid, lengths))
+    got = jax.jit(decode_apart)(q, [block], *int8)
     np.testing.assert_allclose(got, jax.jit(decode_attention)(q, k, v, valid, *int8, lengths), atol=2e-6)
 
 

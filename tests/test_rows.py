@@ -106,9 +106,8 @@ class Host:
 
     def decode(self, steps, leave_after=NEVER, active=None):
         active = active or [np.ones(block.done.shape, bool) for block in self.blocks]
-        count = len(self.blocks)
         self.blocks, chosen, taken = self.run.decode(
-            MAX_STEPS, self.params, [self.pool] * count, [self.lengths] * count, self.blocks, active, steps, leave_after
+            MAX_STEPS, self.params, [self.pool], [self.lengths], [self.blocks], active, steps, leave_after
         )
         ends = [0, *np.cumsum([block.done.shape[1] for block in self.blocks])]
         for step in range(int(taken)):

@@ -167,15 +167,15 @@ class ContinuousBatch:
         active = {block: np.zeros((self.shape.groups, self.shape.row_class(block).rows), bool) for block in blocks}
         for row in living:
             active[row.block][row.group, row.row] = True
-        lengths = [
-            np.array([slot.length for slot in self.scheduler.tables[block.pool].slots], np.int32) for block in blocks
-        ]
+        pools = sorted({block.pool for block in blocks})
+        lengths = [np.array([slot.length for slot in self.scheduler.tables[n].slots], np.int32) for n in pools]
+        of_pools = [[self._rows[block] for block in blocks if block.pool == n] for n in pools]
         left = max((self.scheduler.limit_here(row.active) - len(row.active.tokens) for row in living), default=1)
         most = 1 if self._filler.busy else self.shape.decode_steps  # then prefill has its next turn soon
         steps, leave = min(most, max(1, left)), self.scheduler.leave_after(len(living))
         rows, chosen, count = self.programs.decode(
-            self.shape.decode_steps, self.params, [self._pools[block.pool] for block in blocks],
-            self.engine.place(lengths), [self._rows[block] for block in blocks],
+            self.shape.decode_steps, self.params, [self._pools[n] for n in pools],
+            self.engine.place(lengths), of_pools,
             self.engine.place([active[block] for block in blocks]), np.int32(steps), np.int32(leave),
         )  # fmt: skip
         self._rows |= zip(blocks, rows, strict=True)

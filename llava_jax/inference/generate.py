@@ -114,8 +114,8 @@ def decode_loop(
         valid = jax.lax.dynamic_update_slice_in_dim(state.suffix.valid, jnp.ones_like(token, bool), slot, axis=2)
         suffix = replace(state.suffix, valid=valid)
         positions = (prefix.lengths[:, None] + state.lengths + newest)[..., None]
-        blocks = [CacheBlock(prefix, suffix, slot)]
-        hidden, (keys_values,) = apply(model, params, token, positions, blocks, method="decode_step")
+        pools = [[CacheBlock(prefix, suffix, slot)]]
+        hidden, (keys_values,) = apply(model, params, token, positions, pools, method="decode_step")
         state = replace(state, suffix=replace(suffix, keys_values=keys_values))
         logits = apply(model, params, hidden[:, :, -1], method="logits")
         return _append_token(state, logits, sampling, model.config.generation)

@@ -230,7 +230,7 @@ def decode(
     params,
     pools: Sequence[Pool],
     prefix_lengths: Sequence[jax.Array],
-    blocks: list[Rows],
+    rows: Sequence[Sequence[Rows]],
     active: Sequence[jax.Array],
     steps: jax.Array,
     leave_after: jax.Array,
@@ -240,15 +240,17 @@ def decode(
     A row lives while it is active and not done. It ends when no row lives, or at least `leave_after` have ended.
 
     Args:
-        pools, prefix_lengths (int32 [G]): of each block.
-        blocks: used up; all of one G.
+        pools, prefix_lengths: all of one G; int32 [G] of each.
+        rows: the blocks of each pool; used up.
         active: bool [G, R] of each block. A row that does not live keeps what it has.
         steps: int32, at most `max_steps`; leave_after: int32.
 
     Returns:
         (the blocks, the new tokens [max_steps, G, R of all blocks], how many steps were taken)
     """
-    widths = [block.done.shape[1] for block in blocks]
+    pool_of = [n for n, blocks in enumerate(rows) for _ in blocks]
+    all_blocks = [block for blocks in rows for block in blocks]
+    widths = [block.done.shape[1] for block in all_blocks]
     ends = np.cumsum(widths)[:-1]
 
     def living(blocks):
@@ -257,7 +259,7 @@ def decode(
     def count_living(blocks):
         return sum(jnp.sum(alive) for alive in living(blocks))
 
-    began = count_living(blocks)
+    began = count_living(all_blocks)
 
     def goes_on(state):
         blocks, _, taken = state
@@ -267,7 +269,9 @@ def decode(
     def body(state):
         blocks, chosen, taken = state
         alive = living(blocks)
-        parts = [_cache_block(*part) for part in zip(pools, prefix_lengths, blocks, alive, strict=True)]
+        parts: list[list[CacheBlock]] = [[] for _ in pools]
+        for n, block, living_here in zip(pool_of, blocks, alive, strict=True):
+            parts[n].append(_cache_block(pools[n], prefix_lengths[n], block, living_here))
         tokens, positions = (
             jnp.concatenate([getattr(block, name) for block in blocks], axis=1)[..., None]
             for name in ("token", "position")
@@ -279,13 +283,13 @@ def decode(
         chosen = jax.tree.map(lambda all_steps, x: all_steps.at[taken].set(x), chosen, new)
         return [block for block, _ in advanced], chosen, taken + 1
 
-    chosen = _empty_chosen(max_steps, len(blocks[0].done), sum(widths))
-    return jax.lax.while_loop(goes_on, body, (list(blocks), chosen, jnp.int32(0)))
+    chosen = _empty_chosen(max_steps, len(all_blocks[0].done), sum(widths))
+    return jax.lax.while_loop(goes_on, body, (all_blocks, chosen, jnp.int32(0)))
 
 
 def _cache_block(pool: Pool, prefix_lengths: jax.Array, rows: Rows, living: jax.Array) -> CacheBlock:
     """What the rows see: at least the slot at the cursor, so that there is something. Only living rows write there."""
-    lengths = jnp.where(living.any(1), prefix_lengths, 0)  # kernels pass over what nobody reads
+    lengths = jnp.where(living.any(1), prefix_lengths, 0)  # so that what nobody reads is passed over
     valid = rows.suffix.valid | _at_cursor(rows)
     return CacheBlock(Prefix(pool, lengths), replace(rows.suffix, valid=valid), rows.cursor, living)
 

@@ -6,15 +6,17 @@ Exact, no approximation: the weights on both parts are normalised together (Hydr
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.models import tpu_attention
+from llava_jax.models import prefix_attention, tpu_attention
 from llava_jax.models.attention import MASKED, splash_takes
+from llava_jax.models.parts import join, split_rows
 from llava_jax.models.quantize import values_and_scale
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 from llava_jax.parallel.target import target_gpu, target_platform
@@ -31,7 +33,23 @@ def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array
     arguments, platforms = (q, k, v, None, prefix_k, prefix_v, prefix_lengths), _kernel_for_gpu(q)
     if tpu_attention.splash_takes_questions(q, prefix_k):
         platforms["tpu"] = partial(_on_mesh, tpu_attention.question_by_splash)
-    return jax.lax.platform_dependent(*arguments, default=_by_xla, **platforms)
+    return jax.lax.platform_dependent(*arguments, default=_questions_by_xla, **platforms)
+
+
+class Own(NamedTuple):
+    """What rows have of their own: a suffix with S slots, in which a new position has its key and value."""
+
+    suffix: Any  # (k, v), [G, K, R, S, D]
+    valid: jax.Array  # bool [G, R, S], what a row sees of it, the new position included
+    prefix_lengths: jax.Array  # int32 [G], how many positions they see of each prefix
+
+
+class Appended(NamedTuple):
+    """A new position of each row, which goes into a slot of what the rows have."""
+
+    new: Any  # (k, v), [G, K, R, 1, D]
+    slot: jax.Array  # int32, the same for all rows
+    own: Own  # without the new position, but for its `valid`
 
 
 def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
@@ -42,23 +60,19 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
         suffix_k, suffix_v: [G, K, R, S, D]; suffix_valid: bool [G, R, S].
         prefix_k, prefix_v, prefix_lengths: as in `question_attention`.
     """
-    arguments = q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, prefix_lengths
-    return jax.lax.platform_dependent(*arguments, default=_by_xla, **_kernel_for_gpu(q))
+    return _decode(q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v)
 
 
-def attend_and_append(q, new, suffix, suffix_valid, slot, *prefix) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """`decode_attention` of a new position, whose key and value go into a slot of the suffix.
+def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v) -> tuple[jax.Array, list]:
+    """`decode_attention` of new positions whose rows share their prefixes, but have suffixes of several lengths.
 
     Args:
-        new: (k, v), [G, K, R, 1, D], of the new position.
-        suffix: (k, v), [G, K, R, S, D], without it; suffix_valid: bool [G, R, S], with it.
-        slot: int32, the same for all rows.
-        prefix: as in `question_attention`.
+        q: [G, R, 1, H, D], of the blocks' rows side by side; prefix_k, prefix_v: as in `question_attention`.
 
     Returns:
-        (out [G, R, 1, H, D], the suffix with the new position)
+        (out [G, R, 1, H, D], each block's suffix with the new positions)
     """
-    arguments = q, new, suffix, suffix_valid, slot, *prefix
+    arguments = q, blocks, prefix_k, prefix_v
     return jax.lax.platform_dependent(*arguments, default=_append_first, tpu=_append_last)
 
 
@@ -71,21 +85,20 @@ def keeps_scores(head_dim: int, dtype) -> bool:
     return platform != "cpu" and not _kernel_for_gpu(jax.ShapeDtypeStruct((1, 1, 1, 1, head_dim), dtype))
 
 
-def _append_first(q, new, suffix, valid, slot, *prefix):
-    k, v = _append(suffix, new, slot)
+def _append_first(q, blocks: list[Appended], *prefix):
+    owns = [block.own._replace(suffix=_append(block)) for block in blocks]
     if target_gpu() is not None:
-        k, v = _row_major(k), _row_major(v)
-    return decode_attention(q, k, v, valid, *prefix), (k, v)
+        owns = [own._replace(suffix=tuple(map(_row_major, own.suffix))) for own in owns]
+    return _decode(q, owns, *prefix), [own.suffix for own in owns]
 
 
-def _append_last(q, new, suffix, valid, slot, *prefix):
-    before = valid & (jnp.arange(valid.shape[-1]) != slot)
-    return tpu_attention.decode_apart(q, new, suffix, before, *prefix), _append(suffix, new, slot)
+def _append_last(q, blocks: list[Appended], *prefix):
+    return tpu_attention.decode_apart(q, blocks, *prefix), [_append(block) for block in blocks]
 
 
-def _append(suffix, new, slot):
-    pairs = zip(suffix, new, strict=True)
-    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis=3) for old, x in pairs)
+def _append(block: Appended):
+    pairs = zip(block.own.suffix, block.new, strict=True)
+    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3) for old, x in pairs)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
@@ -106,7 +119,7 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 
 def _kernel_for_gpu(q) -> dict[str, Callable]:
-    """{"cuda": what takes `_by_xla`'s arguments}, if the program is for a GPU that has it."""
+    """{"cuda": what takes `_questions_by_xla`'s arguments}, if the program is for a GPU that has it."""
     gpu = target_gpu()
     if gpu is None:
         return {}
@@ -124,6 +137,47 @@ def _kernel_for_gpu(q) -> dict[str, Callable]:
     return {"cuda": partial(_on_mesh, attend)}
 
 
+def _decode(q, owns: list[Own], prefix_k, prefix_v) -> jax.Array:
+    arguments, cpu = (q, owns, prefix_k, prefix_v), partial(_on_mesh_by_prefix, prefix_attention.over_few)
+    platforms = {"cpu": partial(_in_parts, cpu)} | {
+        platform: partial(_block_by_block, attend) for platform, attend in _kernel_for_gpu(q).items()
+    }
+    return jax.lax.platform_dependent(*arguments, default=partial(_in_parts, prefix_attention.over_all), **platforms)
+
+
+def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
+    """A prefix is read once for the rows of all blocks."""
+    groups, kv_heads, _, _, width = owns[0].suffix[0].shape
+    heads = q.reshape(groups, q.shape[1], kv_heads, -1, width).swapaxes(1, 2)  # [G, K, R, h, D]
+    lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
+    shared = over_prefix(heads.reshape(groups, kv_heads, -1, width), prefix_k, prefix_v, lengths)
+    shared = jax.tree.map(lambda x: x.reshape(*heads.shape[:4], *x.shape[3:]), shared)
+    parts = [
+        prefix_attention.add(prefix_attention.nothing(heads), heads, *own.suffix, own.valid[:, None, :, None])
+        for heads, own in zip(split_rows(heads, owns, 2), owns, strict=True)
+    ]
+    own = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts)
+    return join(shared, own).astype(q.dtype).swapaxes(1, 2).reshape(q.shape)
+
+
+def _block_by_block(attend, q, owns: list[Own], *prefix):
+    """By a kernel of both parts."""
+    pairs = zip(split_rows(q, owns, 1), owns, strict=True)
+    out = [attend(q, *own.suffix, own.valid, *prefix, own.prefix_lengths) for q, own in pairs]
+    return jnp.concatenate(out, axis=1)
+
+
+def _on_mesh_by_prefix(attend, q, k, v, lengths):
+    """`attend` on each device's prefixes and heads, as `_on_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q, k, v, lengths)
+    groups, heads = dividing_axes(mesh, BATCH_AXES, len(q)), dividing_axes(mesh, ("tensor",), q.shape[1])
+    by_head = P(groups, heads)
+    run = jax.shard_map(attend, in_specs=(by_head, by_head, by_head, P(groups)), out_specs=by_head, check_vma=False)
+    return run(q, k, v, lengths)
+
+
 def _on_mesh(attend, q, k, v, own_valid, *prefix):
     """A kernel on each device's prefixes (`data`, `fsdp`) and heads (`tensor`), where the mesh's axes divide them."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -136,12 +190,10 @@ def _on_mesh(attend, q, k, v, own_valid, *prefix):
     return run(q, k, v, own_valid, *prefix)
 
 
-def _by_xla(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths):
-    """q [G, R, L, H, D]; k, v [G, K, R, S, D], of which a row sees `own_valid`, bool [G, R, S]; None: each of a
-    question's positions sees those up to itself."""
+def _questions_by_xla(q, k, v, _, prefix_k, prefix_v, prefix_lengths):
+    """q [G, R, Q, H, D]; k, v [G, K, R, Q, D]."""
     groups, rows, length = q.shape[:3]
-    seen = jnp.tril(jnp.ones((length, length), bool)) if own_valid is None else own_valid[:, :, None]
-    seen = jnp.broadcast_to(seen, (groups, rows, length, k.shape[3]))
+    seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (groups, rows, length, length))
     heads = q.reshape(*q.shape[:3], k.shape[1], -1, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
     in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < prefix_lengths[:, None]
     arguments = heads, prefix_k, prefix_v, k, v, in_prefix, seen
@@ -168,7 +220,7 @@ def _two_parts(q, prefix_k, prefix_v, k, v, in_prefix, seen):
     scale = q.shape[-1] ** -0.5
     prefix_k, k_scale = values_and_scale(prefix_k, q.dtype)
     prefix_v, v_scale = values_and_scale(prefix_v, q.dtype)
-    if q.shape[1] == 1:  # the keys first: second, a CPU would turn all of them round at each step
+    if q.shape[1] == 1:  # the keys first: second, a CPU would turn all of them round
         over_prefix = jnp.einsum("pd,rlhd->prlh", prefix_k, q, **wide).transpose(1, 2, 3, 0)
     else:
         over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide)

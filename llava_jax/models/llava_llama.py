@@ -19,8 +19,9 @@ from llava_jax.models.attention import (
     causal_mask,
     weighted_values,
 )
-from llava_jax.models.cache_attention import attend_and_append, question_attention
+from llava_jax.models.cache_attention import Appended, Own, attend_and_append, question_attention
 from llava_jax.models.llama import LlamaModel
+from llava_jax.models.parts import split_rows
 from llava_jax.models.projector import build_vision_projector
 from llava_jax.models.quantize import is_quantized, to_int8
 from llava_jax.models.vision import build_vision_tower
@@ -192,25 +193,27 @@ class LlavaLlamaForCausalLM(nn.Module):
         attends = [attend_with(*keys_values) for keys_values in prefix.keys_values]
         return self._extend(token_ids, positions, prefix.capacity + token_ids.shape[-1], attends)
 
-    def decode_step(self, token_ids: jax.Array, positions: jax.Array, blocks: list[CacheBlock]):
+    def decode_step(self, token_ids: jax.Array, positions: jax.Array, pools: list[list[CacheBlock]]):
         """One new token a row, int32 [G, R, 1], each written into its suffix at `slot`, where `suffix.valid` has it
-        already. The blocks' rows lie side by side along R, so that the weights are read once for all of them.
+        already. All blocks' rows lie side by side along R, so that the weights are read once for all of them; so are
+        prefixes by the blocks of one pool, which differ only in their lengths.
 
         Returns:
             (normed hidden states [G, R, 1, E], for each block every layer's suffix (k, v) [G, K, its rows, S, D])
         """
-        ends = np.cumsum([block.suffix.valid.shape[1] for block in blocks])[:-1]
+        ends = np.cumsum([sum(block.suffix.valid.shape[1] for block in blocks) for blocks in pools])[:-1]
 
         def attend_with(layer: int):
             def attend(*new):
-                of_blocks = zip(blocks, *(jnp.split(x, ends, axis=1) for x in new), strict=True)
-                attended = [_attend_in(block, layer, *qkv) for block, *qkv in of_blocks]
-                return jnp.concatenate([out for out, _ in attended], axis=1), [suffix for _, suffix in attended]
+                of_pools = zip(pools, *(jnp.split(x, ends, axis=1) for x in new), strict=True)
+                attended = [_attend_in(blocks, layer, *qkv) for blocks, *qkv in of_pools]
+                suffixes = [suffix for _, of_pool in attended for suffix in of_pool]
+                return jnp.concatenate([out for out, _ in attended], axis=1), suffixes
 
             return attend
 
         attends = [attend_with(layer) for layer in range(self.config.text.num_hidden_layers)]
-        longest = max(block.prefix.capacity + block.suffix.valid.shape[-1] for block in blocks)
+        longest = max(block.prefix.capacity + block.suffix.valid.shape[-1] for blocks in pools for block in blocks)
         hidden, layers = self._extend(token_ids, positions, longest, attends)
         return hidden, [list(of_block) for of_block in zip(*layers, strict=True)]
 
@@ -223,15 +226,18 @@ class LlavaLlamaForCausalLM(nn.Module):
         return self.language_model.logits(hidden)
 
 
-def _attend_in(block: CacheBlock, layer: int, q, k, v):
-    """(attended [G, R, 1, H, D], the block's suffix (k, v) of that layer with the new position)"""
-    suffix, prefix = block.suffix.keys_values[layer], block.prefix
-    new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip((k, v), suffix, strict=True))
-    if block.writes is not None:
-        kept = (jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3) for old in suffix)
-        new = tuple(jnp.where(block.writes[:, None, :, None, None], x, old) for x, old in zip(new, kept, strict=True))
-    keys_values, lengths = prefix.keys_values[layer], prefix.lengths
-    return attend_and_append(q, new, suffix, block.suffix.valid, block.slot, *keys_values, lengths)
+def _attend_in(blocks: list[CacheBlock], layer: int, q, k, v):
+    """(attended [G, R, 1, H, D], each block's suffix (k, v) of that layer with the new positions)"""
+    suffixes, appended = [block.suffix for block in blocks], []
+    for block, *of_block in zip(blocks, *(split_rows(x, suffixes, 1) for x in (k, v)), strict=True):
+        suffix = block.suffix.keys_values[layer]
+        new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip(of_block, suffix, strict=True))
+        if block.writes is not None:
+            writes = block.writes[:, None, :, None, None]
+            kept = (jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3) for old in suffix)
+            new = tuple(jnp.where(writes, x, old) for x, old in zip(new, kept, strict=True))
+        appended.append(Appended(new, block.slot, Own(suffix, block.suffix.valid, block.prefix.lengths)))
+    return attend_and_append(q, appended, *blocks[0].prefix.keys_values[layer])
 
 
 def _kv_heads_first(x):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Part(NamedTuple):
@@ -34,3 +35,8 @@ def join_along_first_axis(parts: Part) -> jax.Array:
     """`join` of many parts whose arrays are one: [parts, ...]."""
     factors = jnp.exp(parts.largest - parts.largest.max(0))
     return (parts.sum * factors[..., None]).sum(0) / (parts.weight * factors).sum(0)[..., None]
+
+
+def split_rows(x: jax.Array, blocks, axis: int) -> list[jax.Array]:
+    """What belongs to each block, of arrays of all their rows side by side. A block's `valid` is [G, R, S]."""
+    return jnp.split(x, np.cumsum([block.valid.shape[1] for block in blocks])[:-1], axis)

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.attention import MASKED, SPLASH_BLOCKS, splash_block, splash_takes
 from llava_jax.models.linear import MATRIX_UNIT_ROWS
-from llava_jax.models.parts import Part, join
+from llava_jax.models.parts import Part, join, split_rows
 from llava_jax.models.quantize import Int8, values_and_scale
 
 
-def decode_apart(q, new, suffix, before, prefix_k, prefix_v, prefix_lengths) -> jax.Array:
-    """One new position a row, whose own key and value are not in the suffix yet.
+def decode_apart(q, blocks, prefix_k, prefix_v) -> jax.Array:
+    """One new position a row, whose own key and value are not in its suffix yet; see `cache_attention.Appended`.
 
     If they were, XLA would fetch the whole suffix into a core's memory, update it there and write all of it back.
 
     Args:
-        q: [G, R, 1, H, D], as is what comes out; new: (k, v), [G, K, R, 1, D], of the new positions.
-        suffix: (k, v), [G, K, R, S, D]; before: bool [G, R, S], which slots of it are seen.
-        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_lengths: int32 [G].
+        q: [G, R, 1, H, D], of the rows of all blocks, as is what comes out.
+        prefix_k, prefix_v: [G, K, P, D], arrays or Int8.
     """
-    suffix_k, suffix_v = suffix
-    groups, kv_heads, rows, _, width = suffix_k.shape
-    of_rows = q.reshape(groups, rows, kv_heads, -1, width).swapaxes(1, 2)  # [G, K, R, h, D]
+    owns = [block.own for block in blocks]
+    groups, kv_heads, _, _, width = owns[0].suffix[0].shape
+    of_rows = q.reshape(groups, q.shape[1], kv_heads, -1, width).swapaxes(1, 2)  # [G, K, R, h, D]
     heads = of_rows.reshape(groups, kv_heads, -1, width)  # of all rows, [G, K, R·h, D]: XLA lays these out densely
-    own = _part(heads.reshape(of_rows.shape), suffix_k, suffix_v, before[:, None, :, None])
-    own = jax.tree.map(lambda x: x.reshape(*heads.shape[:3], *x.shape[4:]), own)
-    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < prefix_lengths[:, None]
+    pairs = zip(split_rows(of_rows, owns, 2), blocks, strict=True)
+    each = [_own_parts(queries, block) for queries, block in pairs]
+    own, new = (jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts) for parts in zip(*each, strict=True))
+    lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
+    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < lengths[:, None]
     shared = _part(heads, prefix_k, prefix_v, in_prefix[:, None, None])
-    out = join(shared, own, _new_part(heads, *new)).astype(q.dtype)
+    out = join(shared, own, new).astype(q.dtype)
     return out.reshape(of_rows.shape).swapaxes(1, 2).reshape(q.shape)
+
+
+def _own_parts(of_rows, block) -> tuple[Part, Part]:
+    """A block's queries [G, K, R, h, D] over its suffix before, and over the new positions, both as [G, K, R·h, …]."""
+    own = block.own
+    before = own.valid & (jnp.arange(own.valid.shape[-1]) != block.slot)
+    heads = of_rows.reshape(*of_rows.shape[:2], -1, of_rows.shape[-1])
+    part = _part(heads.reshape(of_rows.shape), *own.suffix, before[:, None, :, None])
+    part = jax.tree.map(lambda x: x.reshape(*heads.shape[:3], *x.shape[4:]), part)
+    return part, _new_part(heads, *block.new)
 
 
 def _part(q, k, v, seen) -> Part:
@@ -60,7 +73,8 @@ def _new_part(heads, k, v) -> Part:
     """heads [G, K, R·h, D], each over the one key of its row, k and v [G, K, R, 1, D]."""
     per_row = heads.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x[..., 0, :], per_row, axis=2).astype(jnp.float32) for x in (k, v))
-    return Part(v, jnp.sum(heads.astype(jnp.float32) * k, axis=-1) * heads.shape[-1] ** -0.5, 1)
+    largest = jnp.sum(heads.astype(jnp.float32) * k, axis=-1) * heads.shape[-1] ** -0.5
+    return Part(v, largest, jnp.ones_like(largest))
 
 
 # ---- questions
