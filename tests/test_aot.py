@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llava_jax.capacity.programs import abstract_params, chip_bytes, compile_for, slice_mesh
+from llava_jax.capacity.ahead import abstract_params, chip_bytes, compile_for, slice_mesh
 from llava_jax.capacity.roofline import SLICES
+from llava_jax.compiling import compiler_options
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import generate
 from llava_jax.inference.sampling import Greedy
@@ -33,7 +34,7 @@ def compile_for_tpu(config, slots=128):
         (batch, no_questions(1), Greedy(), np.int32(slots)),
     )
     program = partial(generate.generate, LlavaLlamaForCausalLM(config), slots)
-    return compile_for(mesh, program, params, *arguments), params
+    return compile_for(mesh, jax.jit(program, compiler_options=compiler_options(mesh)), params, *arguments), params
 
 
 @pytest.mark.long  # test_attention.py compiles splash for TPUs every day, test_capacity.py a loop over a cache

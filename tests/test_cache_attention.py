@@ -61,7 +61,7 @@ def appended(new, k, v, valid, slot, rows, slots=None):
     """Some of the rows as a block, with as many slots."""
     cut = np.s_[:, :, rows, :slots]
     own = Own((k[cut], v[cut]), valid[:, rows, :slots], LENGTHS)
-    return Appended(tuple(x[:, :, rows] for x in new), np.int32(slot), own)
+    return Appended(tuple(x[:, :, rows] for x in new), np.int32(slot), None, own)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -132,7 +132,7 @@ def test_a_tpu_takes_int8_prefixes():
     q, k, v, *prefix = (x / 3 for x in parts(2, new=1, slots=4, width=16, prefix=24))
     lengths, valid = np.array([24, 17]), np.ones((GROUPS, ROWS, 4), bool)
     int8 = [to_int8(x, -1) for x in prefix]
-    block = Appended((k[:, :, :, 3:], v[:, :, :, 3:]), np.int32(3), Own((k, v), valid, lengths))
+    block = Appended((k[:, :, :, 3:], v[:, :, :, 3:]), np.int32(3), None, Own((k, v), valid, lengths))
     got = jax.jit(decode_apart)(q, [block], *int8)
     np.testing.assert_allclose(got, jax.jit(decode_attention)(q, k, v, valid, *int8, lengths), atol=2e-6)
 

@@ -1,4 +1,4 @@
-"""Batch evaluation's programs compiled for TPU slices that are not there (libtpu alone is needed), and the roofline."""
+"""A batch's programs compiled for TPU slices that are not there (libtpu alone is needed), and the roofline."""
 
 import argparse
 import dataclasses
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from llava_jax.capacity import programs, roofline, traffic
+from llava_jax.capacity import fit, roofline, traffic
+from llava_jax.capacity.ahead import abstract_params, chip_bytes, compile_for, slice_mesh
+from llava_jax.capacity.fit import Batch, Capacity
 from llava_jax.capacity.hlo import parse
-from llava_jax.capacity.programs import AnswerBatch, Capacity, Moved, Program, Programs, compile_for, slice_mesh
-from llava_jax.capacity.roofline import GPUS, SLICES, V5E, WORKLOADS, Shapes, Work
+from llava_jax.capacity.programs import Moved, Program, Programs
+from llava_jax.capacity.roofline import GPUS, SLICES, V5E, WORKLOADS, Precision, Work
 from llava_jax.capacity.traffic import Collectives, Watched
 from llava_jax.cli import add_command
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import memory_bytes, one_pool, serving_shape
+from llava_jax.inputs.groups import CacheLayout
 from llava_jax.models.llava_llama import LlavaLlamaForCausalLM, param_shapes
+from llava_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("no_tpu")
 MIB = 2**20
@@ -45,37 +50,39 @@ def test_a_slice_has_its_chips(name):
 
 
 @pytest.mark.long
-def test_programs_of_a_wave():
+def test_programs_of_a_batch():
     """Over a v5e-8, 32 prefixes of 1024."""
-    config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 64), 32
+    config, per_shard = small(LlavaConfig.preset("1.6-vicuna-7b")), 32
     # With 8 MiB of embeddings a chip, libtpu 0.0.52 gathers them by way of 16.6 MiB of VMEM, where it has 16.
     config = config.replace(text=dataclasses.replace(config.text, vocab_size=64000))
-    engine = Programs(config, slice_mesh(SLICES["v5e-8"], data=1, tensor=8), shapes, roofline.Precision())
-    once, prefixes = engine.once()
-    question, state = engine.question(groups, prefixes)
-    wave = {"question": question, "decode": engine.decode(groups, prefixes, state)}
-    params, prefix = programs.chip_bytes(engine.params()), programs.chip_bytes(prefixes[0].keys_values)
-    assert prefix == 1024 * roofline.position_bytes(config.text) // 8
-    assert prefixes[0].keys_values[0][0].sharding.spec[1] == "tensor"  # so does test_ceilings.py suppose
-    assert once["encode"].arguments == pytest.approx(params, abs=4 * MIB)  # and the tiles
-    assert wave["question"].arguments == pytest.approx(params + groups * prefix, abs=4 * MIB)
-    suffix = groups * 16 * 128 * prefix // 1024
-    assert wave["question"].outputs == pytest.approx(suffix, abs=4 * MIB)
-    assert wave["decode"].arguments == pytest.approx(params + groups * prefix + suffix, abs=4 * MIB)
-    assert wave["decode"].outputs < MIB  # the suffix is written where it was
+    mesh = slice_mesh(SLICES["v5e-8"], data=1, tensor=8)
+    of = Programs(config, mesh, one_pool(1, per_shard, 1024, 16, 64, 64), Precision())
+    prefix = 1024 * roofline.position_bytes(config.text) // 8
+    assert chip_bytes(of.pools) == per_shard * prefix
+    assert of.cache_bytes == pytest.approx(
+        per_shard * (prefix + 16 * 128 * prefix // 1024), abs=4 * MIB + 16 * 32 * 8000
+    )
+    (block,) = of.shape.blocks
+    encode, prefill, question, decode = of.encode(), of.prefill(), of.questions(block), of.decode()
+    assert prefill.outputs < MIB and question.outputs < MIB and decode.outputs < MIB  # all is written where it was
 
-    assert once["encode"].collectives == Collectives(0, 0, {"all-gather of features": 1})
-    assert (once["prefill"].collectives.decoder, once["prefill"].collectives.tower) == (4, 0)
-    extras = {"all-reduce of embeddings": 1, "all-gather of token choice": 2}
-    assert wave["decode"].collectives == Collectives(2, 0, extras)
-    assert (wave["question"].collectives.decoder, wave["question"].collectives.tower) == (4, 0)  # along the sequence
-    assert wave["decode"].whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
-    answer = engine.answer(groups, prefixes)
-    assert answer.whole_writes["step"] == {"prefix": 0, "suffix": 0, "kernel": 0}
-    assert answer.collectives.decoder == 4
-    assert answer.total < wave["question"].total + wave["decode"].temporaries
-    needed = programs.needed(once["prefill"], answer, prefix, groups)
-    assert needed >= max(answer.total, params + (groups + 1) * prefix)
+    assert encode.collectives == Collectives(0, 0, {"all-gather of features": 1})
+    assert (prefill.collectives.decoder, prefill.collectives.tower) == (4, 0)  # along the sequence
+    assert (question.collectives.decoder, question.collectives.tower) == (4, 0)
+    assert decode.collectives.decoder == 2 and decode.collectives.others["all-reduce of embeddings"] == 1
+    assert not any(
+        count for program in (question, decode) for counts in program.whole_writes.values() for count in counts.values()
+    )
+
+
+def test_what_is_planned_is_what_a_cpu_takes():
+    """A tower and decoder of two layers, in float32: 10 s."""
+    config = small(LlavaConfig.preset("1.6-vicuna-7b"))
+    for shape in (one_pool(1, 2, 2048, 8, 64, 64), serving_shape(config, CacheLayout(4), 1 << 30, 2048, 16)):
+        of = Programs(config, make_mesh(jax.devices()[:1], data=1), shape, Precision())
+        compiled = of.prefill(), of.prefill_next(512), of.questions(shape.blocks[-1]), of.decode()
+        needed = of.cache_bytes + max(program.total for program in compiled)
+        assert memory_bytes(shape, config, of.layout) == pytest.approx(needed, rel=0.15)
 
 
 def rewriting_loop(mesh, shape) -> str:
@@ -91,7 +98,7 @@ def rewriting_loop(mesh, shape) -> str:
         return jax.lax.fori_loop(0, by.astype(int), body, (rewritten, updated))
 
     by = jax.ShapeDtypeStruct((), jnp.float32)
-    return compile_for(mesh, loop, array, array, array, by, donate_argnums=(1, 2)).text
+    return compile_for(mesh, jax.jit(loop, donate_argnums=(1, 2)), array, array, array, by).text
 
 
 def test_a_cache_that_is_rewritten_is_seen():
@@ -107,16 +114,16 @@ def test_a_cache_that_is_rewritten_is_seen():
 @pytest.mark.parametrize("room", [79, 99, 101, 130, 140, 240, 1000, 1600])
 @pytest.mark.parametrize("less", [0, 5, -5])
 @pytest.mark.parametrize("refused", [1.01, 1.2, 9])
-def test_the_largest_wave_is_found(room, less, refused):
-    """Of waves that need 80 bytes and 20 for each prefix, or some less or more for each after the twentieth; the
+def test_the_largest_batch_is_found(room, less, refused):
+    """Of batches that need 80 bytes and 20 for each prefix, or some less or more for each after the twentieth; the
     compiler refuses those that need much more than there is."""
 
     def compiled(size):
-        wave = AnswerBatch(80 + 20 * size - less * max(0, size - 20), None)
-        return wave if wave.needed < refused * room else None
+        batch = Batch(0, 80 + 20 * size - less * max(0, size - 20), 0, None)
+        return batch if batch.needed < refused * room else None
 
-    tried = programs.search(compiled, room, params=60, bound=70)
-    fits = [size for size, wave in tried.items() if wave.needed <= room]
+    tried = fit.search(compiled, room, params=60, bound=70)
+    fits = [size for size, batch in tried.items() if batch.needed <= room]
     assert max(fits, default=0) == max(n for n in range(71) if n == 0 or 80 + 20 * n - less * max(0, n - 20) <= room)
 
 
@@ -190,22 +197,8 @@ def test_one_chip_needs_int8(capsys):
     run("--topology", "v5e-1")
     assert "13.16 GiB of parameters a chip leave no room" in capsys.readouterr().out
     config, mesh = LlavaConfig.preset("1.6-vicuna-7b"), slice_mesh(SLICES["v5e-1"], tensor=1)
-    params = programs.abstract_params(config, mesh, "int8")
-    assert programs.chip_bytes(params) / 2**30 == pytest.approx(6.85, abs=0.1)  # but for embeddings, head and projector
-
-
-@pytest.mark.long
-def test_an_int8_wave_on_one_chip():
-    """Half the bytes of kernels and prefix, and no copy of either in another dtype."""
-    precision, shapes, groups = roofline.Precision("int8", True), Shapes(1024, 2, 32, 64), 64
-    config, mesh = small(LlavaConfig.preset("1.6-vicuna-7b")), slice_mesh(SLICES["v5e-1"], tensor=1)
-    engine = Programs(config, mesh, shapes, precision)
-    _, prefixes = engine.once()
-    prefix = programs.chip_bytes(prefixes[0].keys_values)
-    assert prefix == 1024 * precision.prefix(config.text) < 0.52 * 1024 * roofline.position_bytes(config.text)
-    answer = engine.answer(groups, prefixes)
-    assert answer.temporaries < groups * prefix
-    assert not any(whole["prefix"] for whole in answer.whole_writes.values())
+    params = abstract_params(config, mesh, "int8")
+    assert chip_bytes(params) / 2**30 == pytest.approx(6.85, abs=0.1)  # but for embeddings, head and projector
 
 
 @pytest.mark.parametrize(
@@ -250,22 +243,24 @@ def test_the_report(monkeypatch, capsys):
     decode = dataclasses.replace(
         program, once=Moved(1 << 29, 0, 0), step=Moved(5 << 28, 1 << 30, 0), whole_writes=whole
     )
-    fit = Capacity(1 << 30, 1 << 28, 8, {"encode": program, "decode": decode}, {8: AnswerBatch(7 << 30, decode)})
-    monkeypatch.setattr(programs, "largest_wave", lambda engine, room: fit)
+    batch = Batch(3 << 30, 7 << 30, 4 << 30, decode)
+    found = Capacity(1 << 30, 1 << 28, 8, {"encode": program}, {8: batch})
+    monkeypatch.setattr(fit, "largest_batch", lambda of, room: found)
     run("--topology", "v5e-8", "v4-8", "--prefix", "2560")
     out = capsys.readouterr().out
     for said in (
-        "v5e-8, data=4, tensor=2: room for 8 prefixes of 2560",
-        "7.00 of 15.75 GiB",
-        "decode: arguments 3.00, temporaries 1.00, results 0.00, program 0.50 GiB; moves 0.50 GiB, "
+        "v5e-8, data=4, tensor=2: room for 8 prefixes of 2560 positions with 16 rows of 192",
+        "8 prefixes need 7.00 of 15.75 GiB a chip, pools and rows 3.00; planned, parameters and code aside: 4.00",
+        "decode: inputs 3.00, temporaries 1.00, results 0.00, program 0.50 GiB; moves 0.50 GiB, "
         "1.25 GiB (1.25 of the unavoidable) a step; written whole: 5 of a suffix (step)",
         "moves 1.50 GiB (3.00 of the unavoidable); written whole: nothing",
+        "prefixes of up to 4096 positions, each with 4 rows of 128 slots and 2 rows of 512 slots",
     ):
         assert said in out
-    assert out.count("2 a decoder layer, 0 a tower layer, 1 all-reduce of embeddings") == 6
+    assert out.count("2 a decoder layer, 0 a tower layer, 1 all-reduce of embeddings") == 4
     run("--topology", "v5p-8", "--mesh", "data=2,tensor=2", "--json")
     report = json.loads(capsys.readouterr().out)
-    assert report["groups"] == 8 and report["waves"]["8"]["answer"]["whole_writes"]["step"]["suffix"] == 5
-    assert report["programs"]["decode"]["step"]["ratio"] == 1.25
+    assert report["groups"] == 8 and report["batches"]["8"]["decode"]["whole_writes"]["step"]["suffix"] == 5
+    assert report["batches"]["8"]["decode"]["step"]["ratio"] == 1.25
     assert set(report["questions_a_second"]) == set(WORKLOADS)
     assert math.isclose(report["seconds"]["step"], 0.0061, rel_tol=0.5)

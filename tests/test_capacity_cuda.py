@@ -6,12 +6,14 @@ import pytest
 from test_capacity import rewriting_loop, small
 
 from llava_jax.capacity import cuda, traffic
+from llava_jax.capacity.ahead import abstract_params, slice_mesh
 from llava_jax.capacity.hlo import parse
-from llava_jax.capacity.programs import Programs, abstract_params, slice_mesh
+from llava_jax.capacity.programs import Programs
 from llava_jax.capacity.report import compiler_is_there
-from llava_jax.capacity.roofline import GPUS, Precision, Shapes
+from llava_jax.capacity.roofline import GPUS, Precision
 from llava_jax.capacity.traffic import Collectives, Watched
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import one_pool
 
 pytestmark = [
     pytest.mark.usefixtures("no_tpu"),
@@ -52,18 +54,16 @@ def test_below_an_ampere_there_is_no_bfloat16():
 
 
 @pytest.mark.parametrize("name, axes", [("h100", dict(tensor=1)), ("h100-8", dict(data=2, tensor=4))])
-def test_programs_of_a_wave(name, axes):
-    """Narrow, two layers: 15 s each."""
-    config, shapes, groups = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 4, 64, 64), 4
-    engine = Programs(config, slice_mesh(GPUS[name], **axes), shapes, Precision())
-    once, prefixes = engine.once()
-    question, state = engine.question(groups, prefixes)
-    wave = {"question": question, "decode": engine.decode(groups, prefixes, state)}
-    for program in (*once.values(), wave["question"]):
+def test_programs_of_a_batch(name, axes):
+    """Narrow, two layers: 30 s each."""
+    config, shape = small(LlavaConfig.preset("1.6-vicuna-7b")), one_pool(axes.get("data", 1), 4, 1024, 4, 64, 64)
+    of = Programs(config, slice_mesh(GPUS[name], **axes), shape, Precision())
+    encode, decode = of.encode(), of.decode()
+    for program in (encode, of.prefill(), of.questions(of.shape.blocks[0])):
         assert program.step is None and 1 < program.once.ratio < 100
-    assert 1 < wave["decode"].step.ratio < 2
-    assert wave["decode"].outputs < 1 << 20  # the suffix is written where it was
+    assert 1 < decode.step.ratio < 2
+    assert decode.outputs < 1 << 20  # the suffix is written where it was
     alone = axes["tensor"] == 1
-    assert once["encode"].collectives == Collectives(0, 0, {} if alone else {"all-gather of features": 1})
-    assert wave["decode"].collectives.decoder == (0 if alone else 2)
-    assert wave["decode"].whole_writes["step"]["prefix"] == 0
+    assert encode.collectives == Collectives(0, 0, {} if alone else {"all-gather of features": 1})
+    assert decode.collectives.decoder == (0 if alone else 2)
+    assert not any(decode.whole_writes["step"].values())

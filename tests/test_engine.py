@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import small_model
 
-from llava_jax.capacity.programs import slice_mesh
+from llava_jax.capacity.ahead import slice_mesh
 from llava_jax.capacity.roofline import SLICES
 from llava_jax.compiling import GPU_COMPILER_OPTIONS, TPU_DECODING_OPTIONS, LoggedJit, compiler_options
 from llava_jax.inference.generation_options import GenerationOptions, generation_options

@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_capacity import small
 
-from llava_jax.capacity.programs import Programs, slice_mesh
+from llava_jax.capacity.ahead import slice_mesh
+from llava_jax.capacity.programs import Programs
 from llava_jax.capacity.report import compiler_is_there
-from llava_jax.capacity.roofline import GPUS, Precision, Shapes
+from llava_jax.capacity.roofline import GPUS, Precision
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import one_pool
 from llava_jax.models.attention import causal_attention, full_attention
 from llava_jax.models.cache_attention import decode_attention, question_attention
 from llava_jax.models.quantize import Int8
@@ -122,11 +124,9 @@ def test_the_tower_by_cudnn_on_a_mesh(by):
 @pytest.mark.parametrize("chips", [1, 2])
 def test_without_the_kernel_the_suffix_is_not_turned_round(chips):
     """Neither before the decode loop nor after it, nor gathered: narrow, two layers, 15 s."""
-    config, shapes = small(LlavaConfig.preset("1.6-vicuna-7b")), Shapes(1024, 16, 64, 128)
+    config, shape = small(LlavaConfig.preset("1.6-vicuna-7b")), one_pool(1, 4, 1024, 16, 64, 128)
     where = dataclasses.replace(GPUS["t4"], chips=chips)
-    programs = Programs(config, slice_mesh(where, tensor=chips), shapes, Precision())
-    prefixes = programs.once()[1]
-    decode = programs.decode(4, prefixes, programs.question(4, prefixes)[1])
-    written = {section: counts["suffix"] for section, counts in decode.whole_writes.items()}
+    decode = Programs(config, slice_mesh(where, tensor=chips), shape, Precision()).decode()
+    written = {section: counts["suffix of 192"] for section, counts in decode.whole_writes.items()}
     assert written == {"before": 0, "step": 0, "after": 0}
     assert decode.collectives.decoder == (0 if chips == 1 else 2)

@@ -20,8 +20,9 @@ from llava_jax.conversion.to_hf import export
 from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.model import BUNDLED, NAME, TOWER
 from llava_jax.demo.scenes import draw
+from llava_jax.inference.batch_shape import memory_bytes, one_pool
 from llava_jax.inputs.batch import pack
-from llava_jax.inputs.groups import CacheLayout, MemoryEstimate
+from llava_jax.inputs.groups import CacheLayout
 from llava_jax.models.linear import Linear, matmul_of_one_row
 from llava_jax.models.quantize import Int8, quantize_params, to_int8
 from llava_jax.training.train import train
@@ -179,10 +180,8 @@ def test_over_eight_devices(scenes_model, loaded):
 
 def test_an_int8_prefix_is_planned_for():
     config = llava_jax.LlavaConfig.preset("1.6-vicuna-7b")
-    usual, int8 = (
-        MemoryEstimate(config, CacheLayout(2, int8_prefix=int8_prefix), 3072, 16, 32).bytes(4, 8)
-        for int8_prefix in (False, True)
-    )
+    shape = one_pool(1, 4, 3072, 8, 16, 32)
+    usual, int8 = (memory_bytes(shape, config, CacheLayout(2, int8_prefix=int8)) for int8 in (False, True))
     assert usual - int8 >= 4 * 3072 * 0.47 * 2**19  # 0.5 MiB a position, and half of it but for the scales
 
 

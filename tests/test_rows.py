@@ -248,8 +248,10 @@ def test_log_probabilities_are_of_the_raw_logits():
     host, (_, questions) = text_host(), parts("text")
     likeliest = wanted("text", 1, options(1))  # it may not end the answer yet, and is told of all the same
     asked = [options(9, PENALIZED, top_logprobs=3), options(9, end_ids=(*likeliest,), min_new_tokens=9, top_logprobs=0)]
-    answers = host.admit(0, 0, [(questions[i], asked[i], 9) for i in (0, 1)], [2, 0])
     quiet = host.admit(1, 0, [(questions[2], options(9), 9)], [1])
+    while any(host.living()):
+        host.decode(MAX_STEPS)
+    answers = host.admit(0, 0, [(questions[i], asked[i], 9) for i in (0, 1)], [2, 0])
     while any(host.living()):
         host.decode(MAX_STEPS)
     for text, answer in enumerate(answers):

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from llava_jax.capacity.programs import chip_bytes
+from llava_jax.capacity.ahead import chip_bytes
 from llava_jax.config import LlavaConfig
 from llava_jax.inputs.types import Batch, Targets
 from llava_jax.models.llava_llama import param_shapes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,15 +103,18 @@ class Module:
     def called_by(self, instruction: Instruction) -> Computation:
         return self[instruction.called[0]]
 
-    def runs(self, name: str) -> Iterator[tuple[int, Computation, Instruction]]:
-        """(how often, where it stands, the instruction) of all that one run of a computation runs: what it calls, every
-        branch, and as many steps of a loop as the compiler knows of. What is in a fusion is not apart from it."""
+    def runs(
+        self, name: str, branches: Callable[[Instruction], Iterable[str]] = lambda conditional: conditional.called
+    ) -> Iterator[tuple[int, Computation, Instruction]]:
+        """(how often, where it stands, the instruction) of all that one run of a computation runs: what it calls, these
+        branches of a conditional (all of them), and as many steps of a loop as the compiler knows of. What is in a
+        fusion is not apart from it."""
         for instruction in self[name]:
             yield 1, self[name], instruction
             times = (self.trip_count(instruction) or 0) if instruction.operation == "while" else 1
             if times and instruction.operation in ("while", "call", "conditional"):
-                for called in instruction.called:
-                    yield from ((times * n, where, inside) for n, where, inside in self.runs(called))
+                for called in branches(instruction) if instruction.operation == "conditional" else instruction.called:
+                    yield from ((times * n, where, inside) for n, where, inside in self.runs(called, branches))
 
     @property
     def loops(self) -> list[str]:

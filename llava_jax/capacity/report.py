@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from llava_jax.capacity import roofline
 from llava_jax.capacity.roofline import GIB, TOPOLOGIES, WORKLOADS, Gpus, Precision, Slice
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import MAX_NUM_SEQS, BatchShape, memory_bytes, one_pool, serving_shape
 from llava_jax.inputs.batch import bucket_count
-from llava_jax.inputs.groups import MAX_GROUPS
+from llava_jax.inputs.groups import MAX_GROUPS, CacheLayout
 
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 QUESTION = 64  # positions of a question, padded
@@ -45,23 +46,39 @@ def measure(
     precision: Precision,
 ) -> dict:
     """What one slice or GPU makes of it, as plain values; `describe` puts it into words."""
-    from llava_jax.capacity.programs import Programs, largest_wave, slice_mesh
+    from llava_jax.capacity.ahead import slice_mesh
+    from llava_jax.capacity.fit import largest_batch
+    from llava_jax.capacity.programs import Programs
 
     where = TOPOLOGIES[name]
     axes = axes or default_axes(config, where, precision)
     if math.prod(axes.values()) != where.chips:
         raise ValueError(f"--mesh {axes}: data and tensor must make up the {where.chips} chips of a {name}")
     data, tensor = axes.get("data", 1), axes.get("tensor", 1)
-    shapes = roofline.Shapes(prefix, rows, QUESTION, bucket_count(max_new_tokens))
-    fit = largest_wave(Programs(config, slice_mesh(where, **axes), shapes, precision), where.chip.hbm)
-    report = dict(topology=name, mesh=axes, shapes=asdict(shapes), **asdict(precision), hbm=where.chip.hbm)
+    shape = one_pool(data, 1, prefix, rows, QUESTION, bucket_count(max_new_tokens))
+    programs = Programs(config, slice_mesh(where, **axes), shape, precision)
+    fit = largest_batch(programs, where.chip.hbm)
+    report = dict(topology=name, mesh=axes, shape=asdict(shape), **asdict(precision), hbm=where.chip.hbm)
     report |= asdict(fit)
-    for program in [*report["programs"].values(), *(wave["answer"] for wave in report["waves"].values())]:
+    for program in [*report["programs"].values(), *(batch["decode"] for batch in report["batches"].values())]:
         _add_ratios(program)
     if fit.groups:
-        usual = min(MAX_GROUPS, fit.groups // data)
-        report |= dict(at_best_with=data * usual, **at_best(config, where, data, tensor, shapes, usual, precision))
-    return report
+        usual = replace(shape, per_shard=min(MAX_GROUPS, fit.groups // data))
+        report |= dict(at_best_with=usual.groups, **at_best(config, where, tensor, usual, precision))
+    return report | dict(serving=_serving(config, programs.layout, where.chip.hbm - fit.params))
+
+
+def _serving(config: LlavaConfig, layout: CacheLayout, free: float) -> str:
+    """What `llava-jax serve` makes of so many bytes beside the parameters."""
+    from llava_jax.inference.batching import SHARE
+    from llava_jax.inference.serving import startup_table
+
+    budget = int(SHARE * free)
+    try:
+        shape = serving_shape(config, layout, budget, None, MAX_NUM_SEQS)
+    except ValueError as error:
+        return str(error)
+    return startup_table(config, shape, memory_bytes(shape, config, layout), budget)
 
 
 def default_axes(config: LlavaConfig, where: Slice | Gpus, precision: Precision) -> dict[str, int]:
@@ -80,14 +97,13 @@ def _add_ratios(program: dict) -> None:
         moved["ratio"] = Moved(**moved).ratio
 
 
-def at_best(
-    config: LlavaConfig, where: Slice | Gpus, data: int, tensor: int, shapes, groups: int, precision: Precision
-) -> dict:
+def at_best(config: LlavaConfig, where: Slice | Gpus, tensor: int, shape: BatchShape, precision: Precision) -> dict:
     """The roofline: seconds of each program, and questions a second."""
-    works = roofline.works(config, shapes, groups, tensor, precision)
+    works = roofline.works(config, shape, tensor, precision)
     seconds = {name: work.seconds(where.chip, tensor) for name, work in works.items()}
+    sizes = shape.shards, tensor, shape.per_shard, shape.admitted
     rates = {
-        name: roofline.questions_a_second(workload, config, where.chip, data, tensor, groups, shapes.rows, precision)
+        name: roofline.questions_a_second(workload, config, where.chip, *sizes, precision)
         for name, workload in WORKLOADS.items()
     }
     return dict(seconds=seconds, questions_a_second=rates)
@@ -95,31 +111,35 @@ def at_best(
 
 def describe(report: dict) -> str:
     """A slice's report in words."""
-    shapes, room = report["shapes"], report["hbm"] / GIB
+    shape, room = report["shape"], report["hbm"] / GIB
+    ((capacity, ((rows, slots),)),) = shape["pools"]
     title = f"{report['topology']}, " + ", ".join(f"{name}={size}" for name, size in report["mesh"].items())
-    one = f"one prefix of {shapes['prefix']} positions with {shapes['rows']} rows"
+    one = f"one prefix of {capacity} positions with {rows} rows"
     if not report["groups"]:
         remedy = "" if report["quantize"] else "; --quantize int8 halves them"
         parameters = f"{report['params'] / GIB:.2f} GiB of parameters a chip"
         return f"{title}: {parameters} leave no room for {one} in {room:.2f} GiB{remedy}"
     lines = [
-        f"{title}: room for {report['groups']} prefixes of {shapes['prefix']} positions with {shapes['rows']} rows of "
-        f"{shapes['question']} + {shapes['slots']}",
+        f"{title}: room for {report['groups']} prefixes of {capacity} positions with {rows} rows of {slots}",
         f"  a chip: {report['params'] / GIB:.2f} GiB of parameters, {report['prefix'] / GIB:.3f} GiB of each prefix",
         *(_describe_program(name, program) for name, program in report["programs"].items()),
     ]
-    for groups, wave in report["waves"].items():
-        lines.append(f"  {groups} prefixes need {wave['needed'] / GIB:.2f} of {room:.2f} GiB a chip")
-        lines.append(f"  {_describe_program('answer', wave['answer'])}")
+    for groups, batch in report["batches"].items():
+        lines.append(
+            f"  {groups} prefixes need {batch['needed'] / GIB:.2f} of {room:.2f} GiB a chip, pools and rows "
+            f"{batch['cache'] / GIB:.2f}; planned, parameters and code aside: {batch['planned'] / GIB:.2f}"
+        )
+        lines.append(_describe_program("decode", batch["decode"]))
     usual, rates = report["at_best_with"], report["questions_a_second"].items()
     times = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in report["seconds"].items())
     lines.append(f"  at best (roofline, nothing measured), {usual} prefixes: {times}")
     lines.append("  at best: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates) + " questions a second")
+    lines += ["  llava-jax serve there:", *(f"    {line}" for line in report["serving"].splitlines())]
     return "\n".join(lines)
 
 
 def _describe_program(name: str, program: dict) -> str:
-    arguments, made, results, code = (program[key] / GIB for key in ("arguments", "temporaries", "outputs", "code"))
+    inputs, made, results, code = (program[key] / GIB for key in ("inputs", "temporaries", "outputs", "code"))
     meetings = program["collectives"]
     others = "".join(f", {count} {what}" for what, count in meetings["others"].items())
     whole = (
@@ -129,7 +149,7 @@ def _describe_program(name: str, program: dict) -> str:
         if count
     )
     return (
-        f"  {name}: arguments {arguments:.2f}, temporaries {made:.2f}, results {results:.2f}, program {code:.2f} GiB; "
+        f"  {name}: inputs {inputs:.2f}, temporaries {made:.2f}, results {results:.2f}, program {code:.2f} GiB; "
         f"moves {_describe_moved(program['once'])}"
         + (f", {_describe_moved(program['step'])} a step" if program["step"] else "")
         + f"; written whole: {', '.join(whole) or 'nothing'}"

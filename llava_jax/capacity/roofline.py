@@ -7,12 +7,14 @@ done. A program takes the longer of its operations and its bytes of HBM, and the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_jax.capacity import cuda
 from llava_jax.config import LlavaConfig, TextConfig
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.benchmarks.benchmark import Workload
+from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inputs.anyres import num_image_tokens, num_tiles
 from llava_jax.inputs.batch import bucket_count, bucket_length
 from llava_jax.inputs.groups import bucket_rows
@@ -38,16 +40,6 @@ class Precision:
         if not self.int8_prefix:
             return position_bytes(text)
         return 2 * text.num_hidden_layers * text.num_key_value_heads * (text.head_dim + 4)  # with its scale
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """R rows after each prefix of P positions: Q of a question, and slots for new tokens."""
-
-    prefix: int
-    rows: int
-    question: int
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -203,29 +195,59 @@ def extend(
     tensor: int,
     precision: Precision = Precision(),
 ) -> Work:
-    """`length` new positions in each of groups x rows, after that many positions: a question, or a step of decoding."""
-    text, new = config.text, groups * rows * length
+    """`length` new positions in each of groups x rows, after that many positions: questions, or a step of decoding."""
+    cache = groups * (prefix * precision.prefix(config.text) + rows * suffix * position_bytes(config.text))
+    new = groups * rows * length
+    return _decoder(config, new, groups * rows, new * (prefix + suffix), cache, tensor, precision)
+
+
+def step(
+    config: LlavaConfig,
+    shape: BatchShape,
+    blocks: Sequence[Block],
+    tensor: int,
+    precision: Precision = Precision(),
+) -> Work:
+    """A step of decoding of all rows of these blocks: a prefix is read once for all who see it."""
+    text, groups = config.text, shape.per_shard
+    pools = {block.pool for block in blocks}
+    cache = sum(groups * shape.pools[pool].capacity * precision.prefix(text) for pool in pools)
+    rows = seen = 0
+    for block in blocks:
+        count, slots = shape.row_class(block)
+        rows += groups * count
+        seen += groups * count * (shape.pools[block.pool].capacity + slots)
+        cache += groups * count * slots * position_bytes(text)
+    return _decoder(config, rows, rows, seen, cache, tensor, precision)
+
+
+def _decoder(
+    config: LlavaConfig, new: int, rows: int, seen: int, cache: int, tensor: int, precision: Precision
+) -> Work:
+    """The decoder over so many new positions, and the head over the last one of each row.
+
+    Args:
+        seen: how many positions all new ones see together; cache: bytes of keys and values that are read or written.
+    """
+    text = config.text
     kernels, head = text.num_hidden_layers * layer_weights(text), text.hidden_size * text.vocab_size
-    flops = 2 * new * kernels + 4 * new * (prefix + suffix) * _attention_width(text)
-    flops += 2 * groups * rows * head  # of the last position alone
-    moved = precision.kernel * kernels + BF16 * head
-    moved += groups * (prefix * precision.prefix(text) + rows * suffix * position_bytes(text))
+    flops = 2 * new * kernels + 4 * seen * _attention_width(text) + 2 * rows * head
+    moved = precision.kernel * kernels + BF16 * head + cache
     return Work(flops / tensor, moved / tensor, _reduced(text, new))
 
 
-def works(config: LlavaConfig, shapes: Shapes, groups: int, tensor: int, precision: Precision) -> dict[str, Work]:
-    """What each program does: encoding one picture, the decoder over its prefix, the questions on `groups` prefixes, a
-    step of decoding their answers."""
-
-    def of_wave(length: int) -> Work:
-        suffix = shapes.question + shapes.slots
-        return extend(config, groups, shapes.rows, length, shapes.prefix, suffix, tensor, precision)
-
+def works(config: LlavaConfig, shape: BatchShape, tensor: int, precision: Precision) -> dict[str, Work]:
+    """What each program of a batch does: encoding one picture, the decoder over a prefix of the longest pool, or as
+    much of it as is prefilled at a time, the questions that are admitted together, a step of decoding of all rows."""
+    longest = shape.pools[-1]
+    first = min(longest.capacity, shape.chunk or longest.capacity)
+    slots = longest.classes[0].slots
+    question = extend(config, 1, shape.admitted, shape.question, longest.capacity, slots, tensor, precision)
     return {
         "encode": encode(config, config.max_tiles_per_image, tensor, precision),
-        "prefill": prefill(config, shapes.prefix, tensor, precision),
-        "question": of_wave(shapes.question),
-        "step": of_wave(1),
+        "prefill": prefill(config, first, tensor, precision),
+        "question": question,
+        "step": step(config, shape, shape.blocks, tensor, precision),
     }
 
 
@@ -255,17 +277,17 @@ def questions_a_second(
     rows: int,
     precision: Precision = Precision(),
 ) -> float:
-    """Each image encoded and prefilled once, its questions asked up to `rows` at a time, in batches of `groups` images;
-    `data` such batches at once."""
+    """Each image encoded and prefilled once, its questions asked up to `rows` at a time, while `groups` images decode
+    together; `data` such batches at once."""
     tiles = int(num_tiles(workload.size, config))
     prefix = bucket_length(BEFORE_IMAGE + int(num_image_tokens(*workload.size, config)), config)
     question, per_image = bucket_count(workload.question), workload.questions / workload.images
     passes = math.ceil(per_image / rows)
     rows = bucket_rows(math.ceil(per_image / passes))
     slots = question + workload.answer
-    asked = extend(config, groups, rows, question, prefix, question, tensor, precision).seconds(chip, tensor)
-    step = extend(config, groups, rows, 1, prefix, slots, tensor, precision).seconds(chip, tensor)
+    asked = extend(config, 1, rows, question, prefix, question, tensor, precision).seconds(chip, tensor)
+    step_seconds = extend(config, groups, rows, 1, prefix, slots, tensor, precision).seconds(chip, tensor)
     image = encode(config, tiles, tensor, precision).seconds(chip, tensor)
     image += prefill(config, prefix, tensor, precision).seconds(chip, tensor)
-    seconds = groups * image + passes * (asked + (workload.answer - 1) * step)
+    seconds = groups * (image + passes * asked) + passes * (workload.answer - 1) * step_seconds
     return data * groups * per_image / seconds

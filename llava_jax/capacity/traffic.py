@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from llava_jax.capacity.hlo import Array, Computation, Instruction, Module
 
@@ -43,9 +44,19 @@ class Traffic:
 
 
 def computation_traffic(module: Module, name: str) -> Traffic:
-    """What one run of a computation moves, but for loops of an unknown number of steps."""
-    runs = module.runs(name)
+    """What one run of a computation moves, but for loops of an unknown number of steps.
+
+    Of a conditional for what not everybody asks for (its path has `if_asked`), only the branch that moves least counts;
+    of any other, all do.
+    """
+    runs = module.runs(name, partial(_usual_branches, module))
     return sum((instruction_traffic(module, where, i) * times for times, where, i in runs), Traffic())
+
+
+def _usual_branches(module: Module, conditional: Instruction) -> tuple[str, ...]:
+    if "/if_asked/" not in conditional.path:
+        return conditional.called
+    return (min(conditional.called, key=lambda name: computation_traffic(module, name).moved),)
 
 
 def instruction_traffic(module: Module, computation: Computation, instruction: Instruction) -> Traffic:
@@ -159,7 +170,8 @@ def _updated_in_place(module: Module, called: Computation, root: Instruction) ->
 
 def estimated_cycles(module: Module, name: str) -> int:
     """libtpu's own estimate for one run of a computation, 0 where there is none: to rank forms of a program by."""
-    return sum(times * int(i.attribute(r'"estimated_cycles":"?(\d+)') or 0) for times, _, i in module.runs(name))
+    runs = module.runs(name, partial(_usual_branches, module))
+    return sum(times * int(i.attribute(r'"estimated_cycles":"?(\d+)') or 0) for times, _, i in runs)
 
 
 # ---- arrays that are written whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from llava_jax.cli.flags import add_model_arguments, add_server_arguments, check_server, load_model
+from llava_jax.inference.batch_shape import MAX_NUM_SEQS
 
 DESCRIPTION = "Serve a model to every client that speaks the OpenAI API, many at once."
 EXAMPLE = "--model-path llava-v1.6-vicuna-7b --port 8000"
@@ -15,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser, 8000)
     parser.add_argument("--api-key", help="what clients must give, for everything but /health (nothing)")
     parser.add_argument("--served-model-name", help="what clients call the model (the checkpoint's name)")
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="answers that decode at once (%(default)s)")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=MAX_NUM_SEQS, help="answers that decode at once (%(default)s)"
+    )
     parser.add_argument("--max-queue", type=int, default=256, help="requests that wait; more get 429 (%(default)s)")
     parser.add_argument(
         "--allowed-media-domains", nargs="+", default=[], metavar="HOST", help="hosts of http(s) pictures (none)"

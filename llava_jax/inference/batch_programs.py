@@ -18,23 +18,27 @@ from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 
 
 class BatchPrograms:
-    """Those of one model on one mesh. `program(name, function, **options)` makes one."""
+    """Those of one model on one mesh. `program(name, function, **options)` makes one.
+
+    What a program gives is placed as what the next one is compiled for, whoever made it.
+    """
 
     def __init__(self, program: Callable[..., LoggedJit], model: LlavaLlamaForCausalLM, mesh: Mesh | None):
         self._model, self._mesh = model, mesh
 
-        def of_model(name: str, function, **options) -> LoggedJit:
-            return program(name, partial(function, model), **options)
+        def of_model(name: str, function, place: Callable, **options) -> LoggedJit:
+            return program(name, _then(place, partial(function, model)), **options)
 
-        self.embed_text = of_model("text", pool.embed_text)
-        self.place_image = of_model("image", pool.place_image, donate_argnums=1)
-        self.prefill_first = of_model("first chunk", pool.prefill_first, static_argnums=0, donate_argnums=2)
-        self.prefill_next = of_model("next chunk", pool.prefill_next, static_argnums=0, donate_argnums=2)
-        self.copy_slot = program("copy", pool.copy_slot, static_argnums=1, donate_argnums=0)
-        self.admit = of_model("admission", rows.admit, donate_argnums=3)
-        self.decode = of_model("decoding", rows.decode, decodes=True, static_argnums=0, donate_argnums=4)
-        self.move = program("move", rows.move, static_argnums=2, donate_argnums=(0, 1))
-        self.score = of_model("scores", rows.score, static_argnums=2)
+        by_shard, pools, rows_in = self._place_by_shard, self._place_pool, self._place_rows
+        self.embed_text = of_model("text", pool.embed_text, by_shard)
+        self.place_image = of_model("image", pool.place_image, by_shard, donate_argnums=1)
+        self.prefill_first = of_model("first chunk", pool.prefill_first, pools, static_argnums=0, donate_argnums=2)
+        self.prefill_next = of_model("next chunk", pool.prefill_next, pools, static_argnums=0, donate_argnums=2)
+        self.copy_slot = program("copy", _then(pools, pool.copy_slot), static_argnums=1, donate_argnums=0)
+        self.admit = of_model("admission", rows.admit, rows_in, donate_argnums=3)
+        self.decode = of_model("decoding", rows.decode, rows_in, decodes=True, static_argnums=0, donate_argnums=4)
+        self.move = program("move", _then(rows_in, rows.move), static_argnums=2, donate_argnums=(0, 1))
+        self.score = of_model("scores", rows.score, by_shard, static_argnums=2)
 
     @property
     def compiled(self) -> int:
@@ -42,33 +46,79 @@ class BatchPrograms:
         programs = (value for value in vars(self).values() if isinstance(value, LoggedJit))
         return sum(len(program.compiled_for) for program in programs)
 
+    def pool_shapes(self, groups: int, capacity: int, dtype) -> Pool:
+        """What `empty_pool` gives, as `ShapeDtypeStruct`s on the mesh."""
+        return self._shapes(self._make_pool(groups, capacity, dtype), self._pool_specs)
+
+    def rows_shapes(self, groups: int, count: int, slots: int, dtype) -> Rows:
+        """What `empty_rows` gives, as `ShapeDtypeStruct`s on the mesh."""
+        return self._shapes(self._make_rows(groups, count, slots, dtype), self._rows_specs)
+
     def empty_pool(self, groups: int, capacity: int, dtype) -> Pool:
         """`pool.empty_pool`, on the mesh."""
-        text, int8 = self._model.config.text, self._model.int8_prefix
-        make = partial(pool.empty_pool, text, groups, capacity, dtype, int8)
-        by_head = self._spec(groups, text.num_key_value_heads)
-        return self._made(make, lambda shapes: jax.tree.map(lambda _: by_head, shapes))
+        return self._made(self._make_pool(groups, capacity, dtype), self.pool_shapes(groups, capacity, dtype))
 
     def empty_rows(self, groups: int, count: int, slots: int, dtype) -> Rows:
         """`rows.empty_rows`, on the mesh."""
-        text = self._model.config.text
-        by_head, by_group = self._spec(groups, text.num_key_value_heads), self._spec(groups)
+        make = self._make_rows(groups, count, slots, dtype)
+        return self._made(make, self.rows_shapes(groups, count, slots, dtype))
 
-        def specs(shapes: Rows) -> Rows:
-            everywhere = jax.tree.map(lambda x: by_group if x.ndim else PartitionSpec(), shapes)
-            keys_values = jax.tree.map(lambda _: by_head, shapes.suffix.keys_values)
-            return replace(everywhere, suffix=replace(everywhere.suffix, keys_values=keys_values))
+    def _make_pool(self, groups: int, capacity: int, dtype) -> Callable[[], Pool]:
+        return partial(pool.empty_pool, self._model.config.text, groups, capacity, dtype, self._model.int8_prefix)
 
-        return self._made(partial(rows.empty_rows, text, groups, count, slots, dtype), specs)
+    def _make_rows(self, groups: int, count: int, slots: int, dtype) -> Callable[[], Rows]:
+        return partial(rows.empty_rows, self._model.config.text, groups, count, slots, dtype)
+
+    # ---- where arrays are on the mesh
+
+    def _by_shard_specs(self, tree):
+        """Of arrays with G, or shards, in front."""
+        return jax.tree.map(lambda x: self._spec(x.shape[0]) if x.ndim else PartitionSpec(), tree)
+
+    def _pool_specs(self, shapes: Pool):
+        return jax.tree.map(lambda x: self._spec(*x.shape[:2]), shapes)
+
+    def _rows_specs(self, shapes: Rows):
+        suffix = replace(self._by_shard_specs(shapes.suffix), keys_values=self._pool_specs(shapes.suffix.keys_values))
+        groups, _, words = shapes.said.shape
+        said = PartitionSpec(*self._spec(groups), None, *self._spec(groups, words)[1:])  # as logits are
+        return replace(self._by_shard_specs(shapes), suffix=suffix, said=said)
 
     def _spec(self, groups: int, kv_heads: int | None = None) -> PartitionSpec:
-        if self._mesh is None:
-            return PartitionSpec()
+        assert self._mesh is not None
         heads = () if kv_heads is None else (dividing_axes(self._mesh, ("tensor",), kv_heads),)
         return PartitionSpec(dividing_axes(self._mesh, BATCH_AXES, groups), *heads)
 
-    def _made(self, make: Callable, specs: Callable):
+    def _place_by_shard(self, tree):
+        return self._place(tree, self._by_shard_specs)
+
+    def _place_pool(self, pool: Pool) -> Pool:
+        return self._place(pool, self._pool_specs)
+
+    def _place_rows(self, out):
+        """All rows that are in what a program gives; the rest is the host's."""
+
+        def place(x):
+            return self._place(x, self._rows_specs) if isinstance(x, Rows) else x
+
+        return jax.tree.map(place, out, is_leaf=lambda x: isinstance(x, Rows))
+
+    def _place(self, tree, specs: Callable):
         if self._mesh is None:
-            return jax.jit(make)()
-        shardings = jax.tree.map(partial(NamedSharding, self._mesh), specs(jax.eval_shape(make)))
+            return tree
+        return jax.lax.with_sharding_constraint(tree, jax.tree.map(partial(NamedSharding, self._mesh), specs(tree)))
+
+    def _shapes(self, make: Callable, specs: Callable):
+        shapes = jax.eval_shape(make)
+        if self._mesh is None:
+            return shapes
+        place = partial(NamedSharding, self._mesh)
+        return jax.tree.map(lambda x, spec: x.update(sharding=place(spec)), shapes, specs(shapes))
+
+    def _made(self, make: Callable, shapes):
+        shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
         return jax.jit(make, out_shardings=shardings)()
+
+
+def _then(place: Callable, function: Callable) -> Callable:
+    return lambda *args: place(function(*args))

@@ -86,7 +86,7 @@ def memory_bytes(shape: BatchShape, config: LlavaConfig, layout: CacheLayout) ->
 
     chunk = shape.chunk or longest
     one_prefix = longest * (in_prefix + text.hidden_size * layout.itemsize)  # read from its slot; its embeddings
-    prefill = chunk * (activations + scores * min(chunk, PREFILL_CHUNK))
+    prefill = chunk * activations + scores * PREFILL_CHUNK * longest
     question = shape.question * (activations + scores * (longest + shape.question))
     admission = shape.admitted * (question + most_slots * position + 8 * text.vocab_size)
     decoding = 8 * shape.per_shard * sum(row_class.rows for row_class in classes) * text.vocab_size
@@ -101,6 +101,7 @@ SHORT_ANSWER, LONG_ANSWER = 128, 512  # slots
 CHUNK = 512  # positions that are prefilled between two decodings: a stream waits for no more
 DECODE_STEPS = 4  # new tokens between two looks
 MOST_PREFIXES = 16  # on each shard
+MAX_NUM_SEQS = 64  # answers that decode at once, unless something else is asked for
 LONGEST_BY_DEFAULT = 4096  # positions, of models that could take many more
 
 
@@ -177,6 +178,13 @@ STEP_COST = 64  # what a step takes beside its rows, for the weights and the pre
 OFFLINE_STEPS = 16  # new tokens between two looks
 
 
+def one_pool(shards: int, per_shard: int, capacity: int, rows: int, question: int, output_capacity: int) -> BatchShape:
+    """A batch of prefixes of up to `capacity` positions, with so many rows each, whose questions come all at once."""
+    slots = question + output_capacity
+    pools = (PoolShape(capacity, (RowClass(rows, slots),)),)
+    return BatchShape(shards, per_shard, pools, question, rows, OFFLINE_STEPS, None, capacity + slots)
+
+
 def offline_shape(
     groups: Sequence[Group], config: LlavaConfig, layout: CacheLayout, output_capacity: int, budget: int
 ) -> BatchShape:
@@ -189,12 +197,10 @@ def offline_shape(
     """
     question = bucket_count(max(len(ids) for group in groups for ids in group.suffixes))
     capacity = bucket_length(max(group.prefix_length for group in groups), config)
-    slots = question + output_capacity
     counts = [len(group.questions) for group in groups]
 
     def shape(per_shard: int, rows: int) -> BatchShape:
-        pools = (PoolShape(capacity, (RowClass(rows, slots),)),)
-        return BatchShape(layout.shards, per_shard, pools, question, rows, OFFLINE_STEPS, None, capacity + slots)
+        return one_pool(layout.shards, per_shard, capacity, rows, question, output_capacity)
 
     def fits(per_shard: int, rows: int) -> bool:
         return memory_bytes(shape(per_shard, rows), config, layout) <= budget

@@ -115,14 +115,20 @@ def _choose(logits: jax.Array, said: jax.Array, step: jax.Array, settings: RowSe
     Sorting and log-probabilities cost nothing while no living row asks for them.
     """
 
-    def no_end(logits):
-        is_end = (settings.end_ids[..., None] == jnp.arange(logits.shape[-1])).any(-2)
-        return jnp.where(is_end & (step < settings.min_new_tokens)[..., None], -jnp.inf, logits)
+    too_short = step < settings.min_new_tokens
 
     def greedy(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    def no_end(logits):
+        is_end = (settings.end_ids[..., None] == jnp.arange(logits.shape[-1])).any(-2)
+        return jnp.where(is_end & too_short[..., None], -jnp.inf, logits)
+
+    def greedy_without_end(logits):
+        return greedy(no_end(logits))
+
     def drawn(logits):
+        logits = no_end(logits)
         draws = jax.vmap(jax.vmap(Sample.choose))(settings.sample, logits, said, step)
         return jnp.where(settings.sampled, draws, greedy(logits))
 
@@ -134,9 +140,10 @@ def _choose(logits: jax.Array, said: jax.Array, step: jax.Array, settings: RowSe
     def tokens_alone(logits, tokens):
         return replace(_empty_chosen(*tokens.shape), tokens=tokens)
 
-    allowed = jax.lax.cond(jnp.any(living & (step < settings.min_new_tokens)), no_end, lambda logits: logits, logits)
-    tokens = jax.lax.cond(jnp.any(living & settings.sampled), drawn, greedy, allowed)
-    chosen = jax.lax.cond(jnp.any(living & settings.wants_logprobs), log_probs, tokens_alone, logits, tokens)
+    way = jnp.where(jnp.any(living & settings.sampled), 2, jnp.any(living & too_short))
+    with jax.named_scope("if_asked"):  # so that compiled programs tell what not every token costs
+        tokens = jax.lax.switch(way, [greedy, greedy_without_end, drawn], logits)
+        chosen = jax.lax.cond(jnp.any(living & settings.wants_logprobs), log_probs, tokens_alone, logits, tokens)
     return replace(chosen, tokens=jnp.where(living, tokens, NOT_LIVING))
 
 
@@ -272,16 +279,16 @@ def decode(
         parts: list[list[CacheBlock]] = [[] for _ in pools]
         for n, block, living_here in zip(pool_of, blocks, alive, strict=True):
             parts[n].append(_cache_block(pools[n], prefix_lengths[n], block, living_here))
-        tokens, positions = (
-            jnp.concatenate([getattr(block, name) for block in blocks], axis=1)[..., None]
-            for name in ("token", "position")
+        token, position, step, said, settings = jax.tree.map(
+            lambda *x: jnp.concatenate(x, axis=1),
+            *[(block.token, block.position, block.step, block.said, block.settings) for block in blocks],
         )
-        hidden, keys_values = apply(model, params, tokens, positions, parts, method="decode_step")
-        logits = jnp.split(apply(model, params, hidden[:, :, -1], method="logits"), ends, axis=1)
-        advanced = [_advance(*part) for part in zip(blocks, keys_values, logits, alive, strict=True)]
-        new = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(new for _, new in advanced))
+        hidden, keys_values = apply(model, params, token[..., None], position[..., None], parts, method="decode_step")
+        logits = apply(model, params, hidden[:, :, -1], method="logits")
+        new = _choose(logits, said, step, settings, jnp.concatenate(alive, axis=1))
+        of_blocks = zip(blocks, keys_values, jnp.split(new.tokens, ends, axis=1), alive, strict=True)
         chosen = jax.tree.map(lambda all_steps, x: all_steps.at[taken].set(x), chosen, new)
-        return [block for block, _ in advanced], chosen, taken + 1
+        return [_advance(*of_block) for of_block in of_blocks], chosen, taken + 1
 
     chosen = _empty_chosen(max_steps, len(all_blocks[0].done), sum(widths))
     return jax.lax.while_loop(goes_on, body, (all_blocks, chosen, jnp.int32(0)))
@@ -299,11 +306,10 @@ def _at_cursor(rows: Rows) -> jax.Array:
     return jnp.arange(rows.suffix.valid.shape[-1]) == rows.cursor
 
 
-def _advance(rows: Rows, keys_values, logits: jax.Array, living: jax.Array) -> tuple[Rows, Chosen]:
-    """The rows after a step, and their new tokens [G, R]."""
-    chosen = _choose(logits, rows.said, rows.step, rows.settings, living)
-    step, token = rows.step + living, jnp.where(living, chosen.tokens, rows.token)
-    new_rows = replace(
+def _advance(rows: Rows, keys_values, tokens: jax.Array, living: jax.Array) -> Rows:
+    """The rows after a step: their suffixes, and their new tokens [G, R]."""
+    step, token = rows.step + living, jnp.where(living, tokens, rows.token)
+    return replace(
         rows,
         suffix=Suffix(keys_values, rows.suffix.valid | (living[..., None] & _at_cursor(rows))),
         cursor=(rows.cursor + 1) % rows.suffix.valid.shape[-1],
@@ -311,9 +317,8 @@ def _advance(rows: Rows, keys_values, logits: jax.Array, living: jax.Array) -> t
         position=rows.position + living,
         step=step,
         done=rows.done | (living & _ended(token, step, rows.settings)),
-        said=rows.said | (chosen.tokens[..., None] == jnp.arange(logits.shape[-1])),
+        said=rows.said | (tokens[..., None] == jnp.arange(rows.said.shape[-1])),
     )
-    return new_rows, chosen
 
 
 def move(

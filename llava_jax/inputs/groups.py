@@ -14,7 +14,6 @@ from llava_jax.inputs.batch import bucket_count, merged_length
 from llava_jax.inputs.types import Questions
 
 MAX_GROUPS = 8  # prefixes at a time on each shard: more gain nothing once the weights are read for all of them
-PREFILL_POSITIONS = 4096  # positions at a time in prefill: more only crowd the caches and the memory
 PREFILL_CHUNK = 512  # query rows whose attention scores are alive at once
 SCORE_BYTES = 7  # of a score where attention is not by a kernel: float32, its weight, and some of both at once
 
@@ -96,37 +95,3 @@ class CacheLayout:
     tensor: int = 1  # devices that divide the heads, where it divides their number, and the width of the MLP
     int8_prefix: bool = False
     keeps_scores: bool = True  # of all heads of questions at once, as attention does that is not by a kernel
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one device that prefixes and rows of these lengths take, parameters aside; within a tenth of what XLA
-    says of the compiled programs of a 7B."""
-
-    config: LlavaConfig
-    layout: CacheLayout
-    prefix: int
-    question: int
-    output_capacity: int
-
-    def prefill_batch_size(self, groups: int) -> int:
-        """How many prefixes are prefilled together: the largest divisor of `groups` within PREFILL_POSITIONS."""
-        most = max(1, PREFILL_POSITIONS // self.prefix)
-        return max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
-
-    def bytes(self, groups: int, rows: int) -> int:
-        """The prefixes, and beside them one prefill, or the rows' suffixes and the prefill of their questions."""
-        text, tensor, itemsize = self.config.text, self.layout.tensor, self.layout.itemsize
-        divided_by = tensor if text.num_key_value_heads % tensor == 0 else 1
-        cached = 2 * text.num_hidden_layers * text.num_key_value_heads // divided_by  # vectors of a position
-        position = cached * text.head_dim * itemsize
-        prefixes = groups * self.prefix * (cached * (text.head_dim + 4) if self.layout.int8_prefix else position)
-        activations = (3 * text.hidden_size + 2 * text.intermediate_size // divided_by) * itemsize
-        scores = SCORE_BYTES * text.num_attention_heads // divided_by if self.layout.keeps_scores else 0
-
-        together = self.prefill_batch_size(groups)
-        prefill = together * self.prefix * (activations + scores * PREFILL_CHUNK)
-        prefill += prefixes // groups * together if together < groups else 0  # what it gives, beside the wave
-        suffix = groups * rows * (self.question + self.output_capacity) * position
-        questions = groups * rows * self.question * (activations + scores * (self.prefix + self.question))
-        return prefixes + max(prefill, suffix + questions) + 8 * groups * rows * text.vocab_size

@@ -49,6 +49,7 @@ class Appended(NamedTuple):
 
     new: Any  # (k, v), [G, K, R, 1, D]
     slot: jax.Array  # int32, the same for all rows
+    writes: jax.Array | None  # bool [G, R], the rows that get theirs; None: all
     own: Own  # without the new position, but for its `valid`
 
 
@@ -87,8 +88,6 @@ def keeps_scores(head_dim: int, dtype) -> bool:
 
 def _append_first(q, blocks: list[Appended], *prefix):
     owns = [block.own._replace(suffix=_append(block)) for block in blocks]
-    if target_gpu() is not None:
-        owns = [own._replace(suffix=tuple(map(_row_major, own.suffix))) for own in owns]
     return _decode(q, owns, *prefix), [own.suffix for own in owns]
 
 
@@ -97,13 +96,20 @@ def _append_last(q, blocks: list[Appended], *prefix):
 
 
 def _append(block: Appended):
-    pairs = zip(block.own.suffix, block.new, strict=True)
-    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3) for old, x in pairs)
+    """The suffix with the new positions. All layouts are said, for XLA would rather have slots in front."""
+
+    def put(old, x):
+        if block.writes is not None:
+            kept = _row_major(jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3))
+            x = _row_major(jnp.where(block.writes[:, None, :, None, None], x, kept))
+        return _row_major(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3))
+
+    return tuple(put(old, x) for old, x in zip(block.own.suffix, block.new, strict=True))
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """x [G, K, R, S, D], its last axis together in memory on a GPU too: else XLA may turn the whole suffix round before
-    the decode loop and after it, and for a kernel at each step."""
+    """x [G, K, R, S, D], its last axes together in memory: else XLA may turn the whole suffix round before the decode
+    loop and after it, and for a GPU's kernel at each step."""
 
     def constrain(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -115,7 +121,8 @@ def _row_major(x: jax.Array) -> jax.Array:
         by_head = P(dividing_axes(mesh, BATCH_AXES, len(x)), dividing_axes(mesh, ("tensor",), x.shape[1]))
         return jax.shard_map(constrain, in_specs=by_head, out_specs=by_head, check_vma=False)(x)
 
-    return jax.lax.platform_dependent(x, cuda=constrain_each, default=lambda x: x)
+    platforms = {"tpu": constrain_each} | ({"cuda": constrain_each} if target_gpu() is not None else {})
+    return jax.lax.platform_dependent(x, default=lambda x: x, **platforms)
 
 
 def _kernel_for_gpu(q) -> dict[str, Callable]:

@@ -232,11 +232,8 @@ def _attend_in(blocks: list[CacheBlock], layer: int, q, k, v):
     for block, *of_block in zip(blocks, *(split_rows(x, suffixes, 1) for x in (k, v)), strict=True):
         suffix = block.suffix.keys_values[layer]
         new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip(of_block, suffix, strict=True))
-        if block.writes is not None:
-            writes = block.writes[:, None, :, None, None]
-            kept = (jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3) for old in suffix)
-            new = tuple(jnp.where(writes, x, old) for x, old in zip(new, kept, strict=True))
-        appended.append(Appended(new, block.slot, Own(suffix, block.suffix.valid, block.prefix.lengths)))
+        own = Own(suffix, block.suffix.valid, block.prefix.lengths)
+        appended.append(Appended(new, block.slot, block.writes, own))
     return attend_and_append(q, appended, *blocks[0].prefix.keys_values[layer])
 
 

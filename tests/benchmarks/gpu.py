@@ -4,7 +4,7 @@
     JAX_PLATFORMS=cpu python tests/benchmarks/gpu.py --tiny    # anywhere: whether all of it runs
 
 Weights and caches are random and made on the device, so that no checkpoint is needed: prefixes of 3,072 positions,
-questions of 64. A program is called once, which compiles it, and then five times; its time is the median. A step of
+questions of 64, which are admitted to one prefix. A program is called once, which compiles it, and then five times; its time is the median. A step of
 decoding is what more steps take longer. `XLA` is attention over the cache without the kernel.
 
 The shares are of what cannot be avoided (`llava_jax.capacity.roofline`) in that time: bytes of the bandwidth and
@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -35,13 +34,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_jax.capacity.roofline import GPUS, Precision, Shapes, works
+from llava_jax.capacity.roofline import GPUS, Precision, works
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.cache import Prefix
+from llava_jax.inference.batch_shape import BatchShape, one_pool
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generation_options import GenerationOptions
-from llava_jax.inference.sampling import Greedy
-from llava_jax.inputs.types import Batch, Questions
+from llava_jax.inference.requests import RowOptions
+from llava_jax.inference.rows import row_settings
+from llava_jax.inputs.types import Questions
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, is_quantized, to_int8
 from llava_jax.parallel.target import half_precision
@@ -96,40 +95,76 @@ class Bench:
 
     def __init__(self, config, int8: bool):
         self.config, self.int8, self.dtype = config, int8, half_precision(jax.devices()[0])
-        self.options = GenerationOptions(SLOTS, Greedy())
         self.params = random_params(config, self.dtype, int8)
         self.engines = {form: Engine(config, int8_prefix=int8) for form in ("", "kernel", "XLA")}
 
     def call(self, case: Case) -> Callable[[], float]:
         """What runs the case once, and returns its seconds."""
-        engine, params = self.engines[case.form], self.params
+        programs, shape = self.engines[case.form].batch, batch(case.wave)
+        embeds = jnp.zeros((1, PREFIX, self.config.text.hidden_size), self.dtype)
         if case.name == "encode":
-            tiles = self.batch().tiles
-            return partial(seconds_of, lambda: engine.encode_images(params, tiles))
+            size, tiles = self.config.tile_size, self.config.max_tiles_per_image
+            pixels = random_array((tiles, size, size, 3), jnp.uint8)
+            rows = jnp.arange(PREFIX)[None] % (tiles * self.config.tokens_per_tile)
+            return lambda: seconds_of(lambda: programs.place_image(self.params, embeds.copy(), pixels, rows))
+        pool, first = self.pool(case.wave[0]), jnp.zeros(1, jnp.int32)
         if case.name == "prefill":
-            batch = self.batch()
-            return partial(seconds_of, lambda: engine.prefill(params, batch))
-        prefix, questions = self.prefix(case.wave[0]), self.questions(case.wave)
-        ask = partial(engine.sample_first_token, params, prefix, questions, self.options)
+            return lambda: self.replacing(
+                pool, lambda pool: programs.prefill_first(PREFIX, self.params, pool, embeds, first, first + PREFIX)
+            )
+        rows = [self.full_rows(programs, shape)]
         if case.name == "question":
-            return partial(seconds_of, ask)
+            return lambda: self.replacing(rows, lambda rows: self.admit(programs, pool[0], rows, shape))
+        return lambda: self.step_seconds(programs, pool[0], rows, shape)
+
+    @staticmethod
+    def replacing(kept: list, run) -> float:
+        """Seconds of a program that uses up what is kept, and gives it anew."""
+        began = time.perf_counter()
+        kept.append(jax.block_until_ready(run(kept.pop())))
+        return time.perf_counter() - began
+
+    def admit(self, programs, pool, rows, shape: BatchShape):
+        """A question for every row of the first prefix."""
+        count, first = shape.admitted, jnp.zeros(1, jnp.int32)
+        ids = jnp.broadcast_to(jnp.arange(QUESTION) % self.config.text.vocab_size, (1, count, QUESTION))
+        questions = Questions(ids, jnp.full((1, count), QUESTION, jnp.int32), jnp.ones((1, count), bool))
+        settings = jax.tree.map(lambda x: jnp.full((1, count, *x.shape), x), row_settings(RowOptions(SLOTS), SLOTS))
+        nothing, said = jnp.zeros((1, count), jnp.int32), jnp.full((1, count, shape.max_model_len), -1, jnp.int32)
+        row_ids = jnp.arange(count)[None]
+        return programs.admit(
+            self.params, pool, first + PREFIX, rows, first, row_ids, questions, settings, nothing, said
+        )[0]
+
+    def full_rows(self, programs, shape: BatchShape):
+        """Rows that go on for ever, each after a whole prefix."""
+        ((row_class,),) = [pool.classes for pool in shape.pools]
+        rows = programs.empty_rows(shape.groups, *row_class, self.dtype)
+        limits = dataclasses.replace(rows.settings, limit=jnp.full_like(rows.settings.limit, 1 << 30))
+        suffix = dataclasses.replace(rows.suffix, valid=jnp.ones_like(rows.suffix.valid))
+        position = jnp.full_like(rows.position, PREFIX)
+        done = jnp.zeros_like(rows.done)
+        return dataclasses.replace(rows, suffix=suffix, settings=limits, position=position, done=done)
+
+    def step_seconds(self, programs, pool, kept: list, shape: BatchShape) -> float:
+        """What a step more takes."""
+        lengths = jnp.full(shape.groups, PREFIX, jnp.int32)
 
         def decode(steps: int) -> float:
-            state = ask()  # the last one is used up
-            return seconds_of(lambda: engine.decode(params, prefix, state, self.options, steps))
+            active = jnp.ones(kept[0].done.shape, bool)
 
-        return lambda: (decode(MANY_STEPS) - decode(FEW_STEPS)) / (MANY_STEPS - FEW_STEPS)
+            def run(rows):
+                count = jnp.int32(steps)
+                return programs.decode(
+                    MANY_STEPS, self.params, [pool], [lengths], [[rows]], [active], count, jnp.int32(1 << 30)
+                )[0][0]
 
-    def batch(self):
-        """A picture's tiles and a prompt of text and its features."""
-        size, positions = self.config.tile_size, jnp.arange(PREFIX, dtype=jnp.int32)[None]
-        tiles = random_array((self.config.max_tiles_per_image, size, size, 3), jnp.uint8)
-        table = 128 + len(tiles) * self.config.tokens_per_tile  # text, and features behind it
-        text, whole = jnp.zeros(128, jnp.int32), jnp.ones((1, PREFIX), bool)
-        return Batch(tiles, text, positions % table, positions, whole, jnp.full(1, PREFIX, jnp.int32))
+            return self.replacing(kept, run)
 
-    def prefix(self, groups: int):
-        """Full prefixes of random keys and values."""
+        return (decode(MANY_STEPS) - decode(FEW_STEPS)) / (MANY_STEPS - FEW_STEPS)
+
+    def pool(self, groups: int) -> list:
+        """[the pool of full prefixes of random keys and values]"""
         text = self.config.text
         shape = groups, text.num_key_value_heads, PREFIX, text.head_dim
 
@@ -137,13 +172,12 @@ class Bench:
             array = random_array(shape, self.dtype, seed=seed)
             return to_int8(array, -1) if self.int8 else array
 
-        layers = [(one(2 * i), one(2 * i + 1)) for i in range(text.num_hidden_layers)]
-        return jax.block_until_ready(Prefix(layers, jnp.full(groups, PREFIX, jnp.int32)))
+        return [jax.block_until_ready([(one(2 * i), one(2 * i + 1)) for i in range(text.num_hidden_layers)])]
 
-    def questions(self, wave: tuple[int, int]):
-        ids = jnp.arange(QUESTION) % self.config.text.vocab_size
-        full = jnp.full(wave, QUESTION, jnp.int32)
-        return Questions(jnp.broadcast_to(ids, (*wave, QUESTION)), full, jnp.ones(wave, bool))
+
+def batch(wave: tuple[int, int]) -> BatchShape:
+    """So many prefixes, with so many rows each."""
+    return one_pool(1, wave[0], PREFIX, wave[1], QUESTION, SLOTS)
 
 
 def random_array(shape: tuple[int, ...], dtype, scale: float = 1.0, seed: int = 0):
@@ -172,12 +206,9 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def work_of(config, case: Case):
-    """What the case cannot avoid; a picture's prefill encodes it too."""
-    slots = (FEW_STEPS + MANY_STEPS) // 2  # that hold something, on average
-    shapes = Shapes(PREFIX, case.wave[1], QUESTION, slots if case.name == "decode" else 0)
-    work = works(config, shapes, case.wave[0], 1, Precision("int8", True) if case.int8 else Precision())
-    of_case = {"encode": work["encode"], "prefill": work["encode"] + work["prefill"]}
-    return (of_case | {"question": work["question"], "decode": work["step"]})[case.name]
+    """What the case cannot avoid."""
+    work = works(config, batch(case.wave), 1, Precision("int8", True) if case.int8 else Precision())
+    return work["step" if case.name == "decode" else case.name]
 
 
 def peaks(kind: str):

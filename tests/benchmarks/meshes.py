@@ -2,7 +2,7 @@
 
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python tests/benchmarks/meshes.py v6e-8      # two to five minutes a mesh
 
-A whole 7B in bfloat16, prefixes of 3,072 positions in waves as large as fit, questions of 64, answers of four steps
+A whole 7B in bfloat16, prefixes of 3,072 positions in batches as large as fit, questions of 64, answers of four steps
 more. Of each program one layer and two are compiled, and the difference is taken for every further layer. Collectives,
 which libtpu gives no cycles, are added by the bandwidth of two links. Printed: ms of the whole slice for one picture.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from llava_jax.capacity.programs import Programs, most_groups, slice_mesh
+from llava_jax.capacity.ahead import chip_bytes, slice_mesh
+from llava_jax.capacity.programs import Programs
 from llava_jax.capacity.report import default_axes
-from llava_jax.capacity.roofline import SLICES, Precision, Shapes, works
+from llava_jax.capacity.roofline import SLICES, Precision, works
 from llava_jax.config import LlavaConfig
+from llava_jax.inference.batch_shape import BatchShape, one_pool
 from llava_jax.inputs.groups import MAX_GROUPS
-from llava_jax.parallel.sharding import num_batch_shards
 
-CONFIG, PRECISION, SHAPES = LlavaConfig.preset("1.6-vicuna-7b"), Precision(), Shapes(3072, 16, 64, 128)
+CONFIG, PRECISION = LlavaConfig.preset("1.6-vicuna-7b"), Precision()
 STEPS = 4
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # Hz, by which their peaks are whole products
 
@@ -30,29 +31,31 @@ def shallow(layers: int) -> LlavaConfig:
     return CONFIG.replace(text=text, vision=dataclasses.replace(CONFIG.vision, num_hidden_layers=layers + 1))
 
 
-def cycles(of: Programs, groups: int) -> dict[str, int]:
-    """Of each program, `groups` prefixes on each shard; prefill without the tower."""
-    once, prefixes = of.once()
-    groups *= num_batch_shards(of.mesh)
-    question, state = of.question(groups, prefixes)
-    encode, prefill = once["encode"].once.cycles, once["prefill"].once.cycles
-    step = of.decode(groups, prefixes, state).step.cycles
-    return dict(encode=encode, prefill=prefill - encode, question=question.once.cycles, step=step)
+def batch(shards: int, per_shard: int) -> BatchShape:
+    return one_pool(shards, per_shard, 3072, 16, 64, 128)
+
+
+def cycles(of: Programs) -> dict[str, int]:
+    """Of each program."""
+    encode, prefill, question = of.encode(), of.prefill(), of.questions(of.shape.blocks[0])
+    step = of.decode().step
+    return dict(encode=encode.once.cycles, prefill=prefill.once.cycles, question=question.once.cycles, step=step.cycles)
 
 
 def milliseconds(name: str, axes: dict[str, int]) -> dict[str, float]:
     """Of the whole slice for one picture, by program; {} where not one prefix fits."""
-    where, tensor = SLICES[name], axes["tensor"]
-    whole = Programs(CONFIG, slice_mesh(where, **axes), SHAPES, PRECISION)
-    groups = min(MAX_GROUPS, most_groups(whole, where.chip.hbm))
+    where, tensor, shards = SLICES[name], axes["tensor"], axes["data"]
+    whole = Programs(CONFIG, slice_mesh(where, **axes), batch(shards, 1), PRECISION)
+    groups = min(MAX_GROUPS, int((where.chip.hbm - chip_bytes(whole.params)) // whole.cache_bytes))
     if groups < 1:
         return {}
-    one, two = (cycles(dataclasses.replace(whole, config=shallow(layers)), groups) for layers in (1, 2))
+    shape = batch(shards, groups)
+    one, two = (cycles(dataclasses.replace(whole, shape=shape, config=shallow(layers))) for layers in (1, 2))
     out = {}
-    for program, work in works(CONFIG, SHAPES, groups, tensor, PRECISION).items():
+    for program, work in works(CONFIG, shape, tensor, PRECISION).items():
         layers = CONFIG.vision.num_hidden_layers - 1 if program == "encode" else CONFIG.text.num_hidden_layers
         estimate = one[program] + (layers - 1) * (two[program] - one[program])
-        pictures = axes["data"] * (groups if program in ("question", "step") else 1)
+        pictures = shards * (groups if program == "step" else 1)
         seconds = estimate / CLOCKS[name.split("-")[0]] + work.reducing_seconds(where.chip, tensor)
         out[program] = 1000 * seconds / pictures
     out["step"] *= STEPS
