@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_attention import normal, plain_attention
 
+from llava_jax.models import prefix_attention, tpu_attention
 from llava_jax.models.attention import causal_attention
 from llava_jax.models.cache_attention import (
     Appended,
@@ -14,7 +15,7 @@ from llava_jax.models.cache_attention import (
     decode_attention,
     question_attention,
 )
-from llava_jax.models.prefix_attention import by_chunks, over_all, over_few
+from llava_jax.models.prefix_attention import by_chunks, over_all
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.tpu_attention import decode_apart, question_by_splash
 
@@ -75,7 +76,7 @@ def test_a_position_is_appended(kv_heads, platform):
     new = [x[:, :, :, slot : slot + 1] for x in (k, v)]
     blocks = [appended(new, *before, valid, slot, *cut) for cut in ((np.s_[:1], 5), (np.s_[1:],))]
     if platform == "cpu":
-        out, suffixes = jax.jit(attend_and_append)(q, blocks, *prefix)
+        out, suffixes = jax.jit(attend_and_append, static_argnums=4)(q, blocks, *prefix, True)
         for ours, expected in zip(suffixes[0], (k, v), strict=True):
             np.testing.assert_array_equal(ours, expected[:, :, :1, :5])
         for ours, expected in zip(suffixes[1], (k, v), strict=True):
@@ -96,7 +97,10 @@ def test_blocks_that_see_different_prefixes():
         for block, lengths in zip(blocks, only_in, strict=True)
     ]
     expected = jax.jit(decode_attention)(q, k, v, valid, *prefix, LENGTHS)
-    for out in (jax.jit(attend_and_append)(q, blocks, *prefix)[0], jax.jit(decode_apart)(q, blocks, *prefix)):
+    for out in (
+        jax.jit(attend_and_append, static_argnums=4)(q, blocks, *prefix, True)[0],
+        jax.jit(decode_apart)(q, blocks, *prefix),
+    ):
         np.testing.assert_allclose(out[0, :1], expected[0, :1], atol=5e-6)
         np.testing.assert_allclose(out[1, 1:], expected[1, 1:], atol=5e-6)
 
@@ -117,15 +121,16 @@ def test_prefixes_in_chunks(int8):
     assert_same_part(jax.jit(by_chunks)(*arguments), jax.jit(over_all)(*arguments))
 
 
-@pytest.mark.parametrize("length, reads_all", [(150, False), (151, True)])
-def test_prefixes_that_nobody_looks_at_are_not_read(length, reads_all):
+@pytest.mark.parametrize("form", [prefix_attention.over_few, tpu_attention.over_few])
+@pytest.mark.parametrize("lengths, reads_all", [([0, 150, 0, 150], False), ([1, 150, 0, 150], True)])
+def test_prefixes_that_nobody_looks_at_are_not_read(form, lengths, reads_all):
     q, k, v = normal(4, 2, 3, 8), normal(4, 2, 150, 8, seed=1), normal(4, 2, 150, 8, seed=2)
-    lengths = np.array([150, length - 150, 0, 0], np.int32)
+    lengths = np.array(lengths, np.int32)
     expected = jax.jit(over_all)(q, k, v, lengths)
-    v[2:] = np.nan
-    got = jax.jit(over_few)(q, k, v, lengths)
-    assert_same_part(*(jax.tree.map(lambda x: np.asarray(x)[:1], part) for part in (got, expected)))
-    assert np.isnan(got.sum[2:]).any() == reads_all
+    v[2] = np.nan
+    got, living = jax.jit(form)(q, k, v, lengths), lengths > 0
+    assert_same_part(*(jax.tree.map(lambda x: np.asarray(x)[living], part) for part in (got, expected)))
+    assert np.isnan(got.sum[2]).any() == reads_all
 
 
 def test_a_tpu_takes_int8_prefixes():

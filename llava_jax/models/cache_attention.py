@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llava_jax.models import prefix_attention, tpu_attention
 from llava_jax.models.attention import MASKED, splash_takes
-from llava_jax.models.parts import join, split_rows
+from llava_jax.models.parts import join, nothing, split_rows
 from llava_jax.models.quantize import values_and_scale
 from llava_jax.parallel.sharding import BATCH_AXES, dividing_axes
 from llava_jax.parallel.target import target_gpu, target_platform
@@ -61,20 +61,21 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
         suffix_k, suffix_v: [G, K, R, S, D]; suffix_valid: bool [G, R, S].
         prefix_k, prefix_v, prefix_lengths: as in `question_attention`.
     """
-    return _decode(q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v)
+    return _decode(q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v, False)
 
 
-def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v) -> tuple[jax.Array, list]:
+def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v, few_live: bool) -> tuple[jax.Array, list]:
     """`decode_attention` of new positions whose rows share their prefixes, but have suffixes of several lengths.
 
     Args:
         q: [G, R, 1, H, D], of the blocks' rows side by side; prefix_k, prefix_v: as in `question_attention`.
+        few_live: it may be that few prefixes have a length; then the program has a form that passes over the others.
 
     Returns:
         (out [G, R, 1, H, D], each block's suffix with the new positions)
     """
-    arguments = q, blocks, prefix_k, prefix_v
-    return jax.lax.platform_dependent(*arguments, default=_append_first, tpu=_append_last)
+    first, last = partial(_append_first, few_live), partial(_append_last, few_live)
+    return jax.lax.platform_dependent(q, blocks, prefix_k, prefix_v, default=first, tpu=last)
 
 
 def keeps_scores(head_dim: int, dtype) -> bool:
@@ -86,13 +87,15 @@ def keeps_scores(head_dim: int, dtype) -> bool:
     return platform != "cpu" and not _kernel_for_gpu(jax.ShapeDtypeStruct((1, 1, 1, 1, head_dim), dtype))
 
 
-def _append_first(q, blocks: list[Appended], *prefix):
+def _append_first(few_live: bool, q, blocks: list[Appended], *prefix):
     owns = [block.own._replace(suffix=_append(block)) for block in blocks]
-    return _decode(q, owns, *prefix), [own.suffix for own in owns]
+    return _decode(q, owns, *prefix, few_live), [own.suffix for own in owns]
 
 
-def _append_last(q, blocks: list[Appended], *prefix):
-    return tpu_attention.decode_apart(q, blocks, *prefix), [_append(block) for block in blocks]
+def _append_last(few_live: bool, q, blocks: list[Appended], *prefix):
+    few = partial(_on_mesh_by_prefix, tpu_attention.over_few)
+    over_prefix = few if few_live else tpu_attention.over_all
+    return tpu_attention.decode_apart(q, blocks, *prefix, over_prefix), [_append(block) for block in blocks]
 
 
 def _append(block: Appended):
@@ -144,12 +147,12 @@ def _kernel_for_gpu(q) -> dict[str, Callable]:
     return {"cuda": partial(_on_mesh, attend)}
 
 
-def _decode(q, owns: list[Own], prefix_k, prefix_v) -> jax.Array:
-    arguments, cpu = (q, owns, prefix_k, prefix_v), partial(_on_mesh_by_prefix, prefix_attention.over_few)
-    platforms = {"cpu": partial(_in_parts, cpu)} | {
-        platform: partial(_block_by_block, attend) for platform, attend in _kernel_for_gpu(q).items()
-    }
-    return jax.lax.platform_dependent(*arguments, default=partial(_in_parts, prefix_attention.over_all), **platforms)
+def _decode(q, owns: list[Own], prefix_k, prefix_v, few_live: bool) -> jax.Array:
+    platforms = {platform: partial(_block_by_block, attend) for platform, attend in _kernel_for_gpu(q).items()}
+    in_parts = partial(_in_parts, prefix_attention.over_all)
+    if few_live:
+        platforms["cpu"] = partial(_in_parts, partial(_on_mesh_by_prefix, prefix_attention.over_few))
+    return jax.lax.platform_dependent(q, owns, prefix_k, prefix_v, default=in_parts, **platforms)
 
 
 def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
@@ -160,7 +163,7 @@ def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
     shared = over_prefix(heads.reshape(groups, kv_heads, -1, width), prefix_k, prefix_v, lengths)
     shared = jax.tree.map(lambda x: x.reshape(*heads.shape[:4], *x.shape[3:]), shared)
     parts = [
-        prefix_attention.add(prefix_attention.nothing(heads), heads, *own.suffix, own.valid[:, None, :, None])
+        prefix_attention.add(nothing(heads), heads, *own.suffix, own.valid[:, None, :, None])
         for heads, own in zip(split_rows(heads, owns, 2), owns, strict=True)
     ]
     own = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts)
@@ -175,7 +178,7 @@ def _block_by_block(attend, q, owns: list[Own], *prefix):
 
 
 def _on_mesh_by_prefix(attend, q, k, v, lengths):
-    """`attend` on each device's prefixes and heads, as `_on_mesh`."""
+    """`attend`, q [G, K, X, D], on each device's prefixes and heads, as `_on_mesh`: a device's own may be few."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(q, k, v, lengths)

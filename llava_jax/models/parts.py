@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.models.attention import MASKED
+
 
 class Part(NamedTuple):
     """What queries [...] get from some of the keys that they see; `join` makes several parts into attention over all.
@@ -20,6 +22,12 @@ class Part(NamedTuple):
     sum: jax.Array  # float32 [..., D]: of the values, each times its weight, exp(score - largest)
     largest: jax.Array  # float32 [...]: of the scores; MASKED or less where a query sees none of these keys
     weight: jax.Array | int  # float32 [...]: the sum of the weights
+
+
+def nothing(q) -> Part:
+    """What queries [..., D] get from no keys."""
+    each = jnp.zeros(q.shape[:-1], jnp.float32)
+    return Part(jnp.zeros(q.shape, jnp.float32), jnp.full_like(each, MASKED), each)
 
 
 def join(*parts: Part) -> jax.Array:

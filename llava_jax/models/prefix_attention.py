@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.models.attention import MASKED
-from llava_jax.models.parts import Part
+from llava_jax.models.parts import Part, nothing
 from llava_jax.models.quantize import values_and_scale
 
 CHUNK = 64  # positions that are read at a time, so that what is taken out of the prefixes stays in the cache
-FEW = 4  # a position costs a CPU twice as much there, or less: below a quarter of all positions chunks are faster
+FEW = 2  # a position costs a CPU twice as much there, or less: below half of all positions chunks are faster
 
 
 def over_all(q, k, v, lengths) -> Part:
@@ -22,8 +22,6 @@ def over_all(q, k, v, lengths) -> Part:
 def over_few(q, k, v, lengths) -> Part:
     """`over_all` for a CPU: while few prefixes are looked at, it reads no others, and no padding."""
     groups, _, positions = jax.tree.leaves(k)[0].shape[:3]
-    if groups < FEW:
-        return over_all(q, k, v, lengths)
     few = FEW * lengths.sum() <= groups * positions
     return jax.lax.cond(few, by_chunks, over_all, q, k, v, lengths)
 
@@ -50,12 +48,6 @@ def by_chunks(q, k, v, lengths) -> Part:
         return jax.lax.fori_loop(0, (length + chunk - 1) // chunk, step, nothing(q))
 
     return jax.lax.map(of_group, (q, lengths, jnp.arange(len(q))))
-
-
-def nothing(q) -> Part:
-    """What queries [..., D] get from no keys."""
-    each = jnp.zeros(q.shape[:-1], jnp.float32)
-    return Part(jnp.zeros(q.shape, jnp.float32), jnp.full_like(each, MASKED), each)
 
 
 def add(sums: Part, q, k, v, seen, keys_first: bool = False) -> Part:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
 from llava_jax.models.attention import MASKED, SPLASH_BLOCKS, splash_block, splash_takes
 from llava_jax.models.linear import MATRIX_UNIT_ROWS
-from llava_jax.models.parts import Part, join, split_rows
+from llava_jax.models.parts import Part, join, nothing, split_rows
 from llava_jax.models.quantize import Int8, values_and_scale
 
 
-def decode_apart(q, blocks, prefix_k, prefix_v) -> jax.Array:
+def decode_apart(q, blocks, prefix_k, prefix_v, over_prefix: Callable[..., Part] | None = None) -> jax.Array:
     """One new position a row, whose own key and value are not in its suffix yet; see `cache_attention.Appended`.
 
     If they were, XLA would fetch the whole suffix into a core's memory, update it there and write all of it back.
@@ -21,6 +22,7 @@ def decode_apart(q, blocks, prefix_k, prefix_v) -> jax.Array:
     Args:
         q: [G, R, 1, H, D], of the rows of all blocks, as is what comes out.
         prefix_k, prefix_v: [G, K, P, D], arrays or Int8.
+        over_prefix: `over_all` (None), or what gives the same.
     """
     owns = [block.own for block in blocks]
     groups, kv_heads, _, _, width = owns[0].suffix[0].shape
@@ -30,8 +32,7 @@ def decode_apart(q, blocks, prefix_k, prefix_v) -> jax.Array:
     each = [_own_parts(queries, block) for queries, block in pairs]
     own, new = (jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts) for parts in zip(*each, strict=True))
     lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
-    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < lengths[:, None]
-    shared = _part(heads, prefix_k, prefix_v, in_prefix[:, None, None])
+    shared = (over_prefix or over_all)(heads, prefix_k, prefix_v, lengths)
     out = join(shared, own, new).astype(q.dtype)
     return out.reshape(of_rows.shape).swapaxes(1, 2).reshape(q.shape)
 
@@ -44,6 +45,34 @@ def _own_parts(of_rows, block) -> tuple[Part, Part]:
     part = _part(heads.reshape(of_rows.shape), *own.suffix, before[:, None, :, None])
     part = jax.tree.map(lambda x: x.reshape(*heads.shape[:3], *x.shape[4:]), part)
     return part, _new_part(heads, *block.new)
+
+
+FEW = 2  # one prefix takes a third more time alone than as one of many: this is worth it below half of them
+
+
+def over_all(q, k, v, lengths) -> Part:
+    """q [G, K, X, D] over all of k, v [G, K, P, D], arrays or Int8, before `lengths`, int32 [G]."""
+    seen = jnp.arange(jax.tree.leaves(k)[0].shape[2]) < lengths[:, None]
+    return _part(q, k, v, seen[:, None, None])
+
+
+def over_few(q, k, v, lengths) -> Part:
+    """`over_all`; while few prefixes have a length, the others are not read."""
+    living = lengths > 0
+    order, count = jnp.argsort(~living, stable=True), living.sum()
+
+    def one_by_one(q, k, v, lengths) -> Part:
+        def step(n, parts: Part) -> Part:
+            def read(x):
+                return jax.lax.dynamic_slice_in_dim(x, order[n], 1)
+
+            one = over_all(*jax.tree.map(read, (q, k, v, lengths)))
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=order[n], axis=0)
+            return jax.tree.map(put, parts, one)
+
+        return jax.lax.fori_loop(0, count, step, nothing(q))
+
+    return jax.lax.cond(FEW * count <= len(q), one_by_one, over_all, q, k, v, lengths)
 
 
 def _part(q, k, v, seen) -> Part:
