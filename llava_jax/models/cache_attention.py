@@ -95,7 +95,12 @@ def _append_first(few_live: bool, q, blocks: list[Appended], *prefix):
 def _append_last(few_live: bool, q, blocks: list[Appended], *prefix):
     few = partial(_on_mesh_by_prefix, tpu_attention.over_few)
     over_prefix = few if few_live else tpu_attention.over_all
-    return tpu_attention.decode_apart(q, blocks, *prefix, over_prefix), [_append(block) for block in blocks]
+    out = tpu_attention.decode_apart(q, blocks, *prefix, over_prefix)
+    news = [block.new for block in blocks]
+    out, news = jax.lax.optimization_barrier(
+        (out, news)
+    )  # until it was read: else XLA may copy a suffix to write there
+    return out, [_append(block._replace(new=new)) for block, new in zip(blocks, news, strict=True)]
 
 
 def _append(block: Appended):
