@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Future
 from functools import partial
 
+import numpy as np
 import pytest
 import scenes
 from PIL import Image, features
@@ -15,6 +16,8 @@ from llava_jax.cli import main
 from llava_jax.evaluation import pictures
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.run import prepare
+from llava_jax.inputs.groups import Group
+from llava_jax.inputs.types import ProcessedImage
 from llava_jax.inputs.workers import WorkerDied
 
 
@@ -132,3 +135,19 @@ def test_a_picture_from_anywhere_costs_no_more_than_its_question(
     scenes.write_lines(tmp_path / "questions.jsonl", [e for e in entries if "://" in e["image"]])
     places = dict(question_file=str(flags["--question-file"]), answers_file=str(tmp_path / "b.jsonl"))
     assert prepare(EvaluateOptions(str(flags["--model-path"]), image_folder="/nowhere", **places)).file.questions
+
+
+def test_a_picture_of_several_groups_is_loaded_once(monkeypatch):
+    loaded = []
+
+    def load(config, rgb, source):
+        loaded.append(source)
+        return ProcessedImage(np.zeros(0, np.uint8), (4, 4))
+
+    monkeypatch.setattr(pictures, "Workers", InThisProcess)
+    monkeypatch.setattr(pictures, "load_picture", load)
+    one, other, none = pictures.Picture("a", ((4, 4),)), pictures.Picture("b", ((4, 4),)), pictures.Picture(None)
+    asked = [Group(np.zeros(1), (), (), picture, 1) for picture in (one, none, one, other, one)]
+    found = list(pictures.load_ahead(None, False, asked))
+    assert [len(images) for _, images in found] == [1, 0, 1, 1, 1] and loaded == ["a", "b"]
+    assert all(group is expected for (group, _), expected in zip(found, asked, strict=True))

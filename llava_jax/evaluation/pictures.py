@@ -68,12 +68,14 @@ class LoadedOrLost(NamedTuple):
 
 
 def load_ahead(config: LlavaConfig, rgb: bool, groups: Iterable[Group]) -> Generator[LoadedOrLost]:
-    """Each group with its picture, which processes load while `AHEAD` groups before it are worked on."""
+    """Each group with its picture, which processes load while `AHEAD` groups before it are worked on: once for all of
+    those that ask about the same one."""
     waiting: deque[tuple[Group, Future | None]] = deque()
     with Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1)) as workers:
         for group in groups:
             source = group.images.source
-            waiting.append((group, None if source is None else workers.submit(source)))
+            same = next((future for other, future in waiting if other.images is group.images), None)
+            waiting.append((group, None if source is None else same or workers.submit(source)))
             if len(waiting) > AHEAD:
                 yield _finish(*waiting.popleft())
         while waiting:

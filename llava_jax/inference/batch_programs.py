@@ -25,6 +25,7 @@ class BatchPrograms:
 
     def __init__(self, program: Callable[..., LoggedJit], model: LlavaLlamaForCausalLM, mesh: Mesh | None):
         self._model, self._mesh = model, mesh
+        self._makers: dict[tuple, Callable] = {}  # of empty pools and rows
 
         def of_model(name: str, function, place: Callable, **options) -> LoggedJit:
             return program(name, _then(place, partial(function, model)), **options)
@@ -56,12 +57,13 @@ class BatchPrograms:
 
     def empty_pool(self, groups: int, capacity: int, dtype) -> Pool:
         """`pool.empty_pool`, on the mesh."""
-        return self._made(self._make_pool(groups, capacity, dtype), self.pool_shapes(groups, capacity, dtype))
+        size = groups, capacity, dtype
+        return self._made(("pool", *size), self._make_pool(*size), self.pool_shapes(*size))
 
     def empty_rows(self, groups: int, count: int, slots: int, dtype) -> Rows:
         """`rows.empty_rows`, on the mesh."""
-        make = self._make_rows(groups, count, slots, dtype)
-        return self._made(make, self.rows_shapes(groups, count, slots, dtype))
+        size = groups, count, slots, dtype
+        return self._made(("rows", *size), self._make_rows(*size), self.rows_shapes(*size))
 
     def _make_pool(self, groups: int, capacity: int, dtype) -> Callable[[], Pool]:
         return partial(pool.empty_pool, self._model.config.text, groups, capacity, dtype, self._model.int8_prefix)
@@ -115,9 +117,12 @@ class BatchPrograms:
         place = partial(NamedSharding, self._mesh)
         return jax.tree.map(lambda x, spec: x.update(sharding=place(spec)), shapes, specs(shapes))
 
-    def _made(self, make: Callable, shapes):
-        shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
-        return jax.jit(make, out_shardings=shardings)()
+    def _made(self, key: tuple, make: Callable, shapes):
+        """What `make` makes, on the mesh, by a program that is kept for the next batch of that shape."""
+        if key not in self._makers:
+            shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
+            self._makers[key] = jax.jit(make, out_shardings=shardings)
+        return self._makers[key]()
 
 
 def _then(place: Callable, function: Callable) -> Callable:
