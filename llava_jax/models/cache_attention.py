@@ -61,7 +61,7 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
         suffix_k, suffix_v: [G, K, R, S, D]; suffix_valid: bool [G, R, S].
         prefix_k, prefix_v, prefix_lengths: as in `question_attention`.
     """
-    return _decode(q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v, False)
+    return _decode(False, q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v)
 
 
 def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v, few_live: bool) -> tuple[jax.Array, list]:
@@ -89,13 +89,13 @@ def keeps_scores(head_dim: int, dtype) -> bool:
 
 def _append_first(few_live: bool, q, blocks: list[Appended], *prefix):
     owns = [block.own._replace(suffix=_append(block)) for block in blocks]
-    return _decode(q, owns, *prefix, few_live), [own.suffix for own in owns]
+    return _decode(few_live, q, owns, *prefix), [own.suffix for own in owns]
 
 
-def _append_last(few_live: bool, q, blocks: list[Appended], *prefix):
+def _append_last(few_live: bool, q, blocks: list[Appended], prefix_k, prefix_v):
     few = partial(_on_mesh_by_prefix, tpu_attention.over_few)
     over_prefix = few if few_live else tpu_attention.over_all
-    out = tpu_attention.decode_apart(q, blocks, *prefix, over_prefix)
+    out = tpu_attention.decode_apart(q, blocks, prefix_k, prefix_v, over_prefix)
     news = [block.new for block in blocks]
     out, news = jax.lax.optimization_barrier(
         (out, news)
@@ -152,7 +152,7 @@ def _kernel_for_gpu(q) -> dict[str, Callable]:
     return {"cuda": partial(_on_mesh, attend)}
 
 
-def _decode(q, owns: list[Own], prefix_k, prefix_v, few_live: bool) -> jax.Array:
+def _decode(few_live: bool, q, owns: list[Own], prefix_k, prefix_v) -> jax.Array:
     platforms = {platform: partial(_block_by_block, attend) for platform, attend in _kernel_for_gpu(q).items()}
     in_parts = partial(_in_parts, prefix_attention.over_all)
     if few_live:
@@ -167,12 +167,12 @@ def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
     lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
     shared = over_prefix(heads.reshape(groups, kv_heads, -1, width), prefix_k, prefix_v, lengths)
     shared = jax.tree.map(lambda x: x.reshape(*heads.shape[:4], *x.shape[3:]), shared)
-    parts = [
-        prefix_attention.add(nothing(heads), heads, *own.suffix, own.valid[:, None, :, None])
-        for heads, own in zip(split_rows(heads, owns, 2), owns, strict=True)
-    ]
-    own = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts)
-    return join(shared, own).astype(q.dtype).swapaxes(1, 2).reshape(q.shape)
+    parts = []
+    for rows, own in zip(split_rows(heads, owns, 2), owns, strict=True):
+        k, v = own.suffix
+        parts.append(prefix_attention.add(nothing(rows), rows, k, v, own.valid[:, None, :, None]))
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *parts)
+    return join(shared, joined).astype(q.dtype).swapaxes(1, 2).reshape(q.shape)
 
 
 def _block_by_block(attend, q, owns: list[Own], *prefix):

@@ -235,7 +235,8 @@ def _attend_in(blocks: list[CacheBlock], layer: int, q, k, v):
         own = Own(suffix, block.suffix.valid, block.prefix.lengths)
         appended.append(Appended(new, block.slot, block.writes, own))
     some_rest = any(block.writes is not None for block in blocks)
-    return attend_and_append(q, appended, *blocks[0].prefix.keys_values[layer], some_rest)
+    prefix_k, prefix_v = blocks[0].prefix.keys_values[layer]
+    return attend_and_append(q, appended, prefix_k, prefix_v, some_rest)
 
 
 def _kv_heads_first(x):

@@ -42,7 +42,8 @@ def _own_parts(of_rows, block) -> tuple[Part, Part]:
     own = block.own
     before = own.valid & (jnp.arange(own.valid.shape[-1]) != block.slot)
     heads = of_rows.reshape(*of_rows.shape[:2], -1, of_rows.shape[-1])
-    part = _part(heads.reshape(of_rows.shape), *own.suffix, before[:, None, :, None])
+    k, v = own.suffix
+    part = _part(heads.reshape(of_rows.shape), k, v, before[:, None, :, None])
     part = jax.tree.map(lambda x: x.reshape(*heads.shape[:3], *x.shape[4:]), part)
     return part, _new_part(heads, *block.new)
 
