@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_attention import plain_attention, qkv
-from test_triton_attention import arrays, slots_used
+from test_triton_attention import arrays, in_blocks, slots_used
 
 from llava_jax.models.attention import full_attention
-from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.cache_attention import Appended, attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.triton_attention import takes
 from llava_jax.parallel.target import target_gpu
@@ -48,7 +48,23 @@ def test_attention_over_the_cache_is_xlas_form(attend, int8, rows, kv_heads):
     q, k, v, *prefix = arrays(2, rows, new, slots, 330, 8, kv_heads, 128, jnp.bfloat16)
     prefix = [to_int8(x, -1) for x in prefix] if int8 else prefix
     valid = [] if questions else [slots_used(2, rows, slots, 50)]
-    arguments = q, k, v, *valid, *prefix, np.array([330, 75], np.int32)
+    assert_xlas_form(attend, q, k, v, *valid, *prefix, np.array([330, 75], np.int32))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_blocks_of_rows_over_the_cache(int8, kv_heads):
+    """What is appended to them is in their slot already."""
+    q, k, v, *prefix = arrays(2, 8, 1, 200, 330, 8, kv_heads, 128, jnp.bfloat16)
+    prefix = [to_int8(x, -1) for x in prefix] if int8 else prefix
+    lengths = [np.array([330, 75], np.int32), np.array([0, 75], np.int32)]
+    _, owns = in_blocks(((5, 72, 50), (3, 200, 170)), k, v, lengths)
+    blocks = [Appended(tuple(x[:, :, :, 9:10] for x in own.suffix), np.int32(9), None, own) for own in owns]
+    assert_xlas_form(lambda *arrays: attend_and_append(*arrays)[0], q, blocks, *prefix)
+
+
+def assert_xlas_form(attend, q, *others):
+    arguments = q, *others
     here = jax.jit(lambda *arrays: attend(*arrays))
     if jax.default_backend() == "gpu" and takes(q, target_gpu()):
         assert "cache_attention" in here.lower(*arguments).as_text()

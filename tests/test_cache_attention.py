@@ -152,9 +152,8 @@ def test_questions_continue_causal_attention():
     np.testing.assert_allclose(split[:, 0], whole[:, 5:], atol=1e-6)
 
 
-def by_splash(*arguments):
-    q, k, v, *prefix = arguments
-    return question_by_splash(q, k, v, None, *prefix, interpret=True)
+def by_splash(q, k, v, *prefix, lengths):
+    return question_by_splash(q, [Own((k, v), None, lengths)], *prefix, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +164,10 @@ def test_questions_by_splash(kv_heads, new):
     q, k, v, *prefix = (x / 3 for x in parts(kv_heads, new=new, slots=new, width=64, prefix=384))
     lengths = np.array([384, 70], np.int32)
     expected = jax.jit(question_attention)(q, k, v, *prefix, lengths)
-    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *prefix, lengths), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *prefix, lengths=lengths), expected, atol=2e-6)
     int8 = [to_int8(x, -1) for x in prefix]
     expected = jax.jit(question_attention)(q, k, v, *int8, lengths)
-    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *int8, lengths), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(by_splash)(q, k, v, *int8, lengths=lengths), expected, atol=2e-6)
 
 
 def lowered(platform, positions=384, precision="default"):

@@ -21,7 +21,7 @@ from llava_jax.capacity.roofline import GPUS, Precision
 from llava_jax.config import LlavaConfig
 from llava_jax.inference.batch_shape import one_pool
 from llava_jax.models.attention import causal_attention, full_attention
-from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.cache_attention import Appended, Own, attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import Int8
 from llava_jax.parallel.target import Gpu, target_gpu
 
@@ -61,6 +61,17 @@ def cache_arguments(mesh, attend, groups, rows, kv_heads, int8=False, dtype=jnp.
     return q, own, own, *valid, prefix, prefix, array(mesh, (groups,), jnp.int32, data)
 
 
+def blocks_arguments(mesh, kv_heads, int8=False, by=(None, None)):
+    """Of `attend_and_append`: as `cache_arguments`, but four rows of 128 slots beside two of 512."""
+    q, *_, prefix_k, prefix_v, lengths = cache_arguments(mesh, decode_attention, 8, 6, kv_heads, int8, by=by)
+    blocks = []
+    for rows, slots in ((4, 128), (2, 512)):
+        new, suffix = ((array(mesh, (8, kv_heads, rows, n, 128), jnp.bfloat16, *by),) * 2 for n in (1, slots))
+        own = Own(suffix, array(mesh, (8, rows, slots), jnp.bool, by[0]), lengths)
+        blocks.append(Appended(new, array(mesh, (), jnp.int32), None, own))
+    return q, blocks, prefix_k, prefix_v
+
+
 def spills(dump: Path) -> list[int]:
     """Bytes that each kernel of the program stores because it has no more registers, as ptxas says."""
     folder = Path(next(iter(find_spec("nvidia.cuda_nvcc").submodule_search_locations))) / "bin"
@@ -84,10 +95,21 @@ def spills(dump: Path) -> list[int]:
 def test_no_register_is_spilled(tmp_path, name, attend, groups, rows, kv_heads, int8):
     """1 to 3 s each."""
     mesh = slice_mesh(GPUS[name], tensor=1)
-    arguments = cache_arguments(mesh, attend, groups, rows, kv_heads, int8)
-    program = compiled(mesh, attend, *arguments, xla_dump_to=str(tmp_path), xla_dump_hlo_as_text=True)
+    assert_one_kernel(mesh, attend, cache_arguments(mesh, attend, groups, rows, kv_heads, int8), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["h100", "a100", "l4"])
+@pytest.mark.parametrize("kv_heads, int8", [(32, False), (8, True)])
+def test_blocks_of_rows_read_a_prefix_once(tmp_path, name, kv_heads, int8):
+    """3 s each."""
+    mesh = slice_mesh(GPUS[name], tensor=1)
+    assert_one_kernel(mesh, attend_and_append, blocks_arguments(mesh, kv_heads, int8), tmp_path)
+
+
+def assert_one_kernel(mesh, attend, arguments, dump: Path):
+    program = compiled(mesh, attend, *arguments, xla_dump_to=str(dump), xla_dump_hlo_as_text=True)
     assert program.as_text().count(KERNEL) == 1
-    stored = spills(tmp_path)
+    stored = spills(dump)
     assert stored and not any(stored)
     assert program.memory_analysis().temp_size_in_bytes < 10 << 20  # no scores; splits of few heads
 
@@ -100,10 +122,12 @@ def test_a_gpu_without_the_kernel_gets_xlas_form():
     assert "cudnn" not in compiled(mesh, causal_attention, part, part, part).as_text()
 
 
-@pytest.mark.parametrize("attend", [decode_attention, question_attention])
+@pytest.mark.parametrize("attend", [decode_attention, question_attention, attend_and_append])
 def test_the_cache_on_a_mesh_sends_nothing(attend):
-    mesh = slice_mesh(GPUS["h100-8"], data=2, tensor=4)
-    text = compiled(mesh, attend, *cache_arguments(mesh, attend, 8, 16, 8, by=("data", "tensor"))).as_text()
+    mesh, by = slice_mesh(GPUS["h100-8"], data=2, tensor=4), ("data", "tensor")
+    blocks = attend is attend_and_append
+    arguments = blocks_arguments(mesh, 8, by=by) if blocks else cache_arguments(mesh, attend, 8, 16, 8, by=by)
+    text = compiled(mesh, attend, *arguments).as_text()
     assert text.count(KERNEL) == 1 and "bf16[4,2,3072,128]" in text
     assert not any(sent in text for sent in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_attention import normal, pretend
 
-from llava_jax.models.cache_attention import decode_attention, question_attention
+from llava_jax.models.cache_attention import Appended, Own, attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.triton_attention import Tiling, choose_tiling, takes, triton_attention
 from llava_jax.parallel.target import Gpu
@@ -30,10 +30,24 @@ def slots_used(groups, rows, slots, used):
     return valid
 
 
+def in_blocks(blocks, k, v, lengths):
+    """Rows [G, K, R, S, D] in blocks of (rows, slots, slots used): (what is valid of all of them, each block's)"""
+    valid, owns, first = np.zeros((len(k), *k.shape[2:4]), bool), [], 0
+    for (rows, slots, used), of_block in zip(blocks, lengths, strict=True):
+        cut = np.s_[:, first : first + rows, :slots]
+        valid[cut] = slots_used(len(k), rows, slots, used)
+        owns.append(Own((k[:, *cut], v[:, *cut]), valid[cut], of_block))
+        first += rows
+    return valid, owns
+
+
+def by_kernel(q, owns, prefix_k, prefix_v, tiling):
+    return jax.jit(partial(triton_attention, tiling=tiling, interpret=True))(q, owns, prefix_k, prefix_v)
+
+
 def both(q, k, v, valid, prefix_k, prefix_v, lengths, tiling):
     """(the kernel's, XLA's)"""
-    kernel = jax.jit(partial(triton_attention, tiling=tiling, interpret=True))
-    got = kernel(q, k, v, valid, prefix_k, prefix_v, lengths)
+    got = by_kernel(q, [Own((k, v), valid, lengths)], prefix_k, prefix_v, tiling)
     if valid is None:
         return got, jax.jit(question_attention)(q, k, v, prefix_k, prefix_v, lengths)
     return got, jax.jit(decode_attention)(q, k, v, valid, prefix_k, prefix_v, lengths)
@@ -55,6 +69,28 @@ def test_one_position(rows, slots, used, prefix, heads, int8, tiling):
     lengths, valid = np.array([prefix - 3, prefix // 3], np.int32), slots_used(2, rows, slots, used)
     shared = [to_int8(x, -1) for x in shared] if int8 else shared
     np.testing.assert_allclose(*both(q, k, v, valid, *shared, lengths, tiling), atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "heads", "int8", "tiling"),
+    [
+        (((3, 32, 20), (2, 96, 70)), 2, False, Tiling(16, 32, 1, 4, 2)),
+        (((5, 40, 40), (1, 72, 65), (3, 16, 9)), 8, True, Tiling(16, 32, 3, 4, 2)),  # all three meet in a tile
+        # a row in two tiles
+        pytest.param(((4, 64, 64), (3, 32, 1)), 6, True, Tiling(16, 32, 1, 4, 2), marks=pytest.mark.long),
+        pytest.param(((1, 32, 8), (1, 32, 32)), 4, False, Tiling(16, 32, 8, 4, 2), marks=pytest.mark.long),
+    ],
+)
+def test_blocks_of_rows(blocks, heads, int8, tiling):
+    """In the second prefix nobody lives in the first block, in the third nobody but there. XLA's form has all rows in
+    one block."""
+    rows, slots = sum(rows for rows, *_ in blocks), max(slots for _, slots, _ in blocks)
+    q, k, v, *shared = arrays(3, rows, 1, slots, 100, heads)
+    shared = [to_int8(x, -1) for x in shared] if int8 else shared
+    lengths = [np.array([97, 40 * (n > 0), 33 * (n == 0)], np.int32) for n in range(len(blocks))]
+    valid, owns = in_blocks(blocks, k, v, lengths)
+    expected = jax.jit(decode_attention)(q, k, v, valid, *shared, np.array([97, 40, 33], np.int32))
+    np.testing.assert_allclose(by_kernel(q, owns, *shared, tiling), expected, atol=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +122,8 @@ def test_half_precision(dtype):
 def test_what_sees_nothing_is_finite(splits):
     q, k, v, *shared = arrays(1, 2, 1, 32, 64)
     valid = np.zeros((1, 2, 32), bool)
-    kernel = partial(triton_attention, tiling=Tiling(16, 32, splits, 4, 2), interpret=True)
-    assert np.isfinite(jax.jit(kernel)(q, k, v, valid, *shared, np.zeros(1, np.int32))).all()
+    own = Own((k, v), valid, np.zeros(1, np.int32))
+    assert np.isfinite(by_kernel(q, [own], *shared, Tiling(16, 32, splits, 4, 2))).all()
 
 
 @pytest.mark.parametrize("dead", ["prefix", "suffix"])
@@ -101,8 +137,8 @@ def test_what_no_query_sees_is_not_looked_at(dead):
         shared = [x.at[:, :, 128:].set(jnp.nan) for x in shared]
     else:
         k, v = (x.at[:, :, :, 64:].set(jnp.nan) for x in (k, v))
-    kernel = jax.jit(partial(triton_attention, tiling=tiling, interpret=True))
-    np.testing.assert_allclose(kernel(q, k, v, valid, *shared, lengths), expected, atol=5e-6)
+    got = by_kernel(q, [Own((k, v), valid, lengths)], *shared, tiling)
+    np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
 def test_tilings():
@@ -140,3 +176,12 @@ def test_which_programs_get_it(monkeypatch, attend, capability, kernel):
     traced = jax.jit(lambda *parts: attend(*parts)).trace(q, k, v, *valid, *shared, np.array([40], np.int32))
     assert ("cache_attention" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
     assert "cache_attention" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_blocks_of_rows_share_a_kernel(monkeypatch):
+    pretend(monkeypatch, "9.0")
+    q, k, v, *shared = arrays(1, 3, 1, 64, 64, dtype=jnp.bfloat16)
+    _, owns = in_blocks(((2, 32, 9), (1, 64, 9)), k, v, [np.array([40], np.int32)] * 2)
+    blocks = [Appended(tuple(x[:, :, :, 8:9] for x in own.suffix), np.int32(8), None, own) for own in owns]
+    traced = jax.jit(lambda *parts: attend_and_append(*parts)).trace(q, blocks, *shared)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count('name = "cache_attention"') == 1

@@ -30,18 +30,18 @@ def question_attention(q, k, v, prefix_k, prefix_v, prefix_lengths) -> jax.Array
         prefix_k, prefix_v: [G, K, P, D], arrays or Int8.
         prefix_lengths: int32 [G], how many positions of the prefix are no padding.
     """
-    arguments, platforms = (q, k, v, None, prefix_k, prefix_v, prefix_lengths), _kernel_for_gpu(q)
+    arguments, platforms = (q, [Own((k, v), None, prefix_lengths)], prefix_k, prefix_v), _kernel_for_gpu(q)
     if tpu_attention.splash_takes_questions(q, prefix_k):
         platforms["tpu"] = partial(_on_mesh, tpu_attention.question_by_splash)
     return jax.lax.platform_dependent(*arguments, default=_questions_by_xla, **platforms)
 
 
 class Own(NamedTuple):
-    """What rows have of their own: a suffix with S slots, in which a new position has its key and value."""
+    """What rows have of their own: a suffix with S slots, in which new positions have their keys and values."""
 
     suffix: Any  # (k, v), [G, K, R, S, D]
-    valid: jax.Array  # bool [G, R, S], what a row sees of it, the new position included
-    prefix_lengths: jax.Array  # int32 [G], how many positions they see of each prefix
+    valid: Any  # bool [G, R, S], what a row sees of it; None: each position sees those up to itself
+    prefix_lengths: Any  # int32 [G], how many positions they see of each prefix
 
 
 class Appended(NamedTuple):
@@ -143,25 +143,24 @@ def _kernel_for_gpu(q) -> dict[str, Callable]:
     if not triton_attention.takes(q, gpu):
         return {}
 
-    def attend(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths):
+    def attend(q, owns, prefix_k, prefix_v):
         groups, rows, length, heads, _ = q.shape
-        kv_heads = k.shape[1]
+        kv_heads = owns[0].suffix[0].shape[1]
         tiling = triton_attention.choose_tiling(rows * length * heads // kv_heads, groups * kv_heads, gpu)
-        return triton_attention.triton_attention(q, k, v, own_valid, prefix_k, prefix_v, prefix_lengths, tiling)
+        return triton_attention.triton_attention(q, owns, prefix_k, prefix_v, tiling)
 
     return {"cuda": partial(_on_mesh, attend)}
 
 
 def _decode(few_live: bool, q, owns: list[Own], prefix_k, prefix_v) -> jax.Array:
-    platforms = {platform: partial(_block_by_block, attend) for platform, attend in _kernel_for_gpu(q).items()}
-    in_parts = partial(_in_parts, prefix_attention.over_all)
+    """A prefix is read once for the rows of all blocks."""
+    platforms, in_parts = _kernel_for_gpu(q), partial(_in_parts, prefix_attention.over_all)
     if few_live:
         platforms["cpu"] = partial(_in_parts, partial(_on_mesh_by_prefix, prefix_attention.over_few))
     return jax.lax.platform_dependent(q, owns, prefix_k, prefix_v, default=in_parts, **platforms)
 
 
 def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
-    """A prefix is read once for the rows of all blocks."""
     groups, kv_heads, _, _, width = owns[0].suffix[0].shape
     heads = q.reshape(groups, q.shape[1], kv_heads, -1, width).swapaxes(1, 2)  # [G, K, R, h, D]
     lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
@@ -175,13 +174,6 @@ def _in_parts(over_prefix, q, owns: list[Own], prefix_k, prefix_v):
     return join(shared, joined).astype(q.dtype).swapaxes(1, 2).reshape(q.shape)
 
 
-def _block_by_block(attend, q, owns: list[Own], *prefix):
-    """By a kernel of both parts."""
-    pairs = zip(split_rows(q, owns, 1), owns, strict=True)
-    out = [attend(q, *own.suffix, own.valid, *prefix, own.prefix_lengths) for q, own in pairs]
-    return jnp.concatenate(out, axis=1)
-
-
 def _on_mesh_by_prefix(attend, q, k, v, lengths):
     """`attend`, q [G, K, X, D], on each device's prefixes and heads, as `_on_mesh`: a device's own may be few."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -193,24 +185,26 @@ def _on_mesh_by_prefix(attend, q, k, v, lengths):
     return run(q, k, v, lengths)
 
 
-def _on_mesh(attend, q, k, v, own_valid, *prefix):
+def _on_mesh(attend, q, owns: list[Own], prefix_k, prefix_v):
     """A kernel on each device's prefixes (`data`, `fsdp`) and heads (`tensor`), where the mesh's axes divide them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return attend(q, k, v, own_valid, *prefix)
-    groups, heads = dividing_axes(mesh, BATCH_AXES, len(q)), dividing_axes(mesh, ("tensor",), k.shape[1])
+        return attend(q, owns, prefix_k, prefix_v)
+    kv_heads = owns[0].suffix[0].shape[1]
+    groups, heads = dividing_axes(mesh, BATCH_AXES, len(q)), dividing_axes(mesh, ("tensor",), kv_heads)
     queries, by_head, by_group = P(groups, None, None, heads), P(groups, heads), P(groups)
-    specs = queries, by_head, by_head, by_group, by_head, by_head, by_group
+    specs = queries, [Own(by_head, by_group, by_group)] * len(owns), by_head, by_head
     run = jax.shard_map(attend, in_specs=specs, out_specs=queries, check_vma=False)
-    return run(q, k, v, own_valid, *prefix)
+    return run(q, owns, prefix_k, prefix_v)
 
 
-def _questions_by_xla(q, k, v, _, prefix_k, prefix_v, prefix_lengths):
-    """q [G, R, Q, H, D]; k, v [G, K, R, Q, D]."""
-    groups, rows, length = q.shape[:3]
+def _questions_by_xla(q, owns: list[Own], prefix_k, prefix_v):
+    """q [G, R, Q, H, D]; the one block's k, v [G, K, R, Q, D]."""
+    (own,), (groups, rows, length) = owns, q.shape[:3]
+    k, v = own.suffix
     seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (groups, rows, length, length))
     heads = q.reshape(*q.shape[:3], k.shape[1], -1, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)  # [G, K, R, L, h, D]
-    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < prefix_lengths[:, None]
+    in_prefix = jnp.arange(jax.tree.leaves(prefix_k)[0].shape[2]) < own.prefix_lengths[:, None]
     arguments = heads, prefix_k, prefix_v, k, v, in_prefix, seen
     over_heads = jax.vmap(_two_parts, in_axes=(0, 0, 0, 0, 0, None, None))
     one_head_at_a_time = {"cpu": _two_parts_mapped} if q.shape[2] > 1 else {}  # its scores stay in the cache

@@ -116,19 +116,20 @@ def splash_takes_questions(q, prefix_k) -> bool:
     return splash_takes(positions, width, q.dtype)
 
 
-def question_by_splash(q, k, v, _, prefix_k, prefix_v, prefix_lengths, interpret: bool = False) -> jax.Array:
+def question_by_splash(q, owns, prefix_k, prefix_v, interpret: bool = False) -> jax.Array:
     """`cache_attention.question_attention`, over the prefix by splash (see `attention.splash_attention`), which keeps
     no scores. P must be a multiple of 128, D of 64; `interpret` runs it in Pallas' interpreter, on any platform."""
-    groups, rows, length, count, width = q.shape
+    (own,), (groups, rows, length, count, width) = owns, q.shape
+    k, v = own.suffix
     kv_heads = k.shape[1]
     heads = q.transpose(0, 3, 1, 2, 4)  # [G, H, R, Q, D]
     flat = heads.reshape(groups, count, rows * length, width)
     flat = jnp.pad(flat, [(0, 0), (0, 0), (0, -flat.shape[2] % SPLASH_BLOCKS[-1]), (0, 0)])
-    out, lse = _over_prefix(flat, prefix_k, prefix_v, prefix_lengths, interpret)
+    out, lse = _over_prefix(flat, prefix_k, prefix_v, own.prefix_lengths, interpret)
     shape = groups, kv_heads, count // kv_heads, rows, length, width
     out, lse = out[:, :, : rows * length].reshape(shape), lse[:, :, : rows * length].reshape(shape[:-1])
-    own = _part(heads.reshape(shape), k[:, :, None], v[:, :, None], jnp.tril(jnp.ones((length, length), bool)))
-    joined = join(Part(out.astype(jnp.float32), lse, 1), own).astype(q.dtype)
+    over_own = _part(heads.reshape(shape), k[:, :, None], v[:, :, None], jnp.tril(jnp.ones((length, length), bool)))
+    joined = join(Part(out.astype(jnp.float32), lse, 1), over_own).astype(q.dtype)
     return joined.reshape(heads.shape).transpose(0, 2, 3, 1, 4)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -60,34 +61,28 @@ def takes(q: jax.Array, gpu: Gpu) -> bool:
     return half and gpu.compute_capability >= AMPERE and MIN_WIDTH <= width <= MAX_WIDTH and width & (width - 1) == 0
 
 
-def triton_attention(
-    q, own_k, own_v, own_valid, prefix_k, prefix_v, prefix_lengths, tiling: Tiling, interpret: bool = False
-) -> jax.Array:
-    """New positions over the prefix that rows share, and over each row's own positions.
+def triton_attention(q, owns, prefix_k, prefix_v, tiling: Tiling, interpret: bool = False) -> jax.Array:
+    """New positions over the prefix that rows share, read once for a tile of them, and over each row's own positions.
 
     Args:
-        q: [G, R, L, H, D], as is what comes out; D a power of 2, at least 16.
-        own_k, own_v: [G, K, R, S, D], H a multiple of K (grouped queries).
-        own_valid: bool [G, R, S], what a row sees of its own; None: each position sees those up to itself (S = L).
-        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; prefix_lengths: int32 [G].
+        q: [G, R, L, H, D], of the rows of all `owns` side by side, as is what comes out; D a power of 2, at least 16.
+        owns: blocks of rows, see `cache_attention.Own`. One whose `valid` is None is the only one, and each position
+            sees those up to itself (S = L).
+        prefix_k, prefix_v: [G, K, P, D], arrays or Int8; H a multiple of K (grouped queries).
         interpret: run it in Pallas' interpreter, on any platform.
     """
     groups, rows, length, heads, width = q.shape
-    _, kv_heads, _, slots, _ = own_k.shape
-    own_k, own_v = (x.reshape(groups, kv_heads, rows * slots, width) for x in (own_k, own_v))
-    used = None
-    if own_valid is not None:
-        used = jnp.where(own_valid, jnp.arange(1, slots + 1), 0).max((1, 2))
-        own_valid = own_valid.reshape(groups, rows * slots).astype(jnp.int8)
+    kv_heads = owns[0].suffix[0].shape[1]
     q_tokens = q.reshape(groups, rows * length, heads, width)
-    inputs = _Inputs(q_tokens, prefix_k, prefix_v, prefix_lengths, own_k, own_v, own_valid, used)
+    prefix_lengths = reduce(jnp.maximum, [own.prefix_lengths for own in owns])
+    inputs = _Inputs(q_tokens, prefix_k, prefix_v, prefix_lengths, [_own_inputs(own) for own in owns])
 
     out: Any = jax.ShapeDtypeStruct(q_tokens.shape, q.dtype)
     if tiling.splits > 1:
         whole = jax.ShapeDtypeStruct((tiling.splits, *q_tokens.shape), jnp.float32)
         each = jax.ShapeDtypeStruct(whole.shape[:-1], jnp.float32)
         out = (whole, each, each)  # a Part for each split
-    sizes = _Sizes(tiling, rows, length, slots, heads // kv_heads)
+    sizes = _Sizes(tiling, tuple(own.suffix[0].shape[2] for own in owns), length, heads // kv_heads)
     run = pl.pallas_call(
         partial(_kernel, sizes),
         grid=(sizes.tiles * tiling.splits, kv_heads, groups),
@@ -104,6 +99,15 @@ def triton_attention(
     return out.reshape(q.shape)
 
 
+class _OwnInputs(NamedTuple):
+    """A block's arrays, or what belongs to the program's prefix and kv head."""
+
+    k: Any  # [R·S, D]
+    v: Any
+    valid: Any | None  # int8 [R·S]
+    used: Any | None  # [], slots of each row
+
+
 class _Inputs(NamedTuple):
     """The kernel's arrays, or what a program may look at of them: what belongs to its kv head, or to its prefix."""
 
@@ -111,10 +115,16 @@ class _Inputs(NamedTuple):
     prefix_k: Any  # [P, D]
     prefix_v: Any
     prefix_length: Any  # []
-    own_k: Any  # [R·S, D]
-    own_v: Any
-    own_valid: Any | None  # int8 [R·S]
-    used: Any | None  # [], slots of each row
+    owns: list[_OwnInputs]
+
+
+def _own_inputs(own) -> _OwnInputs:
+    groups, kv_heads, rows, slots, width = own.suffix[0].shape
+    k, v = (x.reshape(groups, kv_heads, rows * slots, width) for x in own.suffix)
+    if own.valid is None:
+        return _OwnInputs(k, v, None, None)
+    used = jnp.where(own.valid, jnp.arange(1, slots + 1), 0).max((1, 2))
+    return _OwnInputs(k, v, own.valid.reshape(groups, rows * slots).astype(jnp.int8), used)
 
 
 def _input_blocks(inputs: _Inputs) -> _Inputs:
@@ -124,9 +134,11 @@ def _input_blocks(inputs: _Inputs) -> _Inputs:
     def of_head(x):
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, head, group: (group, head, *(0,) * (x.ndim - 2)))
 
-    by_head = ("prefix_k", "prefix_v", "own_k", "own_v")
-    blocks = {name: jax.tree.map(of_head if name in by_head else of_prefix, x) for name, x in inputs._asdict().items()}
-    return _Inputs(**blocks)
+    def blocks(x: NamedTuple, by_head: tuple[str, ...]) -> dict[str, Any]:
+        return {name: jax.tree.map(of_head if name in by_head else of_prefix, y) for name, y in x._asdict().items()}
+
+    owns = [_OwnInputs(**blocks(own, ("k", "v"))) for own in inputs.owns]
+    return _Inputs(**blocks(inputs, ("prefix_k", "prefix_v")))._replace(owns=owns)
 
 
 def _output_blocks(out, tiles: int):
@@ -147,15 +159,14 @@ class _Sizes:
     """What is known when the kernel is compiled."""
 
     tiling: Tiling
-    rows: int
+    rows: tuple[int, ...]  # of each block
     length: int  # new positions of each row
-    slots: int  # own positions of each row
     group: int  # query heads of a kv head
 
     @property
     def queries(self) -> int:
         """Of one kv head of one prefix."""
-        return self.rows * self.length * self.group
+        return sum(self.rows) * self.length * self.group
 
     @property
     def tiles(self) -> int:
@@ -163,7 +174,7 @@ class _Sizes:
 
 
 def _kernel(sizes: _Sizes, inputs: _Inputs, *out: Any) -> None:
-    """A tile of queries of one kv head and prefix over its split of the keys, the prefix's and then the rows' own."""
+    """A tile of queries of one kv head and prefix over its split of the keys: the prefix's, then the rows' own."""
     queries, group, width = sizes.tiling.queries, sizes.group, inputs.q.shape[-1]
     split, tile = pl.program_id(0) // sizes.tiles, pl.program_id(0) % sizes.tiles
     query = tile * queries + jnp.arange(queries)
@@ -173,16 +184,21 @@ def _kernel(sizes: _Sizes, inputs: _Inputs, *out: Any) -> None:
     here_all = jnp.broadcast_to(here[:, None], (queries, width))
     q = triton.load(inputs.q.at[place], mask=here_all, other=0)
 
-    prefix, own = _over_prefix(inputs, q, sizes.tiling.keys), _over_own(sizes, inputs, q, token, tile)
-    share = pl.cdiv(prefix.blocks + own.blocks, sizes.tiling.splits)
-    first, last = split * share, jnp.minimum((split + 1) * share, prefix.blocks + own.blocks)
+    parts, first_row = [_over_prefix(inputs, q, sizes.tiling.keys)], 0
+    for own, rows in zip(inputs.owns, sizes.rows, strict=True):
+        parts.append(_over_own(sizes, own, range(first_row, first_row + rows), q, token, tile))
+        first_row += rows
+    blocks = reduce(add, [part.blocks for part in parts])
+    share = pl.cdiv(blocks, sizes.tiling.splits)
+    first, last = split * share, jnp.minimum((split + 1) * share, blocks)
     sums = Part(
         jnp.zeros((queries, width), jnp.float32),
         jnp.full(queries, MASKED, jnp.float32),
         jnp.zeros(queries, jnp.float32),
     )
-    sums = jax.lax.fori_loop(first, jnp.minimum(last, prefix.blocks), prefix.step, sums)
-    sums = jax.lax.fori_loop(jnp.maximum(first - prefix.blocks, 0), last - prefix.blocks, own.step, sums)
+    for part in parts:
+        sums = jax.lax.fori_loop(jnp.maximum(first, 0), jnp.minimum(last, part.blocks), part.step, sums)
+        first, last = first - part.blocks, last - part.blocks
 
     weight = jnp.maximum(sums.weight, TINY)
     if sizes.tiling.splits == 1:
@@ -214,30 +230,32 @@ def _over_prefix(inputs: _Inputs, q, keys: int) -> _Keys:
     return _Keys(pl.cdiv(length, keys), step)
 
 
-def _over_own(sizes: _Sizes, inputs: _Inputs, q, token, tile) -> _Keys:
-    """The rows of the tile one after another; a query sees what is its own row's."""
-    length, slots, keys = sizes.length, sizes.slots, sizes.tiling.keys
+def _over_own(sizes: _Sizes, own: _OwnInputs, rows: range, q, token, tile) -> _Keys:
+    """Those of a block's rows that are in the tile, one after another; a query sees what is its own row's."""
+    length, keys = sizes.length, sizes.tiling.keys
+    slots = own.k.shape[0] // len(rows)
     whole = slots % keys == 0
-    first = tile * sizes.tiling.queries // sizes.group
-    last = jnp.minimum(((tile + 1) * sizes.tiling.queries - 1) // sizes.group, sizes.rows * length - 1)
+    first = jnp.maximum(tile * sizes.tiling.queries // sizes.group, rows.start * length)
+    last = jnp.minimum(((tile + 1) * sizes.tiling.queries - 1) // sizes.group, rows.stop * length - 1)
     first_row, last_row = first // length, last // length
-    causal = inputs.used is None
-    used = jnp.where(first_row == last_row, last % length + 1, length) if inputs.used is None else inputs.used[...]
+    causal = own.used is None
+    used = jnp.where(first_row == last_row, last % length + 1, length) if own.used is None else own.used[...]
     blocks = pl.cdiv(used, keys)
 
     def step(block, sums: Part) -> Part:
         row, start = first_row + block // blocks, block % blocks * keys
-        k, v = (_load(x, row * slots + start, keys, whole) for x in (inputs.own_k, inputs.own_v))
+        place = (row - rows.start) * slots + start
+        k, v = (_load(x, place, keys, whole) for x in (own.k, own.v))
         slot = start + jnp.arange(keys)
         seen = (token // length == row)[:, None]
         if causal:
             seen &= slot[None] <= (token % length)[:, None]
         else:
-            valid = _load(inputs.own_valid, row * slots + start, keys, whole)
+            valid = _load(own.valid, place, keys, whole)
             seen &= ((slot < used) & (valid != 0))[None]
         return _attend(q, k, v, seen, sums)
 
-    return _Keys((last_row - first_row + 1) * blocks, step)
+    return _Keys(jnp.maximum(last_row - first_row + 1, 0) * blocks, step)
 
 
 def _load(ref, start, keys: int, whole: bool):
