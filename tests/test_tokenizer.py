@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,11 +185,11 @@ def test_broken_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A tokenizer.json alone, of Llama 3's kind: byte-level BPE, BOS from the post-processor."""
+    """A tokenizer.json alone, of Llama 3's kind: byte-level BPE, its ids the bytes, BOS from the post-processor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer = Tokenizer(models.BPE({letter: byte for byte, letter in bytes_to_unicode().items()}, []))
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|eot_id|>"])
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", None, [("<|begin_of_text|>", 256)])
@@ -217,27 +218,84 @@ def streamed(tokenizer, ids, stop=()):
     return [*pieces, stream.flush()], stream
 
 
-def sequences(rng, size, count=300):
-    """Random ids, half of them bytes (ids 3 to 258 in a Llama vocabulary), so that broken characters come up."""
-    yield from INPUTS["ids"] if size > 258 else []
+@pytest.fixture(scope="module")
+def clean_up(tmp_path_factory):
+    """A tokenizer.json alone, of letters, whose `decode` takes spaces out."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in "   ''nt.,?!smverab")], 0))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
+
+
+@pytest.fixture(params=[*((m, k) for m in (*MODELS, "small") for k in KINDS), "byte_level", "clean_up"])
+def any_tokenizer(request):
+    kind = request.param
+    return request.getfixturevalue(kind) if isinstance(kind, str) else tokenizer_of(*kind, added=True)
+
+
+def sequences(tokenizer, rng, count):
+    """Random ids: any, or half of them bytes, so that broken characters come up, or whole characters of several bytes;
+    and special tokens, spaces, and, where they are passed over, ids past the table."""
+    vocabulary, size = tokenizer.get_vocab(), len(tokenizer)
+    bytes_ = [vocabulary.get(f"<0x{i:02X}>", i % size) for i in range(256)]
+    often = [vocabulary.get("▁", 0), 0, 1, 2, size - 1, size - 2]
+    if isinstance(tokenizer, LlamaTokenizer):
+        yield from (ids for ids in INPUTS["ids"] if max(ids, default=0) < size)
+        often.append(size + 9)
+    llama = [bytes_[byte] for byte in "🦙".encode()]
+    for broken in range(6, 13):
+        yield [bytes_[0x80]] * broken + llama
+        yield (llama[:3] * 5)[:broken] + llama
     for _ in range(count):
-        length = rng.randint(1, 12)
-        yield [rng.randint(3, 258 if rng.random() < 0.5 else size) % size for _ in range(length)]
+        draws = [
+            lambda: [rng.randrange(size)],
+            lambda: [rng.choice(bytes_)],
+            lambda: [rng.choice(bytes_[0x80:])],
+            lambda: [bytes_[byte] for byte in rng.choice("é€🦙你a").encode()],
+            lambda: [rng.choice(often)],
+        ]
+        chosen = rng.sample(draws, 2)
+        yield [i for _ in range(rng.randint(1, 14)) for i in rng.choice(chosen)()]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "byte_level"])
-def test_pieces_join_to_the_decoded_text(kind, request):
-    tokenizer = request.getfixturevalue(kind) if kind == "byte_level" else tokenizer_of("llama", kind, added=True)
-    rng = random.Random(0)
-    for ids in sequences(rng, len(tokenizer)):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        pieces, _ = streamed(tokenizer, ids)
-        assert "".join(pieces) == text.strip(), ids
-        stop = ["", text[3:5], rng.choice(text or "x") + "zz", "never"]
-        pieces, stream = streamed(tokenizer, ids, stop)
-        found = [text.find(s) for s in stop if s and s in text]
-        assert "".join(pieces) == text[: min(found, default=None)].strip(), (ids, stop)
-        assert found or not stream.stopped
+def test_pieces_join_to_the_decoded_text_of_every_beginning(any_tokenizer):
+    """Costs 5 s."""
+    rng, decode = random.Random(0), partial(any_tokenizer.decode, skip_special_tokens=True)
+    for ids in sequences(any_tokenizer, rng, 100):
+        whole = decode(ids)
+        stop = rng.choice([(), (whole[3:5], rng.choice(whole or "x") + "zz"), (whole[4:7],), (" ",), (whole[-2:],)])
+        for length in range(len(ids) + 1):
+            text = decode(ids[:length])
+            pieces, stream = streamed(any_tokenizer, ids[:length], stop)
+            found = [text.find(s) for s in stop if s and s in text]
+            assert "".join(pieces) == text[: min(found, default=None)].strip(), (ids[:length], stop)
+            assert found or not stream.stopped
+
+
+def test_spaces_that_a_tokenizer_takes_out(clean_up):
+    assert clean_up.decode(clean_up.encode("a , b n ' t v")) == "a, bn't v"
+    for text in (" n ' t", "a ' ' ' s", "a  ' ve .", "s 's 're"):
+        ids = clean_up.encode(text)
+        assert "".join(streamed(clean_up, ids)[0]) == clean_up.decode(ids).strip(), text
+
+
+def test_a_token_costs_as_much_after_many_as_after_few(any_tokenizer, monkeypatch):
+    """By the ids that are decoded in all."""
+    decoded, decode, rng = [], type(any_tokenizer).decode, random.Random(1)
+    counted = lambda self, ids, *args, **options: decoded.append(len(ids)) or decode(self, ids, *args, **options)  # noqa: E731
+    monkeypatch.setattr(type(any_tokenizer), "decode", counted)
+    vocabulary, size, byte = any_tokenizer.get_vocab(), len(any_tokenizer), any_tokenizer.get_vocab().get("<0x80>", 128)
+    for ids in (
+        [rng.randrange(size) for _ in range(2000)],
+        [1] * 2000,
+        [byte % size] * 2000,  # no characters
+        [vocabulary.get("a", 64)] * 2000,
+    ):
+        decoded.clear()
+        streamed(any_tokenizer, ids)
+        assert sum(decoded) < 40 * len(ids), ids[-1]
 
 
 def test_pieces_come_early_and_whole():

@@ -203,14 +203,13 @@ class LlamaTokenizer:
                 text += "".join(run).replace(SPIECE_UNDERLINE, " ")
         return text.removeprefix(" ")
 
-    def settled_text(self, ids: Sequence[int]) -> str:
-        """The part of `decode(ids)` that no further id can change."""
-        tokens = self._tokens(ids, True)
-        if not self.fast:
-            return self._text_slow(tokens).rstrip("\ufffd")
-        while tokens and BYTE_PIECE.fullmatch(tokens[-1]):
-            tokens.pop()  # the next byte may still make the whole run invalid
-        return self._text_fast(tokens)
+    def is_skipped(self, token_id: int) -> bool:
+        """Whether `decode` passes over it."""
+        return not self._tokens([token_id], True)
+
+    def is_undecided(self, token_id: int) -> bool:
+        """Whether its text depends on what comes next: the fast decoder's bytes are text if all of their run is."""
+        return self.fast and bool(BYTE_PIECE.fullmatch(self._tokens([token_id], False)[0]))
 
     # ---- what follows from the fields
 
