@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -51,6 +52,12 @@ def _is_option(name: str, value: bool | int, mesh: Mesh | None) -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def stop_keeping() -> None:
+    """What is compiled from now on goes into no cache: whoever is about to end the process leaves no half of a file."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
 
 class LoggedJit:

@@ -9,4 +9,6 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
+ENGINE_THREAD = "llava-jax engine"  # its name, by which one that still works is found when a process ends
+
 DTYPES = ("float32", "bfloat16", "float16")  # of stored parameters and of the arithmetic

@@ -72,7 +72,7 @@ class FakeLoop:
             self._closed = True
             return not self._running
 
-    def close(self):
+    def close(self, timeout=60):
         with self._work:
             self._closed = True
 

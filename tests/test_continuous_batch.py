@@ -252,6 +252,17 @@ def test_draining_finishes_what_runs(small):
     loop.close()
 
 
+def test_closing_does_not_wait_for_the_compiler(small):
+    llava, params = small
+    batch, compiled = ContinuousBatch(llava.engine, params, SHAPE), threading.Event()
+    batch.to_compile = lambda: [("what takes long", compiled.wait)]
+    loop, began = EngineLoop.start(batch), time.monotonic()
+    loop.close(0.05)
+    assert time.monotonic() - began < 5 and not loop.ready
+    compiled.set()
+    loop.close()
+
+
 @pytest.mark.long
 def test_whole_prefixes_and_many_questions_at_once_too(small):
     """As evaluation has it: no chunks, and all questions on a picture admitted together."""

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 
+import jax  # noqa: F401  which is in every process that has an engine
 import pytest
 from make_7b import ROOT
 
 from llava_jax import cli
 from llava_jax.cli.failures import exit_status
+from llava_jax.constants import ENGINE_THREAD
 
 ENV = {key: value for key, value in os.environ.items() if key != "LLAVA_JAX_TRACEBACK"}
 
@@ -59,6 +62,22 @@ def test_statuses(capsys):
         exit_status("p", raising(SystemExit(2)))
     assert exit_status("p", raising(BrokenPipeError("a worker's pipe"))) == 1  # standard output is well
     assert "a worker's pipe" in capsys.readouterr().err
+
+
+def test_an_engine_at_work_is_left_as_it_is(monkeypatch):
+    """Python's own way out would end in a crash while XLA compiles."""
+    ended, statuses = threading.Event(), []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr("llava_jax.compiling.stop_keeping", lambda: statuses.append("nothing is kept"))
+    assert exit_status("p", lambda: 0, own_process=True) == 0 and not statuses
+    engine = threading.Thread(target=ended.wait, name=ENGINE_THREAD, daemon=True)
+    engine.start()
+    assert exit_status("p", lambda: 0) == 0 and not statuses  # others are in this process
+    exit_status("p", lambda: 0, own_process=True)
+    exit_status("p", raising(ValueError("x")), own_process=True)
+    ended.set()
+    engine.join()
+    assert statuses == ["nothing is kept", 0, "nothing is kept", 1]
 
 
 @pytest.mark.parametrize("error", [OverflowError("Python int too large"), MemoryError(), RuntimeError("died")])

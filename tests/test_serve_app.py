@@ -442,10 +442,11 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path):
         from fake_loop import FakeLoop
         from test_prompt import CONFIG, TOKENIZER
         from llava_jax.serve.jobs import Served
-        from llava_jax.serve.server import ServeOptions, run_server
+        from llava_jax.serve.server import ServeOptions, asked_to_stop, run_server
         loop = FakeLoop(CONFIG, TOKENIZER, {SAID!r})
         loop.pace = 0.1
-        run_server(Served("m", loop, TOKENIZER, None), ServeOptions(port={(port := free_port())}))
+        with asked_to_stop() as stop:
+            run_server(Served("m", loop, TOKENIZER, None), ServeOptions(port={(port := free_port())}), stop)
     """
     script = tmp_path / "serve.py"
     script.write_text(textwrap.dedent(code))

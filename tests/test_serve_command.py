@@ -1,11 +1,16 @@
 """`llava-jax serve`: what is wrong with its flags is said in one line, before a model is loaded."""
 
 import argparse
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 
 import pytest
 from test_prompt import CONFIG
+from test_serve_app import free_port
 
 from llava_jax.cli import add_command
 from llava_jax.cli.serve import run
@@ -57,6 +62,32 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match=r'needs uvicorn: pip install "llava-jax\[serve\]"'):
         run(parsed())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("command", "ending"), [("serve", signal.SIGTERM), ("serve", signal.SIGINT), ("web", signal.SIGTERM)]
+)
+def test_told_to_end_while_it_compiles_it_ends_at_once(scenes_model, tmp_path, command, ending):
+    """Costs 10 s each: a process that loads a model, and compiles for some seconds."""
+    if command == "web":
+        pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": "", "TMPDIR": str(tmp_path)}
+    flags = ["--model-path", str(scenes_model), "--port", str(free_port())]
+    server = [sys.executable, "-u", "-m", "llava_jax", command, *flags]
+    with subprocess.Popen(server, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = ""
+            while not said.endswith("…"):  # it is compiling, and not done with it
+                said += process.stderr.read(1) or pytest.fail(said)
+            process.send_signal(ending)
+            began = time.monotonic()
+            said += process.communicate(timeout=60)[1]
+            assert process.returncode == 0, said
+            assert time.monotonic() - began < 5  # it is 1.5; and 20 until all is compiled
+        finally:
+            process.kill()
+    assert "Traceback" not in said and not list(tmp_path.iterdir())
 
 
 def test_it_is_safe_by_default():

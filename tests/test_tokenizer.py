@@ -247,7 +247,7 @@ def sequences(tokenizer, rng, count):
     llama = [bytes_[byte] for byte in "🦙".encode()]
     for broken in range(6, 13):
         yield [bytes_[0x80]] * broken + llama
-        yield (llama[:3] * 5)[:broken] + llama
+        yield [bytes_[0x80], *(llama[:3] * 5)[:broken], *llama]
     for _ in range(count):
         draws = [
             lambda: [rng.randrange(size)],

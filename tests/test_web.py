@@ -408,8 +408,8 @@ def test_closing_ends_the_answers(bundled):
 
 
 SERVE = """
-import argparse, signal, sys
-from llava_jax.cli import add_command
+import signal, sys
+from llava_jax.cli import main
 
 def watch(event, args):
     host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
@@ -418,10 +418,7 @@ def watch(event, args):
 
 sys.addaudithook(watch)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-parser = argparse.ArgumentParser()
-add_command(parser, "web")
-args = parser.parse_args()
-args.run(args)
+sys.exit(main())
 """
 
 
@@ -438,7 +435,7 @@ def upload(port, size):
 @pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_it_serves_until_it_is_ended_and_sends_nothing_elsewhere(scenes_model, port, tmp_path, ending):
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
-    command = [sys.executable, "-c", SERVE, "--model-path", str(scenes_model), "--port", str(port)]
+    command = [sys.executable, "-c", SERVE, "web", "--model-path", str(scenes_model), "--port", str(port)]
     # gradio reads these, and analytics and share links are on by default, or by such a variable
     environment = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_SHARE": "True", "GRADIO_ANALYTICS_ENABLED": "True"}
     with subprocess.Popen(

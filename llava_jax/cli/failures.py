@@ -10,14 +10,17 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from llava_jax.constants import ENGINE_THREAD
 from llava_jax.errors import reason_of
 
 TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
+WRITTEN_WITHIN = 0.2  # seconds for a compiled program that is just going into the cache
 AGAIN = 0.05  # seconds until an interruption that was lost comes again
 
 
@@ -27,8 +30,16 @@ def exit_status(program: str, run: Callable[[], int | None], own_process: bool =
 
     Args:
         program: how its errors begin: "PROGRAM: error: …"; "" is "error: …".
-        own_process: there is nothing else in this process, which Ctrl-C then ends here.
+        own_process: there is nothing else in this process, which then ends here after Ctrl-C, or with an engine
+            at work.
     """
+    status = _status(program, run, own_process)
+    if own_process and (status == INTERRUPTED or any(t.name == ENGINE_THREAD for t in threading.enumerate())):
+        _leave(status)
+    return status
+
+
+def _status(program: str, run: Callable[[], int | None], own_process: bool) -> int:
     _take_any_text()
     for name in ("asyncio", "concurrent.futures"):  # what fails in Orbax's threads is raised here, too
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -41,8 +52,6 @@ def exit_status(program: str, run: Callable[[], int | None], own_process: bool =
         raise
     except KeyboardInterrupt as interruption:
         _say(str(interruption) or "interrupted")
-        if own_process:
-            _leave(INTERRUPTED)
         return INTERRUPTED
     except BaseException as error:  # some libraries' own derive from no Exception
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -56,6 +65,11 @@ def exit_status(program: str, run: Callable[[], int | None], own_process: bool =
 def _leave(status: int) -> NoReturn:
     """End the process at once. XLA may still be compiling in threads of its own, and the interpreter's way out takes
     from them what they use: that ends in a crash."""
+    if "jax" in sys.modules:
+        from llava_jax.compiling import stop_keeping
+
+        stop_keeping()
+        time.sleep(WRITTEN_WITHIN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

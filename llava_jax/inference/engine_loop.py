@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import ENGINE_THREAD
 from llava_jax.inference.continuous_batch import ContinuousBatch
 from llava_jax.inference.requests import QueueFull, Request, ScoreRequest, Scores, Stopped, Update
 
@@ -50,7 +51,7 @@ class EngineLoop:
         self._stopping = self._closed = False
         self._failed: str | None = None
         self.starting, self.compiled = "starting", 0
-        self._thread = threading.Thread(target=self._run, name="llava-jax engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     @classmethod
     def start(cls, batch: ContinuousBatch, max_waiting: int = 256) -> EngineLoop:
@@ -148,14 +149,15 @@ class EngineLoop:
             time.sleep(0.02)
         return not self._submitted
 
-    def close(self) -> None:
-        """End all, and the thread."""
+    def close(self, timeout: float = 60.0) -> None:
+        """End all, and the thread, which must first finish what the device or the compiler does. If that takes more
+        seconds than `timeout`, it is left to it."""
         with self._lock:
             self._stopping = True
         self._closed = True
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
-            self._thread.join(timeout=60)
+            self._thread.join(timeout)
 
     # ---- the thread
 

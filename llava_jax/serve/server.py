@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 LOOK = 0.2  # seconds between looks at the engine
+CLOSING = 1.0  # seconds for the engine to end; it may be compiling, which nothing can stop
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,16 @@ def serve(llava: Llava, params: dict, options: ServeOptions) -> None:
     from llava_jax.serve.jobs import Served
 
     most, length, waiting = options.max_num_seqs, options.max_model_len, options.max_queue
-    loop = start_loop(llava.engine, params, most, length, max_waiting=waiting)
-    name = options.served_model_name or llava.config.name
-    picture = partial(load_picture, policy=options.media)
-    served = Served(name, loop, llava.tokenizer, picture, options.conv_mode, options.api_key)
-    run_server(served, options)
+    with asked_to_stop() as stop:  # from when it compiles
+        loop = start_loop(llava.engine, params, most, length, max_waiting=waiting)
+        name = options.served_model_name or llava.config.name
+        picture = partial(load_picture, policy=options.media)
+        served = Served(name, loop, llava.tokenizer, picture, options.conv_mode, options.api_key)
+        run_server(served, options, stop)
 
 
-def run_server(served: Served, options: ServeOptions) -> None:
-    """Listen at once, also while the engine compiles; `/health` says when it is ready."""
+def run_server(served: Served, options: ServeOptions, stop: threading.Event) -> None:
+    """Listen at once, also while the engine compiles; `/health` says when it is ready. Until `stop` is set."""
     import uvicorn
 
     from llava_jax.serve.api import build_app
@@ -106,15 +108,14 @@ def run_server(served: Served, options: ServeOptions) -> None:
     # Not in the main thread it leaves signals alone, which otherwise would end the process by the signal itself.
     server = uvicorn.Server(config)
     listening = threading.Thread(target=server.run, name="llava-jax server", daemon=True)
-    with _asked_to_stop() as stop:
-        listening.start()
-        try:
-            _watch(served, options, listening, stop)
-        finally:
-            server.should_exit = True  # it takes no more connections, and finishes what there is
-            listening.join(grace + 5)
-            served.loop.drain(0)
-            served.loop.close()
+    listening.start()
+    try:
+        _watch(served, options, listening, stop)
+    finally:
+        server.should_exit = True  # it takes no more connections, and finishes what there is
+        listening.join(grace + 5)
+        served.loop.drain(0)
+        served.loop.close(CLOSING)
 
 
 def _watch(served: Served, options: ServeOptions, listening: threading.Thread, stop: threading.Event) -> None:
@@ -132,7 +133,7 @@ def _watch(served: Served, options: ServeOptions, listening: threading.Thread, s
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
+def asked_to_stop() -> Iterator[threading.Event]:
     """Set by SIGTERM and Ctrl-C; the second one ends the process."""
     stop, names = threading.Event(), (signal.SIGTERM, signal.SIGINT)
 

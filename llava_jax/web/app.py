@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which kind of question is asked
 ANSWERS = 4  # that decode at once, each about a picture of its own; others wait
 LOOK = 0.2  # seconds between looks at the engine
+CLOSING = 1.0  # seconds for the engine to end; it may be compiling, which nothing can stop
 
 
 def serve(
@@ -33,6 +34,7 @@ def serve(
         RuntimeError: the engine has failed for good.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         stack.callback(signal.signal, signal.SIGTERM, before)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-jax-web-"))
@@ -43,7 +45,7 @@ def serve(
         from llava_jax.web.page import build_page, launch
 
         loop = start_loop(llava.engine, params, ANSWERS, max_model_len, ONE_ROW)
-        stack.callback(loop.close)  # a process that ends while JAX works in a thread ends in a crash
+        stack.callback(loop.close, CLOSING)
         page = build_page(Conversations(llava, loop, conv_mode), example_scenes(llava.config.name, folder))
         launch(page, host, port)
         stack.callback(page.close, verbose=False)
@@ -52,11 +54,10 @@ def serve(
 
 
 def _watch(loop: EngineLoop) -> None:
-    """Until Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt):
-        while (failed := loop.stats().failed) is None:
-            time.sleep(LOOK)
-        raise RuntimeError(f"the engine has failed: {failed}")
+    """Until the engine fails."""
+    while (failed := loop.stats().failed) is None:
+        time.sleep(LOOK)
+    raise RuntimeError(f"the engine has failed: {failed}")
 
 
 def check_gradio() -> None:
