@@ -5,6 +5,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import jax
 import openai
 import pytest
 from PIL import Image
+from served import served
 from test_serve_app import serving, wait_for
 
 from llava_jax.demo.held_out import held_out_scene
@@ -36,7 +38,7 @@ def loop(bundled):
 
 @pytest.fixture(scope="module")
 def address(bundled, loop):
-    with serving(loop, tokenizer=bundled[0].tokenizer, name="m") as url:
+    with serving(loop, tokenizer=bundled[0].tokenizer, name="served") as url:
         yield url
 
 
@@ -87,7 +89,7 @@ def mixed(count, seed=0):
 
 async def answer(client, asked, scenes):
     """(text, new tokens)"""
-    fields = dict(model="m", messages=asked.messages(scenes), max_tokens=asked.new, **asked.sampling)
+    fields = dict(model="served", messages=asked.messages(scenes), max_tokens=asked.new, **asked.sampling)
     if not asked.stream:
         whole = await client.chat.completions.create(**fields)
         return whole.choices[0].message.content, whole.usage.completion_tokens
@@ -149,6 +151,23 @@ def test_many_at_once_get_what_generate_gives(bundled, loop, address, scenes):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("mesh", ["data=2", "tensor=2"])
+def test_two_devices_answer_as_one(bundled, scenes_model, scenes, mesh, monkeypatch, capfd):
+    """Costs 30 s each: a process that compiles."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    with served(scenes_model, "--mesh", mesh, "--max-num-seqs", "8") as server:
+        until_ready = capfd.readouterr().err
+        check(bundled, server.url, scenes, mixed(40, seed=3))
+        assert server.metric("vllm:request_success_total") == 40
+        assert server.metric("vllm:prefix_cache_hits_total") > 0 and server.metric("vllm:num_requests_running") == 0
+        assert server.metric("vllm:kv_cache_usage_perc") == 0
+    afterwards = capfd.readouterr().err
+    assert f"mesh    {mesh}" in until_ready and "Finished XLA compilation" in until_ready
+    assert "Finished XLA compilation" not in afterwards
+
+
+@pytest.mark.long
 def test_two_hundred_at_once_get_what_generate_gives(bundled, loop, address, scenes):
     check(bundled, address, scenes, mixed(200))
 
@@ -158,7 +177,7 @@ def test_the_next_turn_of_a_chat_finds_what_was_said(bundled, address, scenes):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         messages, turns, cached = Asked((0,), QUESTIONS[2], 9, None, False).messages(scenes), [QUESTIONS[2]], []
         for question in (QUESTIONS[0], QUESTIONS[1], None):
-            said = client.chat.completions.create(model="m", messages=messages, max_tokens=40, temperature=0)
+            said = client.chat.completions.create(model="served", messages=messages, max_tokens=40, temperature=0)
             text = said.choices[0].message.content
             assert text.strip() == llava.generate(params, scenes[0], turns, max_new_tokens=40)
             cached.append(said.usage.prompt_tokens_details.cached_tokens)
@@ -173,7 +192,7 @@ def test_the_likeliest_of_given_answers(bundled, address, scenes):
     messages = Asked((1,), QUESTIONS[0], 9, None, False).messages(scenes)
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         extra = {"structured_outputs": {"choice": choices}}
-        said = client.chat.completions.create(model="m", messages=messages, extra_body=extra)
+        said = client.chat.completions.create(model="served", messages=messages, extra_body=extra)
     scores = llava.score(params, scenes[1], QUESTIONS[0], choices)
     assert said.choices[0].message.content == choices[int(scores.argmax())]
 
@@ -183,7 +202,7 @@ def test_who_goes_away_frees_the_row(loop, address, scenes):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         messages = Asked((), QUESTIONS[2], 9, None, True).messages(scenes)
         stream = client.chat.completions.create(
-            model="m", messages=messages, max_tokens=400, stream=True, extra_body=extra
+            model="served", messages=messages, max_tokens=400, stream=True, extra_body=extra
         )
         next(iter(stream))
         assert loop.stats().running == 1

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava_jax.cli.flags import add_distributed_argument, add_model_arguments, initialize, mesh_axes, options_from
+from llava_jax.cli.flags import (
+    add_distributed_argument,
+    add_mesh_argument,
+    add_model_arguments,
+    initialize,
+    options_from,
+)
 from llava_jax.cli.score import print_scores
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
@@ -40,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-rounds", action="store_true", help="mmbench: once for each rotation of the options")
     parser.add_argument("--lang", choices=SINGLE_PRED_PROMPT, default="en", help="mmbench (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first question that cannot be asked")
-    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
+    add_mesh_argument(parser)
     add_distributed_argument(parser)
 
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from llava_jax.constants import DTYPES
 from llava_jax.inputs.conversation import conv_templates
+from llava_jax.parallel.mesh_axes import check_axes
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from llava_jax.inference.llava import Llava
 
 
@@ -78,11 +81,16 @@ def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
 
 
-def load_model(args: argparse.Namespace) -> tuple[Llava, dict]:
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """On which devices it works."""
+    parser.add_argument("--mesh", type=mesh_axes, default=(), metavar="AXIS=N,…", help="of this host's devices (all)")
+
+
+def load_model(args: argparse.Namespace, mesh: Mesh | None = None) -> tuple[Llava, dict]:
     """(Llava, params), as `add_model_arguments` has it."""
     import llava_jax  # JAX is imported once the command line is known to be good
 
-    return llava_jax.load(args.model_path, args.dtype, quantize=args.quantize, int8_prefix=args.int8_prefix)
+    return llava_jax.load(args.model_path, args.dtype, mesh, quantize=args.quantize, int8_prefix=args.int8_prefix)
 
 
 # ---- its answers to others
@@ -93,6 +101,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s)")
     parser.add_argument("--port", type=int, default=port, help="(%(default)s)")
     parser.add_argument("--max-model-len", type=int, help="positions of a prompt and its answer (as the model takes)")
+    add_mesh_argument(parser)
 
 
 def check_server(args: argparse.Namespace) -> None:
@@ -100,6 +109,7 @@ def check_server(args: argparse.Namespace) -> None:
     from llava_jax.checkpoint import load_config
     from llava_jax.inference.batch_shape import model_len
 
+    check_axes(args.mesh, "data", "tensor")
     host, port = args.host, args.port
     if not 1 <= port <= 65535:
         raise ValueError(f"--port {port} must be from 1 to 65535")
@@ -112,6 +122,19 @@ def check_server(args: argparse.Namespace) -> None:
             raise ValueError(f"--port {port} is already in use; choose another") from None
         raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
     model_len(load_config(args.model_path), args.max_model_len)
+
+
+def load_served(args: argparse.Namespace) -> tuple[Llava, dict]:
+    """As `load_model`, on the mesh that `--mesh` asks for.
+
+    Raises:
+        ValueError: there are fewer devices.
+    """
+    from llava_jax.checkpoint import load_config
+    from llava_jax.inference.batching import local_mesh
+
+    config = load_config(args.model_path)
+    return load_model(args, local_mesh(dict(args.mesh), config, args.dtype, args.quantize))
 
 
 # ---- its answers at a terminal

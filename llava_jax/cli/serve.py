@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llava_jax.cli.flags import add_model_arguments, add_server_arguments, check_server, load_model
+from llava_jax.cli.flags import add_model_arguments, add_server_arguments, check_server, load_served
 from llava_jax.inference.batch_shape import MAX_NUM_SEQS
 
 DESCRIPTION = "Serve a model to every client that speaks the OpenAI API, many at once."
@@ -49,5 +49,5 @@ def run(args: argparse.Namespace) -> None:
     )
     check_server(args)
     server.log_requests()
-    llava, params = load_model(args)
+    llava, params = load_served(args)
     server.serve(llava, params, options)

@@ -29,7 +29,6 @@ from llava_jax.inputs.conversation import Conversation, conv_templates, pick_con
 from llava_jax.inputs.groups import Group
 from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
-from llava_jax.parallel.sharding import make_mesh
 
 MOST_NAMED_ROWS = 20  # of which something is not asked
 TEXT_ONLY = 16  # questions without a picture that share a prefix
@@ -149,9 +148,7 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
 
     options, lines = job.options, []
     groups: list[Group] = []
-    axes = dict(options.mesh)
-    default = None if axes else batching.default_mesh(job.config, options.dtype, options.quantize)
-    mesh = make_mesh(jax.local_devices(), **axes) if axes else default
+    mesh = batching.local_mesh(dict(options.mesh), job.config, options.dtype, options.quantize)
     llava, params = llava_jax.load(
         options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
     )

@@ -51,6 +51,15 @@ def default_mesh(config: LlavaConfig, dtype: str | None, quantize: str | None) -
     return make_mesh(devices, **default_axes(len(devices), config.text.num_key_value_heads, params, memory))
 
 
+def local_mesh(axes: dict[str, int], config: LlavaConfig, dtype: str | None, quantize: str | None) -> Mesh | None:
+    """The mesh of these axes, of this process's devices; without any, `default_mesh`.
+
+    Raises:
+        ValueError: there are fewer devices.
+    """
+    return make_mesh(jax.local_devices(), **axes) if axes else default_mesh(config, dtype, quantize)
+
+
 @dataclass(frozen=True)
 class Phase:
     """Groups whose prefixes are about as long, in the order in which they are begun, and the batch for them."""

@@ -46,13 +46,18 @@ def start_loop(
     config, layout, budget = engine.config, engine.cache_layout(params), memory_budget(params)
     (platform,) = {device.platform for device in jax.tree.leaves(params)[0].devices()}
     shape = serving_shape(config, layout, budget, max_model_len, max_num_seqs, rows, platform == "cpu")
-    print(startup_table(config, shape, memory_bytes(shape, config, layout), budget), file=sys.stderr, flush=True)
+    needed = memory_bytes(shape, config, layout)
+    print(startup_table(config, shape, needed, budget, engine.mesh), file=sys.stderr, flush=True)
     return EngineLoop.start(ContinuousBatch(engine, params, shape), max_waiting)
 
 
-def startup_table(config: LlavaConfig, shape: BatchShape, needed: int, budget: int) -> str:
+def startup_table(
+    config: LlavaConfig, shape: BatchShape, needed: int, budget: int, mesh: jax.sharding.Mesh | None = None
+) -> str:
     """What is served, and how much of it at once. `needed` and `budget` are bytes of one device."""
     lines = [("model", f"{config.name}, {shape.max_model_len} positions of prompt and answer")]
+    if mesh is not None:
+        lines.append(("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())))
     for pool in shape.pools:
         rows = " and ".join(f"{rows} rows of {slots} slots" for rows, slots in pool.classes)
         lines.append(("pool", f"{shape.groups} prefixes of up to {pool.capacity} positions, each with {rows}"))
