@@ -131,7 +131,7 @@ def imported_after(code):
 def test_the_package_and_its_help_import_next_to_nothing():
     assert imported_after("import llava_jax") == (set(), "")
     imported, said = imported_after("from llava_jax.cli import main; main(['--help'])")
-    assert imported == {"llava_jax.cli", "llava_jax.cli.failures", "llava_jax.errors"}
+    assert imported == {"llava_jax.cli", "llava_jax.cli.failures", "llava_jax.constants", "llava_jax.errors"}
     assert all(f"\n    {command} " in said for command in COMMANDS)
 
 
