@@ -137,9 +137,21 @@ def test_many_at_once_get_what_each_gets_alone(small, loop):
     assert after.prefix_hits > before.prefix_hits
 
 
+def test_what_comes_behind_a_prefix_is_prefilled_in_a_chunk_of_its_size(small, loop, programs):
+    llava, params = small
+    rng = np.random.default_rng(5)
+    ids = np.concatenate([[1], rng.integers(70, 200, 1500)])
+    for length, chunks in ((600, [512, 128]), (640, [128]), (1400, [512, 512])):
+        programs.clear()
+        request = Request(Prompt(ids[:length], length - 1), RowOptions(5), Heard())
+        loop.submit(request)
+        assert request.emit.ids() == alone(llava, params, request)
+        assert [args[0] for name, args in programs if name in ("first chunk", "next chunk")] == chunks
+
+
 def test_nothing_is_compiled_once_it_is_ready(small, loop):
     llava, _ = small
-    assert loop.compiled == 17
+    assert loop.compiled == 18
     for request in requests_for(llava, 6, seed=1):
         loop.submit(request)
         request.emit.ids()

@@ -16,7 +16,7 @@ from llava_jax.inference.scheduler import Fill, FillLane, Scheduler
 from llava_jax.inputs.batch import PlacedImage, bucket_length, place_images
 
 NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind others, where all else is
-SHORT_CHUNK = 4  # times as short is the chunk for prefixes of a few words
+SHORT_CHUNK = 4  # times as short is the chunk for a few words
 TOWER_SHARE = 4  # of a picture's positions in the tower, as many as one in the decoder: roughly
 
 NOTHING = Prompt(np.zeros(0, np.int64), 0)  # of a lane without a prefix
@@ -73,8 +73,7 @@ class PrefixFiller:
         def first_chunk(n: int, size: int) -> None:
             self.pools[n] = programs.prefill_first(size, self.params, self.pools[n], kept[0], nowhere, nothing)
 
-        def next_chunk(n: int) -> None:
-            size = self._next_size(shape.pools[n].capacity)
+        def next_chunk(n: int, size: int) -> None:
             pool = programs.prefill_next(size, self.params, self.pools[n], kept[0], nowhere, nothing, nothing)
             self.pools[n] = programs.copy_slot(pool, shape.shards, nothing, nowhere)
 
@@ -82,7 +81,9 @@ class PrefixFiller:
         for n, pool in enumerate(shape.pools):
             for size in self._first_sizes(pool.capacity):
                 steps.append((f"prefill of {size} of {pool.capacity} positions", partial(first_chunk, n, size)))
-        return [*steps, ("prefill of later chunks", partial(next_chunk, last))]
+        for size in self._next_sizes(shape.pools[last].capacity):
+            steps.append((f"prefill of {size} later positions", partial(next_chunk, last, size)))
+        return steps
 
     def _take_turn(self, positions: int) -> Iterator[None]:
         """Before so many positions are prefilled: yields if this step has had its share, and streams wait."""
@@ -108,7 +109,7 @@ class PrefixFiller:
     def _embed(self, lanes: list[FillLane | None]) -> Generator[None, None, jax.Array]:
         """The prefixes' embeddings [B, P, E], one picture at a time."""
         config, capacity = self.config, self.shape.pools[-1].capacity
-        last_chunk = capacity - self._next_size(capacity)  # where one begins that would go beyond the capacity
+        last_chunk = capacity - self._next_sizes(capacity)[-1]  # where one begins that would go beyond the capacity
         text = np.zeros((len(lanes), capacity), np.int32)
         pictures: list[list[PlacedImage]] = []  # of each lane
         for b, lane in enumerate(lanes):
@@ -143,8 +144,9 @@ class PrefixFiller:
                 size, self.params, self.pools[pool], embeds, slots, self.engine.place(lengths)
             )
             starts = starts + size
-        size = self._next_size(capacity)
         while (starts < lengths).any():
+            left = int((lengths - starts).max())
+            size = next((size for size in self._next_sizes(capacity) if size >= left), self._next_sizes(capacity)[-1])
             yield from self._take_turn(size)
             behind = [
                 lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
@@ -171,6 +173,7 @@ class PrefixFiller:
         chunk = min(self.shape.chunk or 0, capacity)
         return [chunk // SHORT_CHUNK, chunk] if capacity == self.shape.pools[0].capacity else [chunk]
 
-    def _next_size(self, capacity: int) -> int:
-        """Positions of a chunk behind others."""
-        return min(self.shape.chunk or NEXT_CHUNK, capacity)
+    def _next_sizes(self, capacity: int) -> list[int]:
+        """Positions of a chunk behind others: what is served has a short one, for the next turn of a chat."""
+        size = min(self.shape.chunk or NEXT_CHUNK, capacity)
+        return [size] if self.shape.chunk is None else [size // SHORT_CHUNK, size]
