@@ -27,7 +27,7 @@ from llava_jax.inference.requests import (
     Update,
 )
 from llava_jax.inference.sampling import Sample, validate
-from llava_jax.inputs.batch import pack
+from llava_jax.inputs.batch import merged_length, pack
 from llava_jax.inputs.groups import pack_questions
 
 CLASSES = RowClass(2, 96), RowClass(1, 160)
@@ -147,6 +147,20 @@ def test_what_comes_behind_a_prefix_is_prefilled_in_a_chunk_of_its_size(small, l
         loop.submit(request)
         assert request.emit.ids() == alone(llava, params, request)
         assert [args[0] for name, args in programs if name in ("first chunk", "next chunk")] == chunks
+
+
+def test_a_picture_that_is_in_the_cache_is_not_encoded_again(small, loop, programs):
+    """Even close to the capacity's end, where a longer chunk would begin before the picture does."""
+    llava, params = small
+    (picture,) = llava.load_images([Image.new("RGB", (336, 336), "red")])
+    room = 1880 - merged_length([IMAGE_TOKEN_INDEX], [picture.size], llava.config)
+    ids = np.array([1, *range(70, 68 + room), IMAGE_TOKEN_INDEX, *range(70, 100)])
+    for behind, encoded in ((5, 1), (30, 0)):
+        programs.clear()
+        request = Request(Prompt(ids[: room + behind], room + behind - 1, [picture]), RowOptions(5), Heard())
+        loop.submit(request)
+        assert request.emit.ids() == alone(llava, params, request)
+        assert sum(name == "image" for name, _ in programs) == encoded
 
 
 def test_nothing_is_compiled_once_it_is_ready(small, loop):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +27,14 @@ def lane_slots(engine: Engine, shape: BatchShape, lanes: Iterable, index: Callab
     """int32 [B]: of each lane; one behind the last slot where there is nothing to do."""
     found = [index(lane) if lane else None for lane in lanes]
     return engine.place(np.array([shape.per_shard if i is None else i for i in found], np.int32))
+
+
+class Chunk(NamedTuple):
+    """Positions of lanes, int32 [B], that are prefilled side by side."""
+
+    size: int
+    starts: np.ndarray
+    begins: np.ndarray  # before `starts`, where it would else go beyond the capacity: then some are prefilled again
 
 
 class PrefixFiller:
@@ -99,25 +108,24 @@ class PrefixFiller:
             sources = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.source and lane.source.index)
             targets = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.source and lane.slot.index)
             self.pools[pool] = self.programs.copy_slot(self.pools[pool], self.shape.shards, sources, targets)
-        starts = [lane.start if lane else 0 for lane in lanes]
+        starts = np.array([lane.start if lane else 0 for lane in lanes], np.int32)
         lengths = np.array([lane.slot.length if lane else 0 for lane in lanes], np.int32)
-        if any(start < length for start, length in zip(starts, lengths, strict=True)):
-            embeds = yield from self._embed(lanes)
-            yield from self._chunks(pool, lanes, embeds, np.array(starts, np.int32), lengths)
+        if (starts < lengths).any():
+            chunks = self._chunks(starts, lengths, self.shape.pools[pool].capacity)
+            embeds = yield from self._embed(lanes, np.min([chunk.begins for chunk in chunks], axis=0))
+            yield from self._prefill(pool, lanes, embeds, lengths, chunks)
         self._scheduler.filled(fill)
 
-    def _embed(self, lanes: list[FillLane | None]) -> Generator[None, None, jax.Array]:
-        """The prefixes' embeddings [B, P, E], one picture at a time."""
+    def _embed(self, lanes: list[FillLane | None], begins: np.ndarray) -> Generator[None, None, jax.Array]:
+        """The prefixes' embeddings [B, P, E], one picture at a time, those aside that end before `begins`, int [B]."""
         config, capacity = self.config, self.shape.pools[-1].capacity
-        last_chunk = capacity - self._next_sizes(capacity)[-1]  # where one begins that would go beyond the capacity
         text = np.zeros((len(lanes), capacity), np.int32)
         pictures: list[list[PlacedImage]] = []  # of each lane
         for b, lane in enumerate(lanes):
             prompt = lane.prompt if lane else NOTHING
             placed = place_images(prompt.ids[: prompt.shared], prompt.images, config)
             text[b, : len(placed.text_ids)] = placed.text_ids
-            begins = min(lane.start, last_chunk) if lane else 0
-            pictures.append([image for image in placed.images if image.end > begins])
+            pictures.append([image for image in placed.images if image.end > begins[b]])
         embeds = self.programs.embed_text(self.params, self.engine.place(text))
         most = config.max_tiles_per_image
         for n in range(max(map(len, pictures))):
@@ -133,35 +141,35 @@ class PrefixFiller:
             embeds = self.programs.place_image(self.params, embeds, flat, self.engine.place(indices))
         return embeds
 
-    def _chunks(self, pool: int, lanes, embeds, starts: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
-        """Prefill what is missing of each lane, from its start on."""
-        capacity = self.shape.pools[pool].capacity
+    def _chunks(self, starts: np.ndarray, lengths: np.ndarray, capacity: int) -> list[Chunk]:
+        """What is prefilled of lanes, int32 [B], that are filled as far as their starts."""
+        chunks, sizes, longest = [], self._next_sizes(capacity), self.shape.pools[-1].capacity
         if not starts.any():
             size = self._first_size(int(lengths.max()), capacity)
-            yield from self._take_turn(size)
-            slots = lane_slots(self.engine, self.shape, lanes, lambda lane: lane.slot.index)
-            self.pools[pool] = self.programs.prefill_first(
-                size, self.params, self.pools[pool], embeds, slots, self.engine.place(lengths)
-            )
+            chunks.append(Chunk(size, starts, starts))
             starts = starts + size
         while (starts < lengths).any():
             left = int((lengths - starts).max())
-            size = next((size for size in self._next_sizes(capacity) if size >= left), self._next_sizes(capacity)[-1])
+            size = next((size for size in sizes if size >= left), sizes[-1])
+            chunks.append(Chunk(size, starts, np.minimum(starts, longest - size)))
+            starts = starts + size
+        return chunks
+
+    def _prefill(self, pool: int, lanes, embeds, lengths: np.ndarray, chunks: Sequence[Chunk]) -> Iterator[None]:
+        """Prefill what is missing of each lane."""
+        place = self.engine.place
+        for n, (size, starts, _) in enumerate(chunks):
             yield from self._take_turn(size)
-            behind = [
+            missing = [
                 lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
             ]
-            slots = lane_slots(self.engine, self.shape, behind, lambda lane: lane.slot.index)
-            self.pools[pool] = self.programs.prefill_next(
-                size,
-                self.params,
-                self.pools[pool],
-                embeds,
-                slots,
-                self.engine.place(np.minimum(starts, lengths).astype(np.int32)),
-                self.engine.place(lengths),
-            )
-            starts = starts + size
+            slots = lane_slots(self.engine, self.shape, missing, lambda lane: lane.slot.index)
+            if n == 0 and not starts.any():
+                program, where = self.programs.prefill_first, (place(lengths),)
+            else:
+                at = np.minimum(starts, lengths).astype(np.int32)
+                program, where = self.programs.prefill_next, (place(at), place(lengths))
+            self.pools[pool] = program(size, self.params, self.pools[pool], embeds, slots, *where)
 
     def _first_size(self, longest: int, capacity: int) -> int:
         """Positions of a first chunk of prefixes of up to `longest`: what is served has two sizes."""
