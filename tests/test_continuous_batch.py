@@ -18,11 +18,11 @@ from llava_jax.inference.generation_options import GenerationOptions
 from llava_jax.inference.requests import (
     Finish,
     Greedy,
-    Prompt,
     QueueFull,
     Request,
     RowOptions,
     ScoreRequest,
+    SplitPrompt,
     Stopped,
     Update,
 )
@@ -83,7 +83,7 @@ def requests_for(llava, count, seed=0):
         ids = [*beginning, *rng.integers(5, 250, rng.integers(1, 60)).tolist()]
         sampling = validate(Sample(seed=n, temperature=0.7, repetition_penalty=1.3)) if n % 2 else Greedy()
         options = RowOptions(int(rng.integers(1, 130)), (END,), sampling, top_logprobs=0)
-        asked.append(Request(Prompt(np.array(ids), len(beginning), images), options, Heard()))
+        asked.append(Request(SplitPrompt(np.array(ids), len(beginning), images), options, Heard()))
     return asked
 
 
@@ -143,7 +143,7 @@ def test_what_comes_behind_a_prefix_is_prefilled_in_a_chunk_of_its_size(small, l
     ids = np.concatenate([[1], rng.integers(70, 200, 1500)])
     for length, chunks in ((600, [512, 128]), (640, [128]), (1400, [512, 512])):
         programs.clear()
-        request = Request(Prompt(ids[:length], length - 1), RowOptions(5), Heard())
+        request = Request(SplitPrompt(ids[:length], length - 1), RowOptions(5), Heard())
         loop.submit(request)
         assert request.emit.ids() == alone(llava, params, request)
         assert [args[0] for name, args in programs if name in ("first chunk", "next chunk")] == chunks
@@ -157,7 +157,7 @@ def test_a_picture_that_is_in_the_cache_is_not_encoded_again(small, loop, progra
     ids = np.array([1, *range(70, 68 + room), IMAGE_TOKEN_INDEX, *range(70, 100)])
     for behind, encoded in ((5, 1), (30, 0)):
         programs.clear()
-        request = Request(Prompt(ids[: room + behind], room + behind - 1, [picture]), RowOptions(5), Heard())
+        request = Request(SplitPrompt(ids[: room + behind], room + behind - 1, [picture]), RowOptions(5), Heard())
         loop.submit(request)
         assert request.emit.ids() == alone(llava, params, request)
         assert sum(name == "image" for name, _ in programs) == encoded
@@ -169,7 +169,7 @@ def test_nothing_is_compiled_once_it_is_ready(small, loop):
     for request in requests_for(llava, 6, seed=1):
         loop.submit(request)
         request.emit.ids()
-    loop.submit(ScoreRequest(Prompt(np.array([1, 5, 6]), 2), [np.array([7])] * 3, heard := Heard()))
+    loop.submit(ScoreRequest(SplitPrompt(np.array([1, 5, 6]), 2), [np.array([7])] * 3, heard := Heard()))
     assert heard.ended.wait(60)
     assert llava.engine.batch.compiled == loop.compiled
 
@@ -178,7 +178,7 @@ def test_an_answer_longer_than_any_row_is_put_back_and_goes_on(small, loop):
     llava, params = small
     before = loop.stats().preemptions
     for sampling in (Greedy(), validate(Sample(seed=5, repetition_penalty=1.2))):
-        request = Request(Prompt(np.array([1, 30, 31, 32]), 2), RowOptions(400, (), sampling), Heard())
+        request = Request(SplitPrompt(np.array([1, 30, 31, 32]), 2), RowOptions(400, (), sampling), Heard())
         loop.submit(request)
         wanted = alone(llava, params, request)
         assert request.emit.ids()[: len(wanted)] == wanted and len(request.emit.tokens) == 400
@@ -186,7 +186,7 @@ def test_an_answer_longer_than_any_row_is_put_back_and_goes_on(small, loop):
 
 
 def test_cancelled_answers_end_and_free_their_rows(small, loop):
-    asked = [Request(Prompt(np.array([1, 40 + n, 41]), 2), RowOptions(1900), Heard()) for n in range(20)]
+    asked = [Request(SplitPrompt(np.array([1, 40 + n, 41]), 2), RowOptions(1900), Heard()) for n in range(20)]
     for request in asked:
         loop.submit(request)
     assert asked[0].emit.first.wait(60)
@@ -203,7 +203,7 @@ def test_cancelled_answers_end_and_free_their_rows(small, loop):
 
 
 def test_a_full_queue_refuses(small, loop):
-    asked = [Request(Prompt(np.array([1, 50, 51]), 2), RowOptions(1500), Heard()) for _ in range(100)]
+    asked = [Request(SplitPrompt(np.array([1, 50, 51]), 2), RowOptions(1500), Heard()) for _ in range(100)]
     taken = []
     with pytest.raises(QueueFull, match="64 requests wait already"):
         for request in asked:
@@ -217,13 +217,13 @@ def test_a_full_queue_refuses(small, loop):
 
 def test_one_that_does_not_fit_is_refused_at_once(loop):
     with pytest.raises(ValueError, match="2048 positions leave no room"):
-        loop.submit(Request(Prompt(np.full(2048, 5), 2047), RowOptions(5), print))
+        loop.submit(Request(SplitPrompt(np.full(2048, 5), 2047), RowOptions(5), print))
 
 
 def test_scores_are_those_of_the_engine(small, loop):
     llava, params = small
     ids, candidates = np.array([1, 60, 61, 62]), [np.array([7, 8]), np.array([9])]
-    loop.submit(ScoreRequest(Prompt(ids, 2), candidates, heard := Heard()))
+    loop.submit(ScoreRequest(SplitPrompt(ids, 2), candidates, heard := Heard()))
     assert heard.ended.wait(60)
     for logprob, candidate in zip(heard.last.logprobs, candidates, strict=True):
         logits = llava.forward(params, [np.concatenate([ids, candidate])]).logits[0].astype(np.float64)
@@ -238,12 +238,12 @@ def test_a_fault_fails_what_runs_and_the_next_is_answered(small):
     loop = EngineLoop.start(batch)
     assert loop.wait_until_ready(300)
     decode, batch.programs = batch.programs, _Broken(batch.programs)
-    request = Request(Prompt(np.array([1, 70, 71]), 2), RowOptions(50), Heard())
+    request = Request(SplitPrompt(np.array([1, 70, 71]), 2), RowOptions(50), Heard())
     loop.submit(request)
     request.emit.ids()
     assert request.emit.last.finish == Finish.ERROR and "broken on purpose" in str(request.emit.last.error)
     batch.programs = decode
-    again = Request(Prompt(np.array([1, 70, 71]), 2), RowOptions(20), Heard())
+    again = Request(SplitPrompt(np.array([1, 70, 71]), 2), RowOptions(20), Heard())
     loop.submit(again)
     assert len(again.emit.ids()) == 20 and loop.ready
     assert loop.drain(10)
@@ -269,10 +269,10 @@ def test_draining_finishes_what_runs(small):
     llava, params = small
     loop = EngineLoop.start(ContinuousBatch(llava.engine, params, SHAPE))
     assert loop.wait_until_ready(300)
-    request = Request(Prompt(np.array([1, 80, 81]), 2), RowOptions(300), Heard())
+    request = Request(SplitPrompt(np.array([1, 80, 81]), 2), RowOptions(300), Heard())
     loop.submit(request)
     assert loop.drain(60) and len(request.emit.ids()) == 300
-    late = Request(Prompt(np.array([1, 80, 81]), 2), RowOptions(3), Heard())
+    late = Request(SplitPrompt(np.array([1, 80, 81]), 2), RowOptions(3), Heard())
     with pytest.raises(Stopped, match="shutting down"):
         loop.submit(late)
     loop.close()

@@ -10,7 +10,7 @@ from small import small_model
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.batch_shape import BatchShape, Block, PoolShape, RowClass
 from llava_jax.inference.prefix_table import PrefixTable, prefix_key
-from llava_jax.inference.requests import Finish, Prompt, Request, RowOptions, ScoreRequest, Token
+from llava_jax.inference.requests import Finish, Request, RowOptions, ScoreRequest, SplitPrompt, Token
 from llava_jax.inference.scheduler import Admission, Scheduler, Scoring
 from llava_jax.inputs.types import ProcessedImage
 
@@ -36,7 +36,7 @@ def shape(shards=1, per_shard=2, chunk=512, rows=2, question=8):
 
 
 def prompt(ids, shared, images=()):
-    return Prompt(np.array(ids, np.int64), shared, images)
+    return SplitPrompt(np.array(ids, np.int64), shared, images)
 
 
 def key(config, count, first=100, images=()):

@@ -16,7 +16,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.inference.batch_shape import BatchShape, memory_bytes, offline_shape
 from llava_jax.inference.continuous_batch import ContinuousBatch, run
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.requests import Prompt, Request, RowOptions, ScoreRequest, Scores, Update
+from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Scores, SplitPrompt, Update
 from llava_jax.inputs.batch import bucket_length
 from llava_jax.inputs.groups import Group
 from llava_jax.inputs.numbers import whole_number
@@ -134,7 +134,7 @@ def _requests(loaded: LoadedGroup, options: Options, ended: list) -> Iterator[Re
     group, images = loaded
     asked = zip(group.suffixes, group.questions, map(options, group.questions), strict=True)
     for suffix, question, how in sorted(asked, key=lambda one: one[2].max_new_tokens, reverse=True):
-        prompt = Prompt(np.concatenate([group.prefix, suffix]), len(group.prefix), images)
+        prompt = SplitPrompt(np.concatenate([group.prefix, suffix]), len(group.prefix), images)
         yield Request(prompt, how, _collect(question, ended))
 
 
@@ -156,7 +156,7 @@ def score(engine: Engine, params, phase: Phase, loaded: LoadedGroup, starts: Seq
     """
     group, heard = loaded.group, list[Scores]()
     ids = np.concatenate([group.prefix, group.suffixes[0][:1]])
-    prompt = Prompt(ids, len(group.prefix), loaded.images)
+    prompt = SplitPrompt(ids, len(group.prefix), loaded.images)
     request = ScoreRequest(prompt, [suffix[1:] for suffix in group.suffixes], heard.append, starts)
     for _ in run(ContinuousBatch(engine, params, phase.shape), [request]):
         pass

@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.inference.batch_shape import BatchShape
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.pool import Pool
-from llava_jax.inference.requests import Prompt
+from llava_jax.inference.requests import SplitPrompt
 from llava_jax.inference.scheduler import Fill, FillLane, Scheduler
 from llava_jax.inputs.batch import PlacedImage, bucket_length, place_images
 
@@ -20,7 +20,7 @@ NEXT_CHUNK = 512  # positions of a prefix that are prefilled at once behind othe
 SHORT_CHUNK = 4  # times as short is the chunk for a few words
 TOWER_SHARE = 4  # of a picture's positions in the tower, as many as one in the decoder: roughly
 
-NOTHING = Prompt(np.zeros(0, np.int64), 0)  # of a lane without a prefix
+NOTHING = SplitPrompt(np.zeros(0, np.int64), 0)  # of a lane without a prefix
 
 
 def lane_slots(engine: Engine, shape: BatchShape, lanes: Iterable, index: Callable) -> jax.Array | np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
-from llava_jax.inference.requests import Prompt
+from llava_jax.inference.requests import SplitPrompt
 from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.groups import common_length
 
@@ -49,7 +49,7 @@ class PrefixKey:
         return common_length([self.elements, other.elements])
 
 
-def prefix_key(prompt: Prompt, config: LlavaConfig) -> PrefixKey:
+def prefix_key(prompt: SplitPrompt, config: LlavaConfig) -> PrefixKey:
     """The key of a prompt's shared part."""
     elements, widths, image = [], [], 0
     for token in prompt.ids[: prompt.shared].tolist():

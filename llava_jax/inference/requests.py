@@ -27,7 +27,7 @@ class RowOptions:
     top_logprobs: int | None = None  # so many of the likeliest tokens are told of; None: no log-probabilities at all
 
 
-class Prompt(NamedTuple):
+class SplitPrompt(NamedTuple):
     """A prompt in two parts: a prefix that others may share, and what is this prompt's own, at least one id."""
 
     ids: np.ndarray  # int64 [L], the whole prompt's, -200 where an image goes
@@ -66,7 +66,7 @@ class Update:
 class Request:
     """One answer. `emit` is called in the thread that runs the batch, in order, and must return at once."""
 
-    prompt: Prompt
+    prompt: SplitPrompt
     options: RowOptions
     emit: Callable[[Update], None]
 
@@ -84,7 +84,7 @@ class Scores:
 class ScoreRequest:
     """The log-likelihood of each candidate after a prompt, whose `shared` makes no difference here."""
 
-    prompt: Prompt
+    prompt: SplitPrompt
     candidates: Sequence[np.ndarray]  # int64 [length] each, at least one id: they follow `prompt.ids`
     emit: Callable[[Scores], None]
     starts: Sequence[int] = ()  # how many ids of each candidate do not count; none: all count

@@ -19,11 +19,11 @@ from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inference.prefix_table import PrefixKey, PrefixSlot, PrefixTable, prefix_key
 from llava_jax.inference.requests import (
     Finish,
-    Prompt,
     Request,
     RowOptions,
     ScoreRequest,
     Scores,
+    SplitPrompt,
     Stopped,
     Token,
     Update,
@@ -38,7 +38,7 @@ class ActiveRequest:
     """A request on its way."""
 
     request: Request | ScoreRequest
-    prompt: Prompt  # its answer so far included, if it was preempted
+    prompt: SplitPrompt  # its answer so far included, if it was preempted
     key: PrefixKey  # of the prompt's prefix
     emit: Callable  # the request's
     limit: int = 0  # new tokens at most
@@ -78,7 +78,7 @@ class FillLane(NamedTuple):
     """A prefix on its way into a slot."""
 
     slot: PrefixSlot
-    prompt: Prompt
+    prompt: SplitPrompt
     start: int  # so many positions are there already, or once the source is copied
     source: PrefixSlot | None
 
@@ -330,7 +330,7 @@ class Scheduler:
         self._leave(active)
         said = np.asarray(active.tokens, np.int64)
         ids = np.concatenate([active.request.prompt.ids, said])
-        active.prompt = Prompt(ids, len(ids) - 1, active.prompt.images)  # the newest is in no cache yet
+        active.prompt = SplitPrompt(ids, len(ids) - 1, active.prompt.images)  # the newest is in no cache yet
         active.key = prefix_key(active.prompt, self.config)
         self.waiting.appendleft(active)
         active.epoch += 1

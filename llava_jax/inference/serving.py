@@ -17,7 +17,7 @@ from llava_jax.inference.batching import memory_budget
 from llava_jax.inference.continuous_batch import ContinuousBatch
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.engine_loop import EngineLoop
-from llava_jax.inference.requests import Finish, Prompt, Request, RowOptions, Token, Update
+from llava_jax.inference.requests import Finish, Request, RowOptions, SplitPrompt, Token, Update
 from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 from llava_jax.inputs.groups import common_length
 
@@ -115,7 +115,7 @@ class AnswerStream:
         QueueFull, Stopped, ValueError: as `EngineLoop.submit`; when it is read, what the engine failed with.
     """
 
-    def __init__(self, loop: EngineLoop, tokenizer, prompt: Prompt, options: RowOptions, stop: Sequence[str] = ()):
+    def __init__(self, loop: EngineLoop, tokenizer, prompt: SplitPrompt, options: RowOptions, stop: Sequence[str] = ()):
         self._loop, self._text = loop, AnswerText(tokenizer, stop)
         self._updates: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         self._request = Request(prompt, options, self._updates.put)

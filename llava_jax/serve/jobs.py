@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from llava_jax.errors import reason_of
-from llava_jax.inference.requests import Prompt, RowOptions
+from llava_jax.inference.requests import RowOptions, SplitPrompt
 from llava_jax.inputs.image import process_image
 from llava_jax.inputs.types import ProcessedImage
 from llava_jax.serve.decoding import row_options
@@ -61,7 +61,7 @@ class Job:
     stream: bool
     tells_usage: bool
     tells_logprobs: bool
-    rows: tuple[tuple[Prompt, RowOptions], ...] = ()
+    rows: tuple[tuple[SplitPrompt, RowOptions], ...] = ()
     choices: tuple[Choices, ...] = ()
     texts: tuple[str, ...] = ()  # of the choices
 
@@ -130,7 +130,7 @@ def _generating(served: Served, request: AnyRequest, placed: Sequence[Placed]) -
 def _job(
     request: AnyRequest,
     placed: Sequence[Placed],
-    rows: tuple[tuple[Prompt, RowOptions], ...] = (),
+    rows: tuple[tuple[SplitPrompt, RowOptions], ...] = (),
     choices: tuple[Choices, ...] = (),
 ) -> Job:
     return Job(

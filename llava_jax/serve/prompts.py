@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.requests import Prompt
+from llava_jax.inference.requests import SplitPrompt
 from llava_jax.inference.serving import shared_length
 from llava_jax.inputs.batch import merged_length
 from llava_jax.inputs.groups import common_length
@@ -48,7 +48,7 @@ class Limits:
 class Placed:
     """A prompt, and the positions that it takes, those of its images among them."""
 
-    prompt: Prompt
+    prompt: SplitPrompt
     positions: int
 
 
@@ -178,7 +178,7 @@ def _placed(
     if positions >= limits.max_model_len:
         of_images = positions - len(ids) + len(images)
         raise _too_long(f"the prompt takes {positions} positions ({of_images} of them images)", limits, param)
-    return Placed(Prompt(np.array(ids, np.int64), shared, images), positions)
+    return Placed(SplitPrompt(np.array(ids, np.int64), shared, images), positions)
 
 
 def _check_characters(texts: Sequence[str], limits: Limits, param: str) -> None:
@@ -200,7 +200,7 @@ def _too_long(what: str, limits: Limits, param: str) -> ApiError:
 class Choices:
     """A prompt, and the ids that each answer to choose from goes on with."""
 
-    prompt: Prompt
+    prompt: SplitPrompt
     candidates: tuple[np.ndarray, ...]
     starts: tuple[int, ...]  # how many ids of each are still the prompt's, and do not count
 
@@ -225,5 +225,5 @@ def choices_after(placed: Placed, rows: Sequence[Sequence[int]], limits: Limits)
     longest = placed.positions + max(map(len, wholes)) - len(prompt.ids)
     if longest > limits.max_model_len:
         raise _too_long(f"the prompt and the longest answer take {longest} positions", limits, param)
-    shorter = Prompt(prompt.ids[:start], min(prompt.shared, start - 1), prompt.images)
+    shorter = SplitPrompt(prompt.ids[:start], min(prompt.shared, start - 1), prompt.images)
     return Choices(shorter, tuple(whole[start:] for whole in wholes), tuple(own - start for own in starts))

@@ -12,12 +12,12 @@ import numpy as np
 from llava_jax.errors import reason_of
 from llava_jax.inference.requests import (
     Finish,
-    Prompt,
     QueueFull,
     Request,
     RowOptions,
     ScoreRequest,
     Scores,
+    SplitPrompt,
     Stopped,
     Token,
     Update,
@@ -44,7 +44,7 @@ def too_many(message: str) -> ApiError:
 
 
 async def generate(
-    loop: EngineLoop, tokenizer, rows: Sequence[tuple[Prompt, RowOptions]], stop: Sequence[str], tally: Tally
+    loop: EngineLoop, tokenizer, rows: Sequence[tuple[SplitPrompt, RowOptions]], stop: Sequence[str], tally: Tally
 ) -> AsyncGenerator[Piece]:
     """The answers to (prompt, options) pairs, in pieces as they come; `tally` is kept.
 

@@ -13,7 +13,7 @@ import numpy as np
 from llava_jax.inference.engine_loop import EngineLoop
 from llava_jax.inference.generation_options import generation_options
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.requests import Prompt, QueueFull, Stopped
+from llava_jax.inference.requests import QueueFull, SplitPrompt, Stopped
 from llava_jax.inference.serving import AnswerStream, shared_length
 from llava_jax.inference.text_requests import row_options
 from llava_jax.inputs.image import process_image
@@ -120,5 +120,5 @@ class Conversations:
         ids = self.llava.prompt_ids(turns, [image.size for image in images], self.conv_mode)
         said = tuple(Turn(text, 0 if i else len(images)) for i, text in enumerate(turns))
         head = dialogue_head_ids(config, tokenizer, Dialogue(said), self.conv_mode)
-        prompt = Prompt(np.array(ids, np.int64), shared_length(ids, head, self.loop.max_question), images)
+        prompt = SplitPrompt(np.array(ids, np.int64), shared_length(ids, head, self.loop.max_question), images)
         return AnswerStream(self.loop, tokenizer, prompt, row_options(config, asked))
