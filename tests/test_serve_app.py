@@ -114,6 +114,7 @@ def error_of(response):
 
 def test_an_answer(client, loop):
     answer = ask(client, ASKED)
+    assert answer._request_id == answer.id
     (choice,) = answer.choices
     assert (choice.message.content, choice.message.role, choice.finish_reason) == (SAID, "assistant", "stop")
     assert (answer.model, answer.object, choice.logprobs) == (NAME, "chat.completion", None)
@@ -142,6 +143,7 @@ def test_events_are_written_as_openai_writes_them(address):
     body = {"messages": HI, "stream": True, "max_tokens": 2}
     response = post(address, body)
     assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-request-id"] in response.text
     lines = [line for line in response.text.split("\n") if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     assert json.loads(lines[0][6:])["object"] == "chat.completion.chunk" and "usage" not in lines[0]
@@ -287,6 +289,7 @@ def test_every_error_has_openais_form(address, monkeypatch):
             f"{address}/v1/completions", content=content, headers={"content-type": "application/json"}
         )
         assert response.status_code == 413 and error_of(response)["code"] == "request_too_large"
+        assert response.headers["connection"] == "close"  # the rest is not read
     monkeypatch.setattr(handling, "MOST_OPENING", 0)
     assert post(address, {"messages": HI}).status_code == 429
 
@@ -415,9 +418,10 @@ def test_metrics_have_vllms_names(address, client, loop):
 def test_a_line_is_logged_for_each_request(address, client, caplog):
     caplog.set_level(logging.INFO, "llava_jax.serve")
     answer = ask(client, ASKED)
-    post(address, b"{")
+    wrong = post(address, b"{")
     wait_for(lambda: len([r for r in caplog.records if r.name == "llava_jax.serve"]) == 2)
     good, bad = [r.getMessage() for r in caplog.records if r.name == "llava_jax.serve"]
+    assert bad.startswith(wrong.headers["x-request-id"])
     assert good.startswith(f"{answer.id} 200 prompt={answer.usage.prompt_tokens} cached=0 new={TOKENS} first=0.")
     assert " 400 prompt=0" in bad and "first=- tokens/s=-" in bad
 

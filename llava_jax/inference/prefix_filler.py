@@ -164,12 +164,12 @@ class PrefixFiller:
                 lane if start < length else None for lane, start, length in zip(lanes, starts, lengths, strict=True)
             ]
             slots = lane_slots(self.engine, self.shape, missing, lambda lane: lane.slot.index)
+            given = size, self.params, self.pools[pool], embeds, slots
             if n == 0 and not starts.any():
-                program, where = self.programs.prefill_first, (place(lengths),)
+                self.pools[pool] = self.programs.prefill_first(*given, place(lengths))
             else:
                 at = np.minimum(starts, lengths).astype(np.int32)
-                program, where = self.programs.prefill_next, (place(at), place(lengths))
-            self.pools[pool] = program(size, self.params, self.pools[pool], embeds, slots, *where)
+                self.pools[pool] = self.programs.prefill_next(*given, place(at), place(lengths))
 
     def _first_size(self, longest: int, capacity: int) -> int:
         """Positions of a first chunk of prefixes of up to `longest`: what is served has two sizes."""

@@ -31,6 +31,8 @@ MOST_BODY_BYTES = 64 << 20
 BODY_SECONDS = 60  # in which a client has to send its request
 MOST_OPENING = 512  # requests that are read and prepared at a time
 PICTURE_THREADS = 4
+REQUEST_ID = "x-request-id"  # OpenAI's clients know this header
+HANG_UP = {"Connection": "close"}  # to those who have not sent all of their body, nor shall
 GONE = 499  # what the log says of a request whose client went away
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -92,7 +94,7 @@ class Endpoint:
             await _unless_gone(receive, self._respond(job, seen, scope, receive, send))
         except ApiError as error:
             seen.status = error.status
-            await error_response(error)(scope, receive, send)
+            await error_response(error, seen.id)(scope, receive, send)
         except ClientDisconnect:
             seen.status = GONE
         except asyncio.CancelledError:  # the server's time to shut down is over
@@ -136,7 +138,7 @@ class Endpoint:
             async for piece in pieces:
                 answers[piece.answer].append(piece)
         whole = envelope.whole(answers, seen.tally.usage(job.n))
-        await JSONResponse(whole)(scope, receive, send)
+        await JSONResponse(whole, headers={REQUEST_ID: seen.id})(scope, receive, send)
 
     async def _stream(
         self, envelope: Envelope, job: Job, seen: Seen, pieces: AsyncGenerator[Piece], send: Send
@@ -144,7 +146,8 @@ class Endpoint:
         """Server-sent events. What goes wrong before the first token still has its status."""
         first = await anext(pieces)
         seen.streams = True
-        await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+        headers = [*STREAM_HEADERS, (REQUEST_ID.encode(), seen.id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         no_usage: Json = {"usage": None} if job.tells_usage else {}
         offsets = dict.fromkeys(range(job.answers), 0)
         try:
@@ -211,15 +214,16 @@ class Endpoint:
         log.info(line, seen.id, seen.status, *numbers)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, dict(error.headers))
+def error_response(error: ApiError, id: str | None = None) -> JSONResponse:
+    """`id`: the request's, by which its line in the log is found."""
+    return JSONResponse(error.body(), error.status, {**error.headers, **({REQUEST_ID: id} if id else {})})
 
 
 async def _cut_off(seen: Seen, scope: Scope, receive: Receive, send: Send) -> None:
     """What the client of an answer that cannot be finished is told."""
     error = unavailable("the server is shutting down")
     if not seen.streams:
-        await error_response(error)(scope, receive, send)
+        await error_response(error, seen.id)(scope, receive, send)
         return
     await _send_event(send, error.body())
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
@@ -229,7 +233,9 @@ async def _read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError("the Content-Type must be application/json", 415)
-    too_large = ApiError(f"the body has more than {MOST_BODY_BYTES} bytes", 413, code="request_too_large")
+    too_large = ApiError(
+        f"the body has more than {MOST_BODY_BYTES} bytes", 413, code="request_too_large", headers=HANG_UP
+    )
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > MOST_BODY_BYTES:
         raise too_large
@@ -241,7 +247,7 @@ async def _read_body(request: Request) -> bytes:
                 if len(body) > MOST_BODY_BYTES:
                     raise too_large
     except TimeoutError:
-        raise ApiError(f"the body did not come within {BODY_SECONDS} seconds", 408) from None
+        raise ApiError(f"the body did not come within {BODY_SECONDS} seconds", 408, headers=HANG_UP) from None
     return bytes(body)
 
 
