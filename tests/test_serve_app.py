@@ -309,6 +309,21 @@ def test_a_slow_body_is_given_up(address, monkeypatch):
         assert response.status_code == 408 and error_of(response)
 
 
+def test_who_sends_slowly_keeps_nobody_out(address, monkeypatch):
+    monkeypatch.setattr(handling, "MOST_OPENING", 1)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    host, port = address.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection((host, int(port)))).sendall(head)
+        assert post(address, {"messages": HI}).status_code == 200
+        monkeypatch.setattr(handling, "MOST_BODIES_BYTES", 25)
+        response = post(address, {"messages": HI})
+        assert response.status_code == 429 and "too much comes in" in error_of(response)["message"]
+    monkeypatch.setattr(handling, "MOST_BODIES_BYTES", 100)
+    assert [post(address, {"messages": HI}).status_code for _ in range(5)] == [200] * 5  # nothing is counted twice
+
+
 def test_a_full_queue_asks_to_come_again(address, loop):
     loop.full = True
     response = post(address, {"messages": HI})

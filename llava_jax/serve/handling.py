@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 MOST_BODY_BYTES = 64 << 20
 BODY_SECONDS = 60  # in which a client has to send its request
-MOST_OPENING = 512  # requests that are read and prepared at a time
+MOST_BODIES_BYTES = 1 << 30  # of all requests that come in at a time
+MOST_OPENING = 512  # requests that are prepared at a time
 PICTURE_THREADS = 4
 REQUEST_ID = "x-request-id"  # OpenAI's clients know this header
 HANG_UP = {"Connection": "close"}  # to those who have not sent all of their body, nor shall
@@ -60,6 +61,7 @@ class Desk:
         self.writer = Writer(served.tokenizer)
         self.threads = ThreadPoolExecutor(PICTURE_THREADS, thread_name_prefix="pictures")
         self.opening = 0  # requests
+        self.body_bytes = 0  # of those that come in
 
 
 @dataclass
@@ -88,8 +90,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         seen = Seen(self.form.prefix + uuid.uuid4().hex)
         try:
-            with self._opening():
-                job = await self._job(Request(scope, receive))
+            job = await self._job(Request(scope, receive))
             seen.answers, seen.n, seen.tally.prompt_tokens = job.answers, job.n, job.positions
             await _unless_gone(receive, self._respond(job, seen, scope, receive, send))
         except ApiError as error:
@@ -121,9 +122,35 @@ class Endpoint:
     async def _job(self, request: Request) -> Job:
         if reason := why_not(self.desk.served.loop):
             raise unavailable(reason)
-        events, body = asyncio.get_running_loop(), await _read_body(request)
-        reading = events.run_in_executor(self.desk.threads, self.job, self.desk.served, body)
-        return await _unless_gone(request.receive, _awaited(reading))
+        events, body = asyncio.get_running_loop(), bytearray()
+        try:
+            await self._read_body(request, body)
+            with self._opening():
+                reading = events.run_in_executor(self.desk.threads, self.job, self.desk.served, bytes(body))
+                return await _unless_gone(request.receive, _awaited(reading))
+        finally:
+            self.desk.body_bytes -= len(body)
+
+    async def _read_body(self, request: Request, body: bytearray) -> None:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError("the Content-Type must be application/json", 415)
+        message = f"the body has more than {MOST_BODY_BYTES} bytes"
+        too_large = ApiError(message, 413, code="request_too_large", headers=HANG_UP)
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MOST_BODY_BYTES:
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    self.desk.body_bytes += len(chunk)
+                    if len(body) > MOST_BODY_BYTES:
+                        raise too_large
+                    if self.desk.body_bytes > MOST_BODIES_BYTES:
+                        raise too_many("too much comes in at once; try again in a moment", HANG_UP)
+        except TimeoutError:
+            raise ApiError(f"the body did not come within {BODY_SECONDS} seconds", 408, headers=HANG_UP) from None
 
     # ---- answers
 
@@ -227,28 +254,6 @@ async def _cut_off(seen: Seen, scope: Scope, receive: Receive, send: Send) -> No
         return
     await _send_event(send, error.body())
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-
-async def _read_body(request: Request) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError("the Content-Type must be application/json", 415)
-    too_large = ApiError(
-        f"the body has more than {MOST_BODY_BYTES} bytes", 413, code="request_too_large", headers=HANG_UP
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > MOST_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MOST_BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(f"the body did not come within {BODY_SECONDS} seconds", 408, headers=HANG_UP) from None
-    return bytes(body)
 
 
 async def _send_event(send: Send, content: Json) -> None:

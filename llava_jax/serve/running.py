@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,8 +38,8 @@ def internal_error() -> ApiError:
     return ApiError(UNANSWERED, 500, type="server_error", code="internal_error")
 
 
-def too_many(message: str) -> ApiError:
-    headers = {"Retry-After": str(RETRY_AFTER)}
+def too_many(message: str, more_headers: Mapping[str, str] | None = None) -> ApiError:
+    headers = {"Retry-After": str(RETRY_AFTER), **(more_headers or {})}
     return ApiError(message, 429, code="rate_limit_exceeded", type="rate_limit_error", headers=headers)
 
 
