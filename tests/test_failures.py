@@ -5,11 +5,13 @@ import subprocess
 import sys
 import threading
 
-import jax  # noqa: F401  which is in every process that has an engine
 import pytest
 from make_7b import ROOT
 
-from llava_jax import cli
+from llava_jax import (
+    cli,
+    compiling,  # noqa: F401  which is in every process that has an engine
+)
 from llava_jax.cli.failures import exit_status
 from llava_jax.constants import ENGINE_THREAD
 

@@ -65,11 +65,10 @@ def _status(program: str, run: Callable[[], int | None], own_process: bool) -> i
 def _leave(status: int) -> NoReturn:
     """End the process at once. XLA may still be compiling in threads of its own, and the interpreter's way out takes
     from them what they use: that ends in a crash."""
-    if "jax" in sys.modules:
-        from llava_jax.compiling import stop_keeping
-
-        stop_keeping()
-        time.sleep(WRITTEN_WITHIN)
+    if "llava_jax.compiling" in sys.modules:
+        with contextlib.suppress(Exception):  # it may be in the middle of its import
+            sys.modules["llava_jax.compiling"].stop_keeping()
+            time.sleep(WRITTEN_WITHIN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
