@@ -5,13 +5,13 @@ import subprocess
 import sys
 import threading
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from make_7b import ROOT
 
-from llava_jax import (
-    cli,
-    compiling,  # noqa: F401  which is in every process that has an engine
-)
+from llava_jax import cli, compiling
 from llava_jax.cli.failures import exit_status
 from llava_jax.constants import ENGINE_THREAD
 
@@ -80,6 +80,22 @@ def test_an_engine_at_work_is_left_as_it_is(monkeypatch):
     ended.set()
     engine.join()
     assert statuses == ["nothing is kept", 0, "nothing is kept", 1]
+
+
+def test_nothing_is_kept_of_what_is_compiled_from_then_on(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x + 1)(np.ones(3))
+        kept = set(tmp_path.iterdir())
+        compiling.stop_keeping()
+        jax.jit(lambda x: x * 2 + 1)(np.ones(3))
+        assert kept and set(tmp_path.iterdir()) == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("error", [OverflowError("Python int too large"), MemoryError(), RuntimeError("died")])
