@@ -267,6 +267,13 @@ def load_params(
     return _load_quantized(path, wanted, quantize_also, remedy)
 
 
+def check_int8_kernels(directory: str | Path, quantize: str | None) -> None:
+    """ValueError unless `load_params` would give int8 kernels, for products with int8 activations."""
+    files = epath.Path(directory).expanduser()
+    if quantize is None and not quantized_paths(stored_tree(files / PARAMS, f"delete {files} and {CONVERT_AGAIN}")):
+        raise ValueError(f"{files} has no int8 kernels for int8_activations: add quantize='int8' (--quantize int8)")
+
+
 def _load_quantized(path: Path, wanted: dict, also, remedy: str) -> dict:
     """The parameters with int8 kernels; those of one layer at a time are in memory in another dtype."""
 

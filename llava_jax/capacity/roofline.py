@@ -25,10 +25,11 @@ BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Precision:
-    """What is int8 instead of bfloat16: the layers' kernels, the keys and values of prefixes."""
+    """What is int8 instead of bfloat16: the layers' kernels, prefixes' keys and values, what prefill multiplies."""
 
     quantize: str | None = None
     int8_prefix: bool = False
+    int8_activations: bool = False
 
     @property
     def kernel(self) -> int:
@@ -56,9 +57,10 @@ class Chip:
     hbm: float  # bytes
     bandwidth: float  # HBM bytes a second
     link: float  # bytes a second
+    int8: float = 2  # times as many operations with int8
 
 
-V4 = Chip(275e12, 30.75 * GIB, 1200e9, 50e9)
+V4 = Chip(275e12, 30.75 * GIB, 1200e9, 50e9, int8=1)
 V5E = Chip(197e12, 15.75 * GIB, 819e9, 50e9)
 V5P = Chip(459e12, 95.73 * GIB, 2765e9, 100e9)
 V6E = Chip(918e12, 31.24 * GIB, 1638e9, 100e9)
@@ -98,10 +100,11 @@ class Gpus:
     flops: float
     link: float
     chips: int = 1
+    int8: float = 2
 
     @property
     def chip(self) -> Chip:
-        return Chip(self.flops, 0.75 * self.card.memory, self.card.bandwidth, self.link)
+        return Chip(self.flops, 0.75 * self.card.memory, self.card.bandwidth, self.link, self.int8)
 
     @property
     def description(self) -> dict[str, str]:
@@ -117,7 +120,7 @@ GPUS = {
     "a100": Gpus(cuda.A100, 312e12, 150e9),
     "a100-8": Gpus(cuda.A100, 312e12, 150e9, 8),
     "l4": Gpus(cuda.L4, 121e12, 16e9),
-    "rtx4090": Gpus(cuda.RTX4090, 165e12, 16e9),
+    "rtx4090": Gpus(cuda.RTX4090, 165e12, 16e9, int8=4),
     "t4": Gpus(cuda.T4, 65e12, 8e9),
 }
 TOPOLOGIES: dict[str, Slice | Gpus] = {**SLICES, **GPUS}
@@ -135,12 +138,15 @@ class Work:
     flops: float
     moved: float  # bytes of HBM
     reduced: float  # bytes of the arrays that the chips add up
+    int8: float = 0  # of the operations, those that are of int8
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.moved + other.moved, self.reduced + other.reduced)
+        flops, moved, reduced = self.flops + other.flops, self.moved + other.moved, self.reduced + other.reduced
+        return Work(flops, moved, reduced, self.int8 + other.int8)
 
     def seconds(self, chip: Chip, tensor: int) -> float:
-        return max(self.flops / chip.flops, self.moved / chip.bandwidth) + self.reducing_seconds(chip, tensor)
+        computing = (self.flops - self.int8 + self.int8 / chip.int8) / chip.flops
+        return max(computing, self.moved / chip.bandwidth) + self.reducing_seconds(chip, tensor)
 
     def reducing_seconds(self, chip: Chip, tensor: int) -> float:
         """An all-reduce is a ring in both directions: of its bytes, 2 (n - 1) / n leave each chip by two links."""
@@ -180,9 +186,10 @@ def prefill(config: LlavaConfig, positions: int, tensor: int, precision: Precisi
     """The decoder over one prefix; each position sees half of them."""
     text = config.text
     kernels = text.num_hidden_layers * layer_weights(text)
-    flops = 2 * positions * kernels + 2 * positions**2 * _attention_width(text)
+    products = 2 * positions * kernels
+    flops, int8 = products + 2 * positions**2 * _attention_width(text), products if precision.int8_activations else 0
     moved = precision.kernel * kernels + positions * precision.prefix(text)
-    return Work(flops / tensor, moved / tensor, _reduced(text, positions))
+    return Work(flops / tensor, moved / tensor, _reduced(text, positions), int8 / tensor)
 
 
 def extend(
@@ -231,9 +238,11 @@ def _decoder(
     """
     text = config.text
     kernels, head = text.num_hidden_layers * layer_weights(text), text.hidden_size * text.vocab_size
-    flops = 2 * new * kernels + 4 * seen * _attention_width(text) + 2 * rows * head
+    products = 2 * new * kernels
+    int8 = products if precision.int8_activations and new > rows else 0  # a step's are not
+    flops = products + 4 * seen * _attention_width(text) + 2 * rows * head
     moved = precision.kernel * kernels + BF16 * head + cache
-    return Work(flops / tensor, moved / tensor, _reduced(text, new))
+    return Work(flops / tensor, moved / tensor, _reduced(text, new), int8 / tensor)
 
 
 def works(config: LlavaConfig, shape: BatchShape, tensor: int, precision: Precision) -> dict[str, Work]:

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
     check_axes(args.mesh, "data", "tensor")
+    if args.int8_activations and args.quantize is None:
+        raise ValueError("--int8-activations needs --quantize int8")
     topologies = _topologies(args.topology)
     os.environ.update(NO_TPU)  # before JAX is imported and libtpu is loaded
     config = LlavaConfig.preset(args.model)
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         from llava_jax.checkpoint import load_config
 
         config = load_config(args.model_path)
-    precision = Precision(args.quantize, args.int8_prefix)
+    precision = Precision(args.quantize, args.int8_prefix, args.int8_activations)
     for name in topologies:
         report = measure(config, name, dict(args.mesh), args.prefix, args.rows, args.max_new_tokens, precision)
         print(json.dumps(report) if args.json else describe(report), flush=True)

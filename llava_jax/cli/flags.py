@@ -79,6 +79,7 @@ def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint is held."""
     parser.add_argument("--quantize", choices=("int8",), help="hold the kernels so, whatever is stored (as stored)")
     parser.add_argument("--int8-prefix", action="store_true", help="cache prompts' keys and values as int8")
+    parser.add_argument("--int8-activations", action="store_true", help="prefill by products of int8 by int8 (W8A8)")
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,8 @@ def load_model(args: argparse.Namespace, mesh: Mesh | None = None) -> tuple[Llav
     """(Llava, params), as `add_model_arguments` has it."""
     import llava_jax  # JAX is imported once the command line is known to be good
 
-    return llava_jax.load(args.model_path, args.dtype, mesh, quantize=args.quantize, int8_prefix=args.int8_prefix)
+    int8 = dict(quantize=args.quantize, int8_prefix=args.int8_prefix, int8_activations=args.int8_activations)
+    return llava_jax.load(args.model_path, args.dtype, mesh, **int8)
 
 
 # ---- its answers to others

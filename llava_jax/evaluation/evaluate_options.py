@@ -33,6 +33,7 @@ class EvaluateOptions:
     dtype: str | None = None
     quantize: str | None = None
     int8_prefix: bool = False
+    int8_activations: bool = False
 
     def __post_init__(self):
         if self.new_tokens < 1:

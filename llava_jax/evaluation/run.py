@@ -14,7 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 import llava_jax
-from llava_jax.checkpoint import fingerprint, load_config
+from llava_jax.checkpoint import check_int8_kernels, fingerprint, load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, answer_line, failure_of
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
@@ -114,7 +114,10 @@ def prepare(options: EvaluateOptions) -> Job:
     path = epath.Path(options.answers_file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     conv_mode = _conv_mode(options.conv_mode, config)
-    of_options = options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix
+    of_options = [options.temperature, options.top_p, options.seed, options.quantize, options.int8_prefix]
+    if options.int8_activations:  # without it, ids are those of earlier runs
+        check_int8_kernels(options.model_path, options.quantize)
+        of_options.append("int8_activations")
     digest = hashlib.sha256(repr(config).encode(errors="backslashreplace")).hexdigest()
     settings = (config.name, digest, conv_mode, options.new_tokens, *of_options)
     weights = fingerprint(options.model_path)
@@ -150,7 +153,12 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
     groups: list[Group] = []
     mesh = batching.local_mesh(dict(options.mesh), job.config, options.dtype, options.quantize)
     llava, params = llava_jax.load(
-        options.model_path, options.dtype, mesh, quantize=options.quantize, int8_prefix=options.int8_prefix
+        options.model_path,
+        options.dtype,
+        mesh,
+        quantize=options.quantize,
+        int8_prefix=options.int8_prefix,
+        int8_activations=options.int8_activations,
     )
     for picture, questions in asked.items():
         grouped = group_questions(llava, [(q, job.prompt(q)) for q in questions], picture, picture.sizes)

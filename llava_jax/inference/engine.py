@@ -53,9 +53,16 @@ class Engine:
     of compiled programs serve every input. G prefixes have R rows each (see `inference.generate`).
     """
 
-    def __init__(self, config: LlavaConfig, mesh: jax.sharding.Mesh | None = None, int8_prefix: bool = False):
+    def __init__(
+        self,
+        config: LlavaConfig,
+        mesh: jax.sharding.Mesh | None = None,
+        int8_prefix: bool = False,
+        int8_activations: bool = False,
+    ):
         self.config, self.mesh = config, mesh
-        self.model = model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix)
+        model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix, int8_activations=int8_activations)
+        self.model = model
 
         def program(name: str, function, decodes: bool = False, **options) -> LoggedJit:
             compiler = compiler_options(mesh, decodes)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from llava_jax.checkpoint import load_config, load_params
+from llava_jax.checkpoint import check_int8_kernels, load_config, load_params
 from llava_jax.compiling import enable_compilation_cache
 from llava_jax.config import LlavaConfig
 from llava_jax.inference import text_requests
@@ -43,9 +43,16 @@ class Llava:
         engine: the same model for token ids and arrays.
     """
 
-    def __init__(self, config: LlavaConfig, tokenizer, mesh: Mesh | None = None, int8_prefix: bool = False):
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tokenizer,
+        mesh: Mesh | None = None,
+        int8_prefix: bool = False,
+        int8_activations: bool = False,
+    ):
         self.config, self.tokenizer = config, tokenizer
-        self.engine = Engine(config, mesh, int8_prefix)
+        self.engine = Engine(config, mesh, int8_prefix, int8_activations)
 
     # ---- one prompt
 
@@ -341,6 +348,7 @@ def load(
     quantize: str | None = None,
     quantize_also=(),
     int8_prefix: bool = False,
+    int8_activations: bool = False,
 ) -> tuple[Llava, dict]:
     """A converted checkpoint, ready to use.
 
@@ -356,6 +364,8 @@ def load(
         quantize: "int8" to hold the kernels of the decoder's and the tower's layers so, whatever is stored; None is as
             stored. quantize_also: of "lm_head" and "mm_projector", those to be made int8 too.
         int8_prefix: cache the keys and values of prompts as int8.
+        int8_activations: prefill prompts and questions by products of int8 by int8, with a scale for each token; the
+            kernels must be int8.
 
     Returns:
         (Llava, params)
@@ -366,8 +376,10 @@ def load(
     enable_compilation_cache()
     config = load_config(directory)
     config = config if reading is None else config.replace(reading=reading)
+    if int8_activations:
+        check_int8_kernels(directory, quantize)
     tokenizer = load_tokenizer(directory, config.name, config.reading)
     params = load_params(directory, config, dtype, mesh, quantize, quantize_also)
     if config.mm_use_im_start_end:  # in case its tokenizer files lack them, as the original's builder does
         params, config, tokenizer = initialize_vision_tokenizer(params, config, tokenizer)
-    return Llava(config, tokenizer, mesh, int8_prefix), params
+    return Llava(config, tokenizer, mesh, int8_prefix, int8_activations), params

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_jax.models.quantize import SCALE
+from llava_jax.models.quantize import SCALE, to_int8
 from llava_jax.parallel.sharding import row_shards
 from llava_jax.parallel.target import AMPERE, target_gpu, target_platform
 
@@ -21,15 +21,19 @@ class Linear(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] → [..., features]."""
+    def __call__(self, x: jax.Array, int8_product: bool = False) -> jax.Array:
+        """x [..., in] → [..., features]; `int8_product`: where the kernel is int8, x becomes int8 too, row by row."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         if not self.has_variable("params", SCALE):
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
             out = _product(x, kernel, jnp.matmul)
             return out if bias is None else out + bias
-        out = _product(x, kernel, _matmul_at_once, cpu=_matmul_in_strips, **_for_old_gpus(x))
+        if int8_product:
+            rows = to_int8(x, -1)
+            out = _product(rows.values, kernel, _matmul_int8) * rows.scale[..., None]
+        else:
+            out = _product(x, kernel, _matmul_at_once, cpu=_matmul_in_strips, **_for_old_gpus(x))
         out = out * self.get_variable("params", SCALE)
         return (out if bias is None else out + bias).astype(x.dtype)
 
@@ -54,6 +58,11 @@ def matmul_few_rows(matmul, rows: int, x, kernel):
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, MATRIX_UNIT_ROWS - count), (0, 0)])
     out = jax.lax.optimization_barrier(matmul(x.reshape(-1, x.shape[-1]), kernel))
     return out.reshape(*x.shape[:-1], -1)[..., :count, :]
+
+
+def _matmul_int8(x, kernel):
+    """int8 x [..., in] @ int8 kernel [in, out], exactly, in int32: it holds the sum of 133,000 products."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.int32)
 
 
 def _matmul_at_once(x, kernel):

@@ -33,43 +33,47 @@ class LlamaAttention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, int8_products: bool):
         """x [B, N, E]; cos, sin [..., L, D], of the same positions → (output [B, N, E], what `attend` hands back)."""
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            out = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x)
+            out = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x, int8_products)
+            if int8_products:  # fused with the split into heads, a TPU would copy the kernel into another layout
+                out = jax.lax.optimization_barrier(out)
             return out.reshape(*cos.shape[:-1], heads, config.head_dim)
 
         q = apply_rotary(project("q_proj", config.num_attention_heads), cos, sin)
         k = apply_rotary(project("k_proj", config.num_key_value_heads), cos, sin)
         out, state = attend(q, k, project("v_proj", config.num_key_value_heads))
         out = out.reshape(*x.shape[:-1], -1)
-        return Linear(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(out), state
+        o_proj = Linear(config.hidden_size, use_bias=config.attention_bias, name="o_proj")
+        return o_proj(out, int8_products), state
 
 
 class LlamaMLP(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, int8_products: bool) -> jax.Array:
         wide = self.config.intermediate_size
-        gate = Linear(wide, use_bias=False, name="gate_proj")(x)
-        up = Linear(wide, use_bias=False, name="up_proj")(x)
-        return Linear(self.config.hidden_size, use_bias=False, name="down_proj")(jax.nn.silu(gate) * up)
+        gate = Linear(wide, use_bias=False, name="gate_proj")(x, int8_products)
+        up = Linear(wide, use_bias=False, name="up_proj")(x, int8_products)
+        down_proj = Linear(self.config.hidden_size, use_bias=False, name="down_proj")
+        return down_proj(jax.nn.silu(gate) * up, int8_products)
 
 
 class LlamaDecoderLayer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend):
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, int8_products: bool):
         eps = self.config.rms_norm_eps
         normed = constrain_batch(LlamaRMSNorm(eps, name="input_layernorm")(x))
-        attended, state = LlamaAttention(self.config, name="self_attn")(normed, cos, sin, attend)
+        attended, state = LlamaAttention(self.config, name="self_attn")(normed, cos, sin, attend, int8_products)
         x = constrain_sequence(x + attended)
         normed = constrain_batch(LlamaRMSNorm(eps, name="post_attention_layernorm")(x))
-        return constrain_sequence(x + LlamaMLP(self.config, name="mlp")(normed)), state
+        return constrain_sequence(x + LlamaMLP(self.config, name="mlp")(normed, int8_products)), state
 
 
 class LlamaModel(nn.Module):
@@ -77,10 +81,11 @@ class LlamaModel(nn.Module):
 
     config: TextConfig
     remat: bool = False  # compute each layer again in the backward pass, instead of keeping what it computed
+    int8_activations: bool = False  # where kernels are int8, all products are of int8 by int8, but for a step's
 
     def setup(self):
         config = self.config
-        layer = nn.remat(LlamaDecoderLayer, static_argnums=(4,)) if self.remat else LlamaDecoderLayer
+        layer = nn.remat(LlamaDecoderLayer, static_argnums=(4, 5)) if self.remat else LlamaDecoderLayer
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
         self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = LlamaRMSNorm(config.rms_norm_eps)
@@ -88,7 +93,13 @@ class LlamaModel(nn.Module):
             self.lm_head = Linear(config.vocab_size, use_bias=False)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, seq_len: jax.Array, max_seq_len: int, attends: Sequence[Attend]
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        seq_len: jax.Array,
+        max_seq_len: int,
+        attends: Sequence[Attend],
+        is_step: bool = False,
     ):
         """Run the layers.
 
@@ -97,6 +108,7 @@ class LlamaModel(nn.Module):
             positions: int32 [..., L].
             seq_len, max_seq_len: int32 [...], each row's length so far, and its bound (for `dynamic` rope scaling).
             attends: one for each layer.
+            is_step: of decoding, which waits for the kernels to be read, not for its products.
 
         Returns:
             (the normed last hidden state [..., L, E], what each layer's `attend` handed back,
@@ -106,7 +118,7 @@ class LlamaModel(nn.Module):
         shape, hidden_states, states = x.shape, [x], []
         x = x.reshape(len(x), -1, shape[-1])
         for layer, attend in zip(self.layers, attends, strict=True):
-            x, state = layer(constrain_sequence(x), cos, sin, attend)
+            x, state = layer(constrain_sequence(x), cos, sin, attend, self.int8_activations and not is_step)
             hidden_states.append(x.reshape(shape))
             states.append(state)
         hidden_states[-1] = self.norm(constrain_sequence(x)).reshape(shape)

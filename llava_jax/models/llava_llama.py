@@ -43,11 +43,12 @@ class LlavaLlamaForCausalLM(nn.Module):
     config: LlavaConfig
     remat: bool = False  # of the decoder's layers, for training
     int8_prefix: bool = False  # what prefill gives: keys and values as Int8
+    int8_activations: bool = False  # see LlamaModel
 
     def setup(self):
         self.vision_tower = build_vision_tower(self.config)
         self.mm_projector = build_vision_projector(self.config)
-        self.language_model = LlamaModel(self.config.text, self.remat)
+        self.language_model = LlamaModel(self.config.text, self.remat, self.int8_activations)
         if self.config.has_image_newline:
             width = self.config.text.hidden_size
             self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))
@@ -214,12 +215,12 @@ class LlavaLlamaForCausalLM(nn.Module):
 
         attends = [attend_with(layer) for layer in range(self.config.text.num_hidden_layers)]
         longest = max(block.prefix.capacity + block.suffix.valid.shape[-1] for blocks in pools for block in blocks)
-        hidden, layers = self._extend(token_ids, positions, longest, attends)
+        hidden, layers = self._extend(token_ids, positions, longest, attends, is_step=True)
         return hidden, [list(of_block) for of_block in zip(*layers, strict=True)]
 
-    def _extend(self, token_ids, positions, max_seq_len: int, attends):
+    def _extend(self, token_ids, positions, max_seq_len: int, attends, is_step: bool = False):
         embeds = self.language_model.embed_tokens(token_ids)
-        return self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends)[:2]
+        return self.language_model(embeds, positions, positions[..., -1] + 1, max_seq_len, attends, is_step)[:2]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Normed hidden states [..., E] → float32 [..., V]."""

@@ -48,7 +48,7 @@ def adapters(lora: dict, scale: float, dropout: float, key: jax.Array | None):
         path, out = context.module.path, call(*args, **kwargs)
         if path not in order or context.method_name != "__call__":
             return out
-        (x,) = args
+        x, *_ = args
         if seeds is not None and dropout:
             x = jnp.where(_kept(seeds[order[path]], x.shape, dropout), x / (1 - dropout), 0)
         a, b = (flat[(*path, name)].astype(x.dtype) for name in "ab")

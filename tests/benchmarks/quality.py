@@ -41,6 +41,8 @@ FORMS = {  # how it is converted, and loaded
     "int8, float32 arithmetic": (dict(quantize="int8"), dict(dtype="float32")),
     "int8, bfloat16 arithmetic": (dict(quantize="int8"), dict(dtype="bfloat16")),
     "the same and int8 prefix": (dict(quantize="int8"), dict(dtype="bfloat16", int8_prefix=True)),
+    "int8, int8 activations": (dict(quantize="int8"), dict(dtype="bfloat16", int8_activations=True)),
+    "all three": (dict(quantize="int8"), dict(dtype="bfloat16", int8_prefix=True, int8_activations=True)),
 }
 DESCRIBE = "Describe the image."
 TOKENS, TURNS = 48, 7
@@ -98,10 +100,9 @@ def seconds(llava, params) -> float:
 
 
 def endless(llava):
-    generation = dataclasses.replace(llava.config.generation, eos_token_ids=())
-    return llava_jax.Llava(
-        llava.config.replace(generation=generation), llava.tokenizer, int8_prefix=llava.engine.model.int8_prefix
-    )
+    generation, model = dataclasses.replace(llava.config.generation, eos_token_ids=()), llava.engine.model
+    int8 = dict(int8_prefix=model.int8_prefix, int8_activations=model.int8_activations)
+    return llava_jax.Llava(llava.config.replace(generation=generation), llava.tokenizer, **int8)
 
 
 def main() -> None:
