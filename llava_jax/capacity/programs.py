@@ -82,7 +82,7 @@ class Programs:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.config, self.mesh, self.precision.int8_prefix)
+        return Engine(self.config, self.mesh, self.precision.int8_prefix, self.precision.int8_activations)
 
     @cached_property
     def params(self) -> dict:
