@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from small import small_model
 
+from llava_jax.compiling import LoggedJit
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sample, said_words, validate
 
@@ -44,17 +45,42 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_a_hundred_image_sizes_compile_at_most_six_programs(llava, compilations):
+class Planned(Exception):
+    """What a program would have been called with."""
+
+
+def test_a_hundred_image_sizes_compile_at_most_six_programs(llava, compilations, monkeypatch):
+    """Twelve are answered; for the others, the first program would be called with shapes that it was warmed up for."""
     model, params = llava
-    model.warmup(params, QUESTION, max_new_tokens=2)
+    known, call = set(), LoggedJit.__call__
+
+    def shapes(program, args):
+        leaves, tree = jax.tree.flatten(args)
+        return program.name, tree, tuple((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+
+    def noted(program, *args):
+        known.add(shapes(program, args))
+        return call(program, *args)
+
+    def planned(program, *args):
+        raise Planned(shapes(program, args))
+
+    with monkeypatch.context() as warming:
+        warming.setattr(LoggedJit, "__call__", noted)
+        model.warmup(params, QUESTION, max_new_tokens=2)
     assert 1 <= len(compilations) <= 6
     compilations.clear()
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (4000, 20), (20, 4000), (336, 336), (672, 672), (1008, 336), (640, 480), (480, 640)]
     sizes += [tuple(rng.integers(1, 1500, 2)) for _ in range(100 - len(sizes))]
-    answers = {model.generate(params, picture(*size), QUESTION, max_new_tokens=2) for size in sizes}
+    answers = {model.generate(params, picture(*size), QUESTION, max_new_tokens=2) for size in sizes[:12]}
     assert len(answers) > 1  # it does look at the pictures
     assert not compilations
+    monkeypatch.setattr(LoggedJit, "__call__", planned)
+    for size in sizes[12:]:
+        with pytest.raises(Planned) as caught:
+            model.generate(params, picture(*size), QUESTION, max_new_tokens=2)
+        assert caught.value.args[0] in known, size
 
 
 def test_compiling_is_announced_once(llava, capsys):

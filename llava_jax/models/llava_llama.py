@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -254,6 +255,12 @@ def init_params(config: LlavaConfig, key: jax.Array) -> dict:
 
 def param_shapes(config: LlavaConfig) -> dict:
     """The tree of `jax.ShapeDtypeStruct` (float32) that `init_params` would fill; nothing is computed."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config))  # the caller's own to change
+
+
+@functools.lru_cache(maxsize=8)
+def _param_shapes(config: LlavaConfig) -> dict:
+    """Traced once: of 7 billion parameters in a second, and a load asks for them several times."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
