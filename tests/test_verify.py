@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -33,14 +34,14 @@ def torch():
 def reference(checkpoint, converted, pictures):
     """What transformers computes with vicuna's published weights, and with what: (llava, prompt, picture, record)."""
     llava, _ = load(converted("vicuna"), reading="llava-hf")
-    text, picture = llava.conversation(verify.QUESTION, 1).get_prompt(), load_image(pictures["wide_1200x200"])
+    text, picture = llava.conversation(verify.QUESTION, 1).get_prompt(), load_image(pictures["tiny_20x13"])
     published = read_published(checkpoint("vicuna")[0])
     return llava, text, picture, verify.record_llava_hf(published, text, [picture])[0]
 
 
-def stages_of(reference, directory):
+def stages_of(reference, params):
     llava, text, picture, theirs = reference
-    ours = verify.record_ours(llava, stored.load_params(directory, llava.config), text, picture, theirs)
+    ours = verify.record_ours(llava, params, text, picture, theirs)
     return verify.compare([ours], [theirs], llava.config.vision.num_hidden_layers, llava.config.text.num_hidden_layers)
 
 
@@ -48,18 +49,24 @@ def first_bad(stages):
     return next((stage.stage for stage in stages if not stage.ok), None)
 
 
+def changed_params(params, path, change):
+    """The parameters, but for one that `change` has changed in place."""
+    flat = flatten_dict(params, sep="/")
+    array = np.array(flat[path])
+    change(array)
+    return unflatten_dict(flat | {path: jax.device_put(array, flat[path].sharding)}, sep="/")
+
+
 def changed(directory, to, path, change):
     """A copy of a converted checkpoint with one parameter changed in Orbax."""
     shutil.copytree(directory, to, ignore=shutil.ignore_patterns("params"))
-    params = flatten_dict(stored.load_params(directory, stored.load_config(directory)), sep="/")
-    array = np.array(params[path])
-    change(array)
-    stored.save_params(to / "params", unflatten_dict(params | {path: array}, sep="/"))
+    params = stored.load_params(directory, stored.load_config(directory))
+    stored.save_params(to / "params", changed_params(params, path, change))
     return to
 
 
-def test_good_conversion(reference, converted):
-    stages = stages_of(reference, converted("vicuna"))
+def test_good_conversion(reference, model):
+    stages = stages_of(reference, model("vicuna")[1])
     assert [stage.stage for stage in stages] == NAMES
     assert all(stage.ok for stage in stages), verify.table(stages)
     logits = stages[NAMES.index("logits")]
@@ -88,8 +95,8 @@ def one_value(array):
         ("language_model/lm_head/kernel", lambda array: array[:, [7, 8]].fill(0.0) or array[:, 7].fill(0.0), "logits"),
     ],
 )
-def test_changed_weight(reference, converted, tmp_path, path, change, stage):
-    stages = stages_of(reference, changed(converted("vicuna"), tmp_path / "bad", path, change))
+def test_changed_weight(reference, model, path, change, stage):
+    stages = stages_of(reference, changed_params(model("vicuna")[1], path, change))
     assert first_bad(stages) == stage, verify.table(stages)
 
 
@@ -103,7 +110,7 @@ def test_changed_text_embedding_and_settings(reference, converted, tmp_path):
         array[word] += 0.01
 
     bad = changed(converted("vicuna"), tmp_path / "bad", "language_model/embed_tokens/embedding", change)
-    assert first_bad(stages_of(reference, bad)) == "merged embeddings"
+    assert first_bad(stages_of(reference, stored.load_params(bad, stored.load_config(bad)))) == "merged embeddings"
     settings = json.loads((bad / "preprocessor_config.json").read_text())
     write_json(bad / "preprocessor_config.json", settings | {"image_std": [0.27, 0.26, 0.28]})
     other, params = load(bad, reading="llava-hf")
