@@ -78,18 +78,18 @@ def test_each_image_is_prefilled_once_however_small_the_budget(small, requests, 
         names = [name for name, _ in programs]
         return names.count("first chunk"), [one.active.size for one in given(programs, "admission", Questions)]
 
-    wanted = llava.generate_batch(params, requests[:3], **OPTIONS)
+    wanted = llava.generate_batch(params, requests, **OPTIONS)  # of the shapes of the test above
     prefixes, questions = prefixes_and_questions()
-    assert prefixes == 3 and sum(questions) >= 6 and len(questions) < 6
+    assert prefixes == 6 and sum(questions) >= 10 and len(questions) < 10
     programs.clear()
-    assert llava.generate_batch(params, requests[:3], memory_budget=1, **OPTIONS) == wanted
-    assert prefixes_and_questions() == (3, [1] * 6)
+    assert llava.generate_batch(params, requests, memory_budget=1, **OPTIONS) == wanted
+    assert prefixes_and_questions() == (6, [1] * 10)
 
 
 def test_each_question_has_its_own_limit(small, requests):
     """Answers end at different times, and the next ones take their rows: more than there are rows for."""
     llava, params = small
-    limits = [3, 17, 1, 8, 30, 5, 4, 2, 40, 6]
+    limits = [3, 7, 1, 8, 6, 5, 4, 2, 8, 6]  # room for 8, as in the test above
     answers = llava.generate_batch(params, requests, max_new_tokens=limits, memory_budget=1)
     asked = [(image, question) for image, questions in requests for question in questions]
     each = zip(asked, limits, strict=True)

@@ -14,7 +14,9 @@ from llava_jax.conversion.to_hf import export
 from llava_jax.inputs.image import load_image
 
 
-@pytest.mark.parametrize("variant", ["vicuna", "mistral", pytest.param("llava15", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "variant", ["mistral", *(pytest.param(name, marks=pytest.mark.long) for name in ("vicuna", "llava15"))]
+)
 def test_transformers_answers_the_same(converted, model, pictures, tmp_path, variant):
     """Exported from the original's layout: every key is known, and the greedy tokens are ours."""
     torch = pytest.importorskip("torch")

@@ -92,7 +92,7 @@ def test_compiling_is_announced_once(llava, capsys):
     assert re.fullmatch(r"compiling generate for 0 tiles, 5 x 64 positions … \d+\.\d s", lines[0])
 
 
-def test_compiled_programs_are_kept_on_disk(converted, tmp_path):
+def test_compiled_programs_are_kept_on_disk(scenes_model, tmp_path):
     script = "import sys, llava_jax; llava, params = llava_jax.load(sys.argv[1]); "
     script += "print(llava.generate(params, None, 'Hi', max_new_tokens=2))"
     for place, kept in (
@@ -101,7 +101,7 @@ def test_compiled_programs_are_kept_on_disk(converted, tmp_path):
     ):
         others = {k: v for k, v in os.environ.items() if k not in ("LLAVA_JAX_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")}
         env = others | place
-        subprocess.run([sys.executable, "-c", script, converted("vicuna")], env=env, check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", script, scenes_model], env=env, check=True, capture_output=True)
         assert [path for path in (tmp_path / kept).rglob("*") if path.is_file()]
 
 

@@ -349,14 +349,7 @@ def by_one_device(converted, data, small_options, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    "processes, shapes",
-    [
-        (1, "one"),
-        pytest.param(1, "several", marks=pytest.mark.long),
-        pytest.param(2, "several", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("processes, shapes", [(1, "one"), pytest.param(2, "several", marks=pytest.mark.long)])
 def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes, shapes):
     """Rows over data and fsdp, weights and moments over fsdp and tensor: losses within 1e-5 of one device's. The
     devices are those of one process, or of two, each of which loads its own rows."""

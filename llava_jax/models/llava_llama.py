@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -260,8 +261,13 @@ def param_shapes(config: LlavaConfig) -> dict:
 
 @functools.lru_cache(maxsize=8)
 def _param_shapes(config: LlavaConfig) -> dict:
-    """Traced once: of 7 billion parameters in a second, and a load asks for them several times."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    """Traced once, as a load asks for them several times; and so is the decoder's layer, as they are all alike."""
+    one_layer = config.replace(text=replace(config.text, num_hidden_layers=1))
+    shapes = jax.eval_shape(lambda: init_params(one_layer, jax.random.key(0)))
+    decoder = shapes["language_model"]
+    return shapes | {
+        "language_model": decoder | {f"layers_{i}": decoder["layers_0"] for i in range(config.text.num_hidden_layers)}
+    }
 
 
 def flat_param_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
