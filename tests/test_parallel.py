@@ -41,12 +41,12 @@ print(json.dumps(tokens.tolist()))
 """
 
 
-def test_tensor_parallel_generation_gives_the_same_tokens(model, converted, pictures):
-    llava, params = model("vicuna")
+def test_tensor_parallel_generation_gives_the_same_tokens(bundled, scenes_model, pictures):
+    llava, params = bundled
     picture = pictures["chelsea"]
     wanted = llava.generate_tokens(params, [[1, 100, -200, 5], [1, 7, 8]], picture, max_new_tokens=8)
     flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, converted("vicuna"), picture]
+    command = [sys.executable, "-c", SCRIPT, scenes_model, picture]
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == wanted.tolist()
 
