@@ -17,6 +17,7 @@ from llava_jax.inputs.anyres import num_image_tokens
 from llava_jax.inputs.conversation import conv_templates
 from llava_jax.inputs.image import process_images
 from llava_jax.inputs.tokenizer import load_tokenizer
+from llava_jax.models.llava_llama import param_bytes
 from llava_jax.training.preprocess import preprocess, preprocess_multimodal, training_tokenizer
 
 SCENES = [make_scene((99, i)) for i in range(400)]
@@ -253,7 +254,8 @@ def test_a_step_of_the_towers_pretraining_and_one_more(tmp_path, config, monkeyp
 
 
 @pytest.mark.long
-def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, monkeypatch):
+def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, monkeypatch, config):
+    """Of fewer layers than the bundled model has."""
     import llava_jax
     from llava_jax.conversion.checksums import check
     from llava_jax.conversion.from_hf import convert
@@ -263,9 +265,13 @@ def test_every_kind_of_phase_runs_and_what_comes_out_can_be_scored(tmp_path, mon
     assert {(phase.stage, phase.style) for phase in recipe.PHASES} == {
         ("finetune", "captions"), ("pretrain", "captions"), ("finetune", "questions")
     }  # fmt: skip
+    shallow = config.replace(
+        vision=replace(config.vision, num_hidden_layers=2), text=replace(config.text, num_hidden_layers=1)
+    )
+    monkeypatch.setattr(recipe, "scenes_config", lambda words: shallow)
     phases = [replace(phase, scenes=2, steps=1, rows=2, length=128) for phase in (recipe.PHASES[1], recipe.PHASES[-1])]
     published = recipe.train_demo(tmp_path, phases=tuple(phases), tower_steps=1)
-    assert (published / "model.safetensors").stat().st_size < 12 << 20
+    assert (published / "model.safetensors").stat().st_size < param_bytes(config, 2) < 12 << 20
     assert [check(tmp_path / directory) for directory in ("start", *(phase.name for phase in phases))] == [[], [], []]
     convert(published, output=tmp_path / "model", vision_tower=str(published / "tower"), progress=False)
     llava, params = llava_jax.load(tmp_path / "model")
