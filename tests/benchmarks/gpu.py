@@ -3,9 +3,10 @@
     python tests/benchmarks/gpu.py --output gpu.json      # under ten minutes; stops by itself before they are over
     JAX_PLATFORMS=cpu python tests/benchmarks/gpu.py --tiny    # anywhere: whether all of it runs
 
-Weights and caches are random and made on the device, so that no checkpoint is needed: prefixes of 3,072 positions,
-questions of 64, which are admitted to one prefix. A program is called once, which compiles it, and then five times; its time is the median. A step of
-decoding is what more steps take longer. `XLA` is attention over the cache without the kernel.
+Weights and caches are random and made on the device, so that no checkpoint is needed: prefixes of 3,072 positions, and
+questions of 64, which are admitted to one prefix. A program is called once, which compiles it, and then five times; its
+time is the median. A step of decoding is what more steps take longer. `XLA` is attention over the cache without the
+kernel.
 
 The shares are of what cannot be avoided (`llava_jax.capacity.roofline`) in that time: bytes of the bandwidth and
 operations of the peak in half precision. Each row is printed, and written, as it comes; what there is no time for is
