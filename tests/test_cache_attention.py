@@ -62,7 +62,8 @@ def appended(new, k, v, valid, slot, rows, slots=None):
     """Some of the rows as a block, with as many slots."""
     cut = np.s_[:, :, rows, :slots]
     own = Own((k[cut], v[cut]), valid[:, rows, :slots], LENGTHS)
-    return Appended(tuple(x[:, :, rows] for x in new), np.int32(slot), None, own)
+    writes = np.ones_like(valid[:, rows, 0])
+    return Appended(tuple(x[:, :, rows] for x in new), np.int32(slot), writes, own)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -76,7 +77,7 @@ def test_a_position_is_appended(kv_heads, platform):
     new = [x[:, :, :, slot : slot + 1] for x in (k, v)]
     blocks = [appended(new, *before, valid, slot, *cut) for cut in ((np.s_[:1], 5), (np.s_[1:],))]
     if platform == "cpu":
-        out, suffixes = jax.jit(attend_and_append, static_argnums=4)(q, blocks, *prefix, True)
+        out, suffixes = jax.jit(attend_and_append)(q, blocks, *prefix)
         for ours, expected in zip(suffixes[0], (k, v), strict=True):
             np.testing.assert_array_equal(ours, expected[:, :, :1, :5])
         for ours, expected in zip(suffixes[1], (k, v), strict=True):
@@ -98,7 +99,7 @@ def test_blocks_that_see_different_prefixes():
     ]
     expected = jax.jit(decode_attention)(q, k, v, valid, *prefix, LENGTHS)
     for out in (
-        jax.jit(attend_and_append, static_argnums=4)(q, blocks, *prefix, True)[0],
+        jax.jit(attend_and_append)(q, blocks, *prefix)[0],
         jax.jit(decode_apart)(q, blocks, *prefix),
     ):
         np.testing.assert_allclose(out[0, :1], expected[0, :1], atol=5e-6)

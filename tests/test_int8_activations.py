@@ -15,9 +15,9 @@ from small import small_model
 from test_ceilings import shallow
 
 import llava_jax
+from llava_jax.capacity.ahead import abstract_params, compile_for, slice_mesh
 from llava_jax.capacity.hlo import parse
-from llava_jax.capacity.programs import abstract_params, compile_for, slice_mesh
-from llava_jax.capacity.roofline import SLICES, Precision, Shapes, works
+from llava_jax.capacity.roofline import SLICES, Precision, works
 from llava_jax.capacity.traffic import estimated_cycles
 from llava_jax.cli import main
 from llava_jax.config import LlavaConfig
@@ -26,6 +26,7 @@ from llava_jax.demo.scenes import draw
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.run import prepare
 from llava_jax.inference import generate
+from llava_jax.inference.batch_shape import one_pool
 from llava_jax.inference.sampling import Greedy
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.groups import pack_questions
@@ -200,8 +201,8 @@ def test_an_answers_id_says_so(scenes_model, tmp_path):
 
 
 def test_the_roofline_counts_them():
-    config, shapes = LlavaConfig.preset("1.6-vicuna-7b"), Shapes(2560, 16, 64, 128)
-    usual, int8 = (works(config, shapes, 8, 1, Precision("int8", True, asked)) for asked in (False, True))
+    config, shape = LlavaConfig.preset("1.6-vicuna-7b"), one_pool(1, 8, 2560, 16, 64, 128)
+    usual, int8 = (works(config, shape, 1, Precision("int8", True, asked)) for asked in (False, True))
     faster = {
         name: int8[name].seconds(SLICES["v5e-1"].chip, 1) / usual[name].seconds(SLICES["v5e-1"].chip, 1)
         for name in usual
@@ -223,7 +224,9 @@ def test_a_v5e_takes_less_time_to_prefill(no_tpu):
     modules = []
     for int8_activations in (False, True):
         model = LlavaLlamaForCausalLM(config, int8_activations=int8_activations)
-        prefill = compile_for(mesh, partial(generate.prefill, model), abstract_params(config, mesh, "int8"), batch)
+        prefill = compile_for(
+            mesh, jax.jit(partial(generate.prefill, model)), abstract_params(config, mesh, "int8"), batch
+        )
         modules.append(parse(prefill.text))
         products = re.findall(r"= s32\[[^=]* convolution\(", prefill.text)
         assert len(products) == (7 if int8_activations else 0)

@@ -30,11 +30,11 @@ def exit_status(program: str, run: Callable[[], int | None], own_process: bool =
 
     Args:
         program: how its errors begin: "PROGRAM: error: …"; "" is "error: …".
-        own_process: there is nothing else in this process, which then ends here after Ctrl-C, or with an engine
-            at work.
+        own_process: there is nothing else in this process, which then ends here after a failure or Ctrl-C, or with an
+            engine at work.
     """
     status = _status(program, run, own_process)
-    if own_process and (status == INTERRUPTED or any(t.name == ENGINE_THREAD for t in threading.enumerate())):
+    if own_process and (status or any(t.name == ENGINE_THREAD for t in threading.enumerate())):
         _leave(status)
     return status
 
@@ -63,8 +63,8 @@ def _status(program: str, run: Callable[[], int | None], own_process: bool) -> i
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process at once. XLA may still be compiling in threads of its own, and the interpreter's way out takes
-    from them what they use: that ends in a crash."""
+    """End the process at once. XLA may still be compiling in threads of its own, and Orbax writing: the interpreter's
+    way out takes from them what they use, which ends in a crash, or in tracebacks behind the error's one line."""
     if "llava_jax.compiling" in sys.modules:
         with contextlib.suppress(Exception):  # it may be in the middle of its import
             sys.modules["llava_jax.compiling"].stop_keeping()

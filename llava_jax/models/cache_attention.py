@@ -64,16 +64,16 @@ def decode_attention(q, suffix_k, suffix_v, suffix_valid, prefix_k, prefix_v, pr
     return _decode(False, q, [Own((suffix_k, suffix_v), suffix_valid, prefix_lengths)], prefix_k, prefix_v)
 
 
-def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v, few_live: bool) -> tuple[jax.Array, list]:
+def attend_and_append(q, blocks: list[Appended], prefix_k, prefix_v) -> tuple[jax.Array, list]:
     """`decode_attention` of new positions whose rows share their prefixes, but have suffixes of several lengths.
 
     Args:
         q: [G, R, 1, H, D], of the blocks' rows side by side; prefix_k, prefix_v: as in `question_attention`.
-        few_live: it may be that few prefixes have a length; then the program has a form that passes over the others.
 
     Returns:
         (out [G, R, 1, H, D], each block's suffix with the new positions)
     """
+    few_live = any(block.writes is not None for block in blocks)  # some rows rest, and may be all of a prefix's
     first, last = partial(_append_first, few_live), partial(_append_last, few_live)
     return jax.lax.platform_dependent(q, blocks, prefix_k, prefix_v, default=first, tpu=last)
 
@@ -97,9 +97,7 @@ def _append_last(few_live: bool, q, blocks: list[Appended], prefix_k, prefix_v):
     over_prefix = few if few_live else tpu_attention.over_all
     out = tpu_attention.decode_apart(q, blocks, prefix_k, prefix_v, over_prefix)
     news = [block.new for block in blocks]
-    out, news = jax.lax.optimization_barrier(
-        (out, news)
-    )  # until it was read: else XLA may copy a suffix to write there
+    out, news = jax.lax.optimization_barrier((out, news))  # read, then write: else XLA may copy a suffix to write there
     return out, [_append(block._replace(new=new)) for block, new in zip(blocks, news, strict=True)]
 
 

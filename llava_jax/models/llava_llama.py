@@ -237,9 +237,8 @@ def _attend_in(blocks: list[CacheBlock], layer: int, q, k, v):
         new = tuple(_kv_heads_first(x).astype(old.dtype) for x, old in zip(of_block, suffix, strict=True))
         own = Own(suffix, block.suffix.valid, block.prefix.lengths)
         appended.append(Appended(new, block.slot, block.writes, own))
-    some_rest = any(block.writes is not None for block in blocks)
     prefix_k, prefix_v = blocks[0].prefix.keys_values[layer]
-    return attend_and_append(q, appended, prefix_k, prefix_v, some_rest)
+    return attend_and_append(q, appended, prefix_k, prefix_v)
 
 
 def _kv_heads_first(x):
