@@ -28,14 +28,14 @@ FEW_CASES |= {"clspatch": ("trunc1000",), "spatial": ("trunc1000_left",)}
 BATCHES = [("vicuna", case) for case in CASES] + [(v, case) for v, cases in FEW_CASES.items() for case in cases]
 # Batches of which only the embeddings are compared daily, and the logits of others of their kind.
 SELDOM = [("vicuna", case) for case in ("left", "right_left", "trunc1000_left", "nomaxlen", "nomask_left")]
-SELDOM += [("s2", "right"), ("mistral", "left_left"), ("mistral", "trunc1000"), ("llava15", "left_left")]
+SELDOM += [batch for batch in BATCHES if batch[0] != "vicuna"]
 WITH_DUMMY = ("right", "left_left", "trunc1000")
 FULL = ("vicuna", "mistral", "llava15")  # the others run the decoder on their first picture only
 DAILY = {"vicuna": 3}  # of the pictures that the decoder sees; of the other variants 1
-DECODED = [(variant, False) for variant in RECORDED]
+DECODED = [pytest.param(v, False, marks=pytest.mark.long if v != "vicuna" else ()) for v in RECORDED]
 DECODED += [pytest.param(variant, True, marks=pytest.mark.long) for variant in FULL]
-FEW_SEEN = ("mistral", "llava15", "s2")  # the tower's pictures daily: one, and all of the other variants
-SEEN = [(variant, False) for variant in RECORDED]
+FEW_SEEN = ("mistral", "llava15", "s2")  # one of the tower's pictures at first, and then the others
+SEEN = [pytest.param(v, False, marks=pytest.mark.long if v in ("mistral", "s2") else ()) for v in RECORDED]
 SEEN += [pytest.param(variant, True, marks=pytest.mark.long) for variant in FEW_SEEN]
 IMAGE = -200
 

@@ -192,7 +192,7 @@ def test_command_on_a_changed_llava_hf_checkpoint(checkpoint, converted, tmp_pat
     assert [row.split("  ")[0].strip() for row in rows] == NAMES
 
 
-@pytest.mark.parametrize("image", [["chelsea"], []])
+@pytest.mark.parametrize("image", [["chelsea"], pytest.param([], marks=pytest.mark.long)])
 def test_command_on_a_1_5_checkpoint(checkpoint, converted, pictures, capsys, image):
     """.bin shards, the tower beside them, and pictures that are padded; and text alone."""
     files = [pictures[name] for name in image]
