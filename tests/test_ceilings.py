@@ -30,7 +30,7 @@ CEILINGS = {
     "v5e-8": (1.01, 1.03),
     "v6e-8": (1.01, 1.03),
 }
-SERVING_CEILINGS = {"h100": 1.15, "v5e-8": 1.03}  # of all rows of a batch with two pools and two classes of rows
+SERVING_CEILINGS = {"h100": 1.15, "v5e-8": 1.05}  # of all rows of a batch with two pools and two classes of rows
 TEMPORARIES_MIB = 150  # of the prefill of 16 questions after one prefix of each shard, and of decoding: no scores
 
 

@@ -255,7 +255,8 @@ class Programs:
         def shape(x):
             return x.sharding.shard_shape(x.shape)
 
-        cache = {f"prefix of {pool[0][0].shape[2]}": shape(jax.tree.leaves(pool)[0]) for pool in self.pools}
+        prefixes = [jax.tree.leaves(pool)[0] for pool in self.pools]
+        cache = {f"prefix of {keys.shape[2]}": shape(keys) for keys in prefixes}
         for rows in self.rows.values():
             keys = rows.suffix.keys_values[0][0]
             cache[f"suffix of {keys.shape[3]}"] = shape(keys)

@@ -46,17 +46,16 @@ class Traffic:
 def computation_traffic(module: Module, name: str) -> Traffic:
     """What one run of a computation moves, but for loops of an unknown number of steps.
 
-    Of a conditional for what not everybody asks for (its path has `if_asked`), only the branch that moves least counts;
-    of any other, all do.
+    Of a conditional for what not everybody asks for (its path has `if_asked`), the branch that moves least counts; of
+    any other, the one that moves most.
     """
     runs = module.runs(name, partial(_usual_branches, module))
     return sum((instruction_traffic(module, where, i) * times for times, where, i in runs), Traffic())
 
 
 def _usual_branches(module: Module, conditional: Instruction) -> tuple[str, ...]:
-    if "/if_asked/" not in conditional.path:
-        return conditional.called
-    return (min(conditional.called, key=lambda name: computation_traffic(module, name).moved),)
+    choose = min if "/if_asked/" in conditional.path else max
+    return (choose(conditional.called, key=lambda name: computation_traffic(module, name).moved),)
 
 
 def instruction_traffic(module: Module, computation: Computation, instruction: Instruction) -> Traffic:

@@ -94,7 +94,7 @@ def _append_first(few_live: bool, q, blocks: list[Appended], *prefix):
 
 def _append_last(few_live: bool, q, blocks: list[Appended], prefix_k, prefix_v):
     few = partial(_on_mesh_by_prefix, tpu_attention.over_few)
-    over_prefix = few if few_live else tpu_attention.over_all
+    over_prefix = few if few_live and q.shape[1] <= tpu_attention.FEW_ROWS else tpu_attention.over_all
     out = tpu_attention.decode_apart(q, blocks, prefix_k, prefix_v, over_prefix)
     news = [block.new for block in blocks]
     out, news = jax.lax.optimization_barrier((out, news))  # read, then write: else XLA may copy a suffix to write there

@@ -48,6 +48,7 @@ def _own_parts(of_rows, block) -> tuple[Part, Part]:
     return part, _new_part(heads, *block.new)
 
 
+FEW_ROWS = 8  # of a prefix: within a conditional XLA leaves scores in HBM, and those of more rows take long to write
 FEW = 2  # one prefix takes a third more time alone than as one of many: this is worth it below half of them
 
 
