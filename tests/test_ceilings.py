@@ -22,14 +22,8 @@ QUESTION, SLOTS, PREFIX = 64, 128, 3072
 MIB = 2**20
 
 # Bytes of HBM that a step moves, over those that cannot be avoided: by topology, of one row, of 8 prefixes x 16 rows on
-# each shard
-CEILINGS = {
-    "h100": (1.01, 1.15),
-    "v5e-1": (1.01, 1.03),
-    "v5e-4": (1.01, 1.03),
-    "v5e-8": (1.01, 1.03),
-    "v6e-8": (1.01, 1.03),
-}
+# each shard. What a chip of a v5e-4 runs is what one of a v5e-8 does, with half as many shards.
+CEILINGS = {"h100": (1.01, 1.15), "v5e-1": (1.01, 1.05), "v5e-8": (1.01, 1.03), "v6e-8": (1.01, 1.03)}
 SERVING_CEILINGS = {"h100": 1.15, "v5e-8": 1.05}  # of all rows of a batch with two pools and two classes of rows
 TEMPORARIES_MIB = 150  # of the prefill of 16 questions after one prefix of each shard, and of decoding: no scores
 
@@ -83,10 +77,10 @@ def is_as_planned(of: Programs, *compiled: Program) -> bool:
     return memory_bytes(of.shape, of.config, of.layout) == pytest.approx(needed, rel=0.15)
 
 
-@pytest.mark.parametrize("topology", topologies(CEILINGS))
+@pytest.mark.parametrize("topology", topologies([*CEILINGS, "v5e-4"]))
 def test_one_answer_alone(topology):
     decode = programs(topology, 2, evaluation(1, 1)).decode()
-    assert decode.step.ratio < CEILINGS[topology][0]
+    assert decode.step.ratio < CEILINGS.get(topology, CEILINGS["v5e-8"])[0]
     assert writes_nothing_whole(decode), decode.whole_writes
 
 
