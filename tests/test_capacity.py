@@ -75,8 +75,9 @@ def test_programs_of_a_batch():
     )
 
 
+@pytest.mark.long
 def test_what_is_planned_is_what_a_cpu_takes():
-    """A tower and decoder of two layers, in float32: 10 s."""
+    """A tower and decoder of two layers, in float32: 20 s."""
     config = small(LlavaConfig.preset("1.6-vicuna-7b"))
     for shape in (one_pool(1, 2, 2048, 8, 64, 64), serving_shape(config, CacheLayout(4), 1 << 30, 2048, 16)):
         of = Programs(config, make_mesh(jax.devices()[:1], data=1), shape, Precision())
