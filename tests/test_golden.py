@@ -27,7 +27,8 @@ FEW_CASES = {"mistral": ("right", "left_left", "trunc1000"), "llava15": ("right"
 FEW_CASES |= {"clspatch": ("trunc1000",), "spatial": ("trunc1000_left",)}
 BATCHES = [("vicuna", case) for case in CASES] + [(v, case) for v, cases in FEW_CASES.items() for case in cases]
 # Batches of which only the embeddings are compared daily, and the logits of others of their kind.
-SELDOM = [("vicuna", case) for case in ("left", "right_left", "trunc1000_left", "nomaxlen", "nomask_left")]
+SELDOM = [("vicuna", case) for case in ("left", "left_left", "right_left", "trunc1000_left")]
+SELDOM += [("vicuna", case) for case in ("nomaxlen", "nomask_left")]
 SELDOM += [batch for batch in BATCHES if batch[0] != "vicuna"]
 WITH_DUMMY = ("right", "left_left", "trunc1000")
 FULL = ("vicuna", "mistral", "llava15")  # the others run the decoder on their first picture only

@@ -351,7 +351,8 @@ def by_one_device(converted, data, small_options, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("processes, shapes", [(1, "one"), pytest.param(2, "several", marks=pytest.mark.long)])
+@pytest.mark.long  # test_train_aot.py compiles a step for a mesh every day
+@pytest.mark.parametrize("processes, shapes", [(1, "one"), (2, "several")])
 def test_eight_devices_train_as_one_does(by_one_device, tmp_path, processes, shapes):
     """Rows over data and fsdp, weights and moments over fsdp and tensor: losses within 1e-5 of one device's. The
     devices are those of one process, or of two, each of which loads its own rows."""
