@@ -47,6 +47,12 @@ class Instruction:
         return found.group(1) if found else ""
 
     @property
+    def only_shows(self) -> bool:
+        """Whether it is its operand, in another shape or in other tiles."""
+        in_place = self.operation == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in self.attributes
+        return self.operation == "bitcast" or in_place
+
+    @property
     def path(self) -> str:
         """The modules and functions that it comes from."""
         return self.attribute(r'op_name="([^"]*)"')
@@ -87,7 +93,7 @@ class Computation:
 
     def behind(self, name: str) -> Instruction:
         """The instruction of that name, or what it only shows in another shape."""
-        while self[name].operation == "bitcast":
+        while self[name].only_shows:
             name = self[name].operands[0]
         return self[name]
 

@@ -82,13 +82,12 @@ def memory_bytes(shape: BatchShape, config: LlavaConfig, layout: CacheLayout) ->
     prefixes = sum(pool.capacity for pool in shape.pools) * in_prefix
     classes = [row_class for pool in shape.pools for row_class in pool.classes]
     rows = sum(row_class.rows * (row_class.slots * position + text.vocab_size) for row_class in classes)
-    most_slots = max(row_class.slots for row_class in classes)
 
     chunk = shape.chunk or longest
     one_prefix = longest * (in_prefix + text.hidden_size * layout.itemsize)  # read from its slot; its embeddings
     prefill = chunk * activations + scores * PREFILL_CHUNK * longest
     question = shape.question * (activations + scores * (longest + shape.question))
-    admission = shape.admitted * (question + most_slots * position + 8 * text.vocab_size)
+    admission = shape.admitted * (question + 8 * text.vocab_size)
     decoding = 8 * shape.per_shard * sum(row_class.rows for row_class in classes) * text.vocab_size
     return shape.per_shard * (prefixes + rows) + max(one_prefix + max(prefill, admission), decoding)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llava_jax.config import TextConfig
 from llava_jax.inference.cache import KeysValues, Prefix
 from llava_jax.inference.generate import apply
+from llava_jax.models.cache_attention import row_major
 from llava_jax.models.quantize import Int8
 
 Pool = list[KeysValues]  # for each layer, k and v [G, K, P, D]; arrays or Int8
@@ -47,13 +48,21 @@ def read_slots(pool: Pool, shards: int, slots: jax.Array) -> Pool:
 def _write(pool: Pool, chunk: Pool, slots: jax.Array, starts: jax.Array) -> Pool:
     """The pool (donated) with a chunk [B, K, C, D] a layer in those slots, from position `starts`, int32 [B], on."""
 
-    def write_one(x, new, slot, start):  # of one shard
-        at = slot, 0, start, *[0] * (new.ndim - 2)
-        old = jax.lax.dynamic_slice(x, at, (1, *new.shape))
-        return jax.lax.dynamic_update_slice(x, jnp.where(slot < len(x), new, old), at)
+    def at(new, slot, start):
+        return slot, 0, start, *[0] * (new.ndim - 2)
+
+    def read_one(x, new, slot, start):  # of one shard
+        return jax.lax.dynamic_slice(x, at(new, slot, start), (1, *new.shape))[0]
+
+    def write_one(x, new, slot, start):
+        return jax.lax.dynamic_update_slice(x, new[None], at(new, slot, start))
 
     def write(x, new):
-        return jax.vmap(write_one)(by_shard(len(slots), x), new, slots, starts).reshape(x.shape)
+        slots_of = by_shard(len(slots), x)
+        here = (slots < slots_of.shape[1]).reshape(-1, *[1] * (new.ndim - 1))
+        old = row_major(jax.vmap(read_one)(slots_of, new, slots, starts))
+        new = row_major(jnp.where(here, new, old))  # else a TPU turns all slots round to write one
+        return jax.vmap(write_one)(slots_of, new, slots, starts).reshape(x.shape)
 
     return jax.tree.map(write, pool, chunk)
 

@@ -106,16 +106,16 @@ def _append(block: Appended):
 
     def put(old, x):
         if block.writes is not None:
-            kept = _row_major(jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3))
-            x = _row_major(jnp.where(block.writes[:, None, :, None, None], x, kept))
-        return _row_major(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3))
+            kept = row_major(jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3))
+            x = row_major(jnp.where(block.writes[:, None, :, None, None], x, kept))
+        return row_major(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3))
 
     return tuple(put(old, x) for old, x in zip(block.own.suffix, block.new, strict=True))
 
 
-def _row_major(x: jax.Array) -> jax.Array:
-    """x [G, K, R, S, D], its last axes together in memory: else XLA may turn the whole suffix round before the decode
-    loop and after it, and for a GPU's kernel at each step."""
+def row_major(x: jax.Array) -> jax.Array:
+    """x [G, K, …], each axis inside the one before it in memory: else XLA may turn a whole cache round to write some of
+    it, a suffix before the decode loop and after it, and for a GPU's kernel at each step."""
 
     def constrain(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
