@@ -64,7 +64,9 @@ def test_programs_of_a_batch():
     )
     (block,) = of.shape.blocks
     encode, prefill, question, decode = of.encode(), of.prefill(), of.questions(block), of.decode()
-    assert prefill.outputs < MIB and question.outputs < MIB and decode.outputs < MIB  # all is written where it was
+    assert (
+        prefill.outputs < MIB and question.outputs < MIB and decode.outputs < 8 * MIB
+    )  # the tokens; the rest in place
 
     assert encode.collectives == Collectives(0, 0, {"all-gather of features": 1})
     assert (prefill.collectives.decoder, prefill.collectives.tower) == (4, 0)  # along the sequence
