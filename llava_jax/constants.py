@@ -10,5 +10,6 @@ DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
 ENGINE_THREAD = "llava-jax engine"  # its name, by which one that still works is found when a process ends
+ENGINE_CLOSING = 1.0  # seconds that a server gives it to end; it may be compiling, which nothing can stop
 
 DTYPES = ("float32", "bfloat16", "float16")  # of stored parameters and of the arithmetic

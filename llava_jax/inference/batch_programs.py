@@ -58,12 +58,12 @@ class BatchPrograms:
     def empty_pool(self, groups: int, capacity: int, dtype) -> Pool:
         """`pool.empty_pool`, on the mesh."""
         size = groups, capacity, dtype
-        return self._made(("pool", *size), self._make_pool(*size), self.pool_shapes(*size))
+        return self._made(("pool", *size), self._make_pool(*size), self._pool_specs)
 
     def empty_rows(self, groups: int, count: int, slots: int, dtype) -> Rows:
         """`rows.empty_rows`, on the mesh."""
         size = groups, count, slots, dtype
-        return self._made(("rows", *size), self._make_rows(*size), self.rows_shapes(*size))
+        return self._made(("rows", *size), self._make_rows(*size), self._rows_specs)
 
     def _make_pool(self, groups: int, capacity: int, dtype) -> Callable[[], Pool]:
         return partial(pool.empty_pool, self._model.config.text, groups, capacity, dtype, self._model.int8_prefix)
@@ -83,13 +83,15 @@ class BatchPrograms:
     def _rows_specs(self, shapes: Rows):
         suffix = replace(self._by_shard_specs(shapes.suffix), keys_values=self._pool_specs(shapes.suffix.keys_values))
         groups, _, words = shapes.said.shape
-        said = PartitionSpec(*self._spec(groups), None, *self._spec(groups, words)[1:])  # as logits are
+        by_group, by_word = self._spec(groups, words)
+        said = PartitionSpec(by_group, None, by_word)  # as logits are
         return replace(self._by_shard_specs(shapes), suffix=suffix, said=said)
 
-    def _spec(self, groups: int, kv_heads: int | None = None) -> PartitionSpec:
+    def _spec(self, groups: int, by_tensor: int | None = None) -> PartitionSpec:
+        """Of arrays [G], or [G, what `tensor` divides]."""
         assert self._mesh is not None
-        heads = () if kv_heads is None else (dividing_axes(self._mesh, ("tensor",), kv_heads),)
-        return PartitionSpec(dividing_axes(self._mesh, BATCH_AXES, groups), *heads)
+        second = () if by_tensor is None else (dividing_axes(self._mesh, ("tensor",), by_tensor),)
+        return PartitionSpec(dividing_axes(self._mesh, BATCH_AXES, groups), *second)
 
     def _place_by_shard(self, tree):
         return self._place(tree, self._by_shard_specs)
@@ -117,9 +119,10 @@ class BatchPrograms:
         place = partial(NamedSharding, self._mesh)
         return jax.tree.map(lambda x, spec: x.update(sharding=place(spec)), shapes, specs(shapes))
 
-    def _made(self, key: tuple, make: Callable, shapes):
+    def _made(self, key: tuple, make: Callable, specs: Callable):
         """What `make` makes, on the mesh, by a program that is kept for the next batch of that shape."""
         if key not in self._makers:
+            shapes = self._shapes(make, specs)
             shardings = None if self._mesh is None else jax.tree.map(lambda x: x.sharding, shapes)
             self._makers[key] = jax.jit(make, out_shardings=shardings)
         return self._makers[key]()

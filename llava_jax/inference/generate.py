@@ -130,14 +130,6 @@ def generate(model, output_capacity: int, params, batch: Batch, questions, sampl
     return state.tokens, state.step
 
 
-def generate_from_prefix(
-    model, output_capacity: int, params, prefix: Prefix, last_hidden, questions, sampling: Sampling, max_new_tokens
-) -> jax.Array:
-    """Questions to tokens after prefixes that are already there: int32 [G, R, output_capacity]."""
-    state = sample_first_token(model, output_capacity, params, prefix, last_hidden, questions, sampling)
-    return decode_loop(model, params, prefix, state, sampling, max_new_tokens).tokens
-
-
 def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
     """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
     _, hidden = prefill_questions(model, 0, params, prefix, questions)

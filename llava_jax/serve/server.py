@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_jax.constants import ENGINE_CLOSING
 from llava_jax.inputs.numbers import finite_number, whole_number
 from llava_jax.serve.media import MediaPolicy, load_picture
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 LOOK = 0.2  # seconds between looks at the engine
-CLOSING = 1.0  # seconds for the engine to end; it may be compiling, which nothing can stop
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def run_server(served: Served, options: ServeOptions, stop: threading.Event) -> 
         server.should_exit = True  # it takes no more connections, and finishes what there is
         listening.join(grace + 5)
         served.loop.drain(0)
-        served.loop.close(CLOSING)
+        served.loop.close(ENGINE_CLOSING)
 
 
 def _watch(served: Served, options: ServeOptions, listening: threading.Thread, stop: threading.Event) -> None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_jax.constants import ENGINE_CLOSING
+
 if TYPE_CHECKING:
     from llava_jax.inference.engine_loop import EngineLoop
     from llava_jax.inference.llava import Llava
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 EXAMPLES = ((3, "reading"), (11, "position"), (9, "count"))  # scenes, and which kind of question is asked
 ANSWERS = 4  # that decode at once, each about a picture of its own; others wait
 LOOK = 0.2  # seconds between looks at the engine
-CLOSING = 1.0  # seconds for the engine to end; it may be compiling, which nothing can stop
 
 
 def serve(
@@ -45,7 +46,7 @@ def serve(
         from llava_jax.web.page import build_page, launch
 
         loop = start_loop(llava.engine, params, ANSWERS, max_model_len, ONE_ROW)
-        stack.callback(loop.close, CLOSING)
+        stack.callback(loop.close, ENGINE_CLOSING)
         page = build_page(Conversations(llava, loop, conv_mode), example_scenes(llava.config.name, folder))
         launch(page, host, port)
         stack.callback(page.close, verbose=False)
