@@ -532,14 +532,20 @@ class Tab:
         self.page.on("request", lambda request: self._note(request.url, address))
         self.page.goto(address)
         self.page.click("#parameters button")
-        for label, value in (("Temperature", "0"), ("Max output tokens", "64")):
-            number = self.page.get_by_label(f"number input for {label}")
-            number.fill(value)
-            number.blur()
 
     def _note(self, url, address):
         if not url.startswith((address, "data:", "blob:")):
             self.elsewhere.append(url)
+
+    def _is_greedy(self):
+        """Whether the page has kept the parameters; typed again if not: a page that is still being built drops them."""
+        wanted = {"Temperature": "0", "Max output tokens": "64"}
+        numbers = {label: self.page.get_by_label(f"number input for {label}") for label in wanted}
+        lost = [label for label, number in numbers.items() if number.input_value() != wanted[label]]
+        for label in lost:
+            numbers[label].fill(wanted[label])
+            numbers[label].blur()
+        return not lost
 
     def upload(self, file):
         self.page.set_input_files("#picture input[type=file]", file)
@@ -555,6 +561,7 @@ class Tab:
 
     def ask(self, question):
         """Until the question is among what was said."""
+        assert soon(self._is_greedy)
         asked = self.page.locator("#chatbot [data-testid=user]")
         count = asked.count()
         self.page.fill("#question textarea", question)
