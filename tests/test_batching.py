@@ -177,10 +177,10 @@ def test_groups_share_what_the_ids_share():
     assert packed.ids.shape == (2, 3, 3) and packed.active.tolist() == [[True, False, False], [False] * 3]
 
 
-def planned(config, layout, groups, output_capacity, budget):
+def planned(config, layout, groups, output_capacity, budget, limit=lambda question: 1):
     """Phases, of an engine of which only its configuration and layout are asked."""
     engine = SimpleNamespace(config=config, cache_layout=lambda params: layout)
-    return plan(engine, None, groups, output_capacity, budget)
+    return plan(engine, None, groups, output_capacity, budget, limit)
 
 
 def test_phases_hold_every_group_once_within_the_budget():
@@ -215,6 +215,16 @@ def test_rows_are_as_many_as_are_soonest_done():
     assert rows(*[18] * 8) == (8, 20) and rows(1) == (1, 1) and rows(*[1] * 30) == (8, 1)
     per_shard, admitted = rows(100, *[1] * 100)
     assert per_shard == 8 and 1 < admitted < 20
+
+
+def test_rows_are_as_many_as_the_answers_lengths_need():
+    """One answer is so long that the others of its picture end before it in one more row."""
+    config, layout, lengths = LlavaConfig.preset("1.6-vicuna-7b"), CacheLayout(itemsize=2), (256, 8, 16, 32, 64, 128)
+    group = Group(np.zeros(1), (np.zeros(30),) * 6, tuple(range(6)), "picture", 2928)
+    phases = [
+        planned(config, layout, [group] * 8, 256, 1 << 50, limit) for limit in (lambda _: 256, lengths.__getitem__)
+    ]
+    assert [phase.shape.admitted for (phase,) in phases] == [6, 2]
 
 
 def test_all_questions_of_a_pope_picture_go_at_once_on_an_h100():

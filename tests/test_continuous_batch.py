@@ -303,6 +303,18 @@ def test_whole_prefixes_and_many_questions_at_once_too(small):
         assert np.array([token.logprob for token in request.emit.tokens]) == pytest.approx(logprobs, abs=1e-5)
 
 
+def test_slots_that_are_free_together_are_filled_together(small, programs):
+    """Or else one of them decodes alone meanwhile. 4 s."""
+    llava, params = small
+    shape = BatchShape(1, 2, (PoolShape(256, (RowClass(1, 64),)),), 32, 1, 16, None, 256)
+    shared = SplitPrompt(np.array([1, 7, 8, 9, 20]), 3)
+    asked = [Request(shared._replace(ids=shared.ids + n), RowOptions(17), Heard()) for n in range(6)]
+    for _ in run(ContinuousBatch(llava.engine, params, shape), asked):
+        pass
+    assert all(len(request.emit.ids()) == 17 for request in asked)
+    assert sum(name == "decoding" for name, _ in programs) == 4  # the last is asked for ahead, and takes no step
+
+
 def test_a_server_takes_the_largest_batch_that_fits(small):
     llava, params = small
     layout = llava.engine.cache_layout(params)

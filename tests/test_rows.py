@@ -1,6 +1,7 @@
 """Rows that begin, go on, move and end at their own times: each has the tokens that its prompt has alone."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -324,6 +325,17 @@ def test_what_has_nothing_to_do_stays_as_it_is():
     assert np.array_equal(new.suffix.valid, old.suffix.valid)
     host.decode(MAX_STEPS)
     assert answer.tokens == wanted("text", 0, options(10, end_ids=()))
+
+
+@pytest.mark.parametrize(("groups", "rows"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_cpu_copies_no_suffix(groups, rows):
+    """Neither at each step nor around the loop; one of one prefix, or of one row on each, it once did. 1 s each."""
+    slots, config, (_, params, _) = 29, model()[0].config.text, model()
+    block, pool = device.empty_rows(config, groups, rows, slots, np.float32), filled(groups)
+    arguments = [pool], [np.ones(groups, np.int32)], [[block]], [np.ones((groups, rows), bool)], 1, 1
+    compiled = programs().decode.lower(MAX_STEPS, params, *arguments).compile()
+    copied = re.findall(r"= f32\[([0-9,]*)\]\S* copy\(", compiled.as_text())
+    assert copied and not [shape for shape in copied if f",{slots},{config.head_dim}" in shape]
 
 
 @pytest.mark.long

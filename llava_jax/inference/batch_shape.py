@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -185,7 +186,12 @@ def one_pool(shards: int, per_shard: int, capacity: int, rows: int, question: in
 
 
 def offline_shape(
-    groups: Sequence[Group], config: LlavaConfig, layout: CacheLayout, output_capacity: int, budget: int
+    groups: Sequence[Group],
+    config: LlavaConfig,
+    layout: CacheLayout,
+    output_capacity: int,
+    budget: int,
+    limits: Callable[[Group], Sequence[int]],
 ) -> BatchShape:
     """The batch that answers these groups fastest within a budget of bytes on each device.
 
@@ -193,10 +199,11 @@ def offline_shape(
 
     Args:
         output_capacity: slots for new tokens in each row.
+        limits: new tokens of each question of a group, at most, or what is in proportion.
     """
     question = bucket_count(max(len(ids) for group in groups for ids in group.suffixes))
     capacity = bucket_length(max(group.prefix_length for group in groups), config)
-    counts = [len(group.questions) for group in groups]
+    asked = [limits(group) for group in groups]
 
     def shape(per_shard: int, rows: int) -> BatchShape:
         return one_pool(layout.shards, per_shard, capacity, rows, question, output_capacity)
@@ -208,9 +215,17 @@ def offline_shape(
     per_shard = next((n for n in range(most, 1, -1) if fits(n, 1)), 1)
 
     def cost(rows: int) -> int:
-        """Steps, in turns of a whole answer, times what each takes."""
-        turns = [-(-count // rows) for count in counts]
-        return max([*turns, -(-sum(turns) // (per_shard * layout.shards))]) * (STEP_COST + per_shard * rows)
+        """Steps times what each takes."""
+        steps = _last_end([_last_end(lengths, rows) for lengths in asked], per_shard * layout.shards)
+        return steps * (STEP_COST + per_shard * rows)
 
-    buckets = {bucket_rows(n) for n in range(1, max(counts) + 1)}
+    buckets = {bucket_rows(n) for n in range(1, max(map(len, asked)) + 1)}
     return shape(per_shard, min((n for n in buckets if n == 1 or fits(per_shard, n)), key=cost))
+
+
+def _last_end(lengths: Iterable[int], count: int) -> int:
+    """How long `count` workers take for pieces of these lengths; whoever is free begins the longest that is left."""
+    busy = [0] * count
+    for length in sorted(lengths, reverse=True):
+        heapq.heapreplace(busy, busy[0] + length)
+    return max(busy)

@@ -81,15 +81,19 @@ def plan(
     groups: Sequence[Group],
     output_capacity: int,
     budget: int | None = None,
-    work: Callable[[Group], int] = lambda group: len(group.questions),
+    limit: Callable[[Any], int] = lambda question: 1,
 ) -> list[Phase]:
     """The groups in phases, the longest prefixes first, and in each the most work first; with a line on stderr.
 
     Args:
         output_capacity: slots for new tokens in each row.
         budget: bytes of one device; None is most of those free.
-        work: how much a group asks for.
+        limit: new tokens of a question, at most, or what is in proportion.
     """
+
+    def limits(group: Group) -> list[int]:
+        return [limit(question) for question in group.questions]
+
     budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
     layout, phases = engine.cache_layout(params), []
     left = sorted(groups, key=lambda group: group.prefix_length, reverse=True)
@@ -97,8 +101,8 @@ def plan(
         least = bucket_length(left[0].prefix_length, engine.config) // 2
         together = [group for group in left if bucket_length(group.prefix_length, engine.config) > least]
         left = left[len(together) :]
-        shape = offline_shape(together, engine.config, layout, output_capacity, budget)
-        phases.append(Phase(tuple(sorted(together, key=work, reverse=True)), shape))
+        shape = offline_shape(together, engine.config, layout, output_capacity, budget, limits)
+        phases.append(Phase(tuple(sorted(together, key=lambda group: sum(limits(group)), reverse=True)), shape))
     if phases:
         rows = sum(len(group.questions) for group in groups)
         needed, most = max(

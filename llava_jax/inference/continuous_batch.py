@@ -251,6 +251,7 @@ def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> I
     """
     source, scheduler = iter(requests), batch.scheduler
     while True:
+        scheduler.place()  # what was left waiting: there may be slots for more behind it
         while not scheduler.waiting and (request := next(source, None)) is not None:
             scheduler.add(scheduler.check(request))
             scheduler.place()

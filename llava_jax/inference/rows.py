@@ -26,6 +26,7 @@ from llava_jax.inference.pool import Pool, by_shard, read_slots
 from llava_jax.inference.requests import MOST_END_IDS, MOST_TOP_LOGPROBS, RowOptions
 from llava_jax.inference.sampling import Sample, said_words, validate
 from llava_jax.inputs.types import Questions
+from llava_jax.models.cache_attention import drop_ones, restore_ones
 from llava_jax.models.llava_llama import CacheBlock
 
 NOT_LIVING = -1  # in place of a token, where a row had no turn
@@ -275,6 +276,7 @@ def decode(
 
     def body(state):
         blocks, chosen, taken = state
+        blocks = [_unpacked(block, block_before) for block, block_before in zip(blocks, all_blocks, strict=True)]
         alive = living(blocks)
         parts: list[list[CacheBlock]] = [[] for _ in pools]
         for n, block, living_here in zip(pool_of, blocks, alive, strict=True):
@@ -288,10 +290,26 @@ def decode(
         new = _choose(logits, said, step, settings, jnp.concatenate(alive, axis=1))
         of_blocks = zip(blocks, keys_values, jnp.split(new.tokens, ends, axis=1), alive, strict=True)
         chosen = jax.tree.map(lambda all_steps, x: all_steps.at[taken].set(x), chosen, new)
-        return [_advance(*of_block) for of_block in of_blocks], chosen, taken + 1
+        return [_packed(_advance(*of_block)) for of_block in of_blocks], chosen, taken + 1
 
     chosen = _empty_chosen(max_steps, len(all_blocks[0].done), sum(widths))
-    return jax.lax.while_loop(goes_on, body, (all_blocks, chosen, jnp.int32(0)))
+    blocks, chosen, taken = jax.lax.while_loop(goes_on, body, (list(map(_packed, all_blocks)), chosen, jnp.int32(0)))
+    return list(map(_unpacked, blocks, all_blocks)), chosen, taken
+
+
+def _packed(rows: Rows) -> Rows:
+    """With its suffix's axes of one left out, as products leave them out: else a CPU copies it at each step."""
+    return _with_keys(rows, jax.tree.map(drop_ones, rows.suffix.keys_values))
+
+
+def _unpacked(rows: Rows, like: Rows) -> Rows:
+    """What `_packed` was made of, with the shapes of `like`."""
+    pairs = rows.suffix.keys_values, like.suffix.keys_values
+    return _with_keys(rows, jax.tree.map(lambda x, y: restore_ones(x, y.shape), *pairs))
+
+
+def _with_keys(rows: Rows, keys_values) -> Rows:
+    return replace(rows, suffix=replace(rows.suffix, keys_values=keys_values))
 
 
 def _cache_block(pool: Pool, prefix_lengths: jax.Array, rows: Rows, living: jax.Array) -> CacheBlock:

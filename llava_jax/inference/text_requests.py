@@ -79,10 +79,7 @@ def generate_batch(
     def of_row(i: int) -> RowOptions:
         return row_options(llava.config, options, limit(i))
 
-    def work(group: Group) -> int:
-        return sum(map(limit, group.questions))
-
-    for phase in batching.plan(llava.engine, params, groups, options.output_capacity, memory_budget, work):
+    for phase in batching.plan(llava.engine, params, groups, options.output_capacity, memory_budget, limit):
         loaded = (LoadedGroup(group, images[group.images]) for group in phase.groups)
         for ended in batching.generate(llava.engine, params, phase, loaded, of_row):
             for i, tokens in ended:

@@ -108,14 +108,29 @@ def _append(block: Appended):
         if block.writes is not None:
             kept = row_major(jax.lax.dynamic_slice_in_dim(old, block.slot, 1, axis=3))
             x = row_major(jnp.where(block.writes[:, None, :, None, None], x, kept))
-        return row_major(jax.lax.dynamic_update_slice_in_dim(old, x, block.slot, axis=3))
+        new = jax.lax.dynamic_update_slice_in_dim(drop_ones(old), drop_ones(x), block.slot, axis=-2)
+        return row_major(restore_ones(new, old.shape))
 
     return tuple(put(old, x) for old, x in zip(block.own.suffix, block.new, strict=True))
 
 
-def row_major(x: jax.Array) -> jax.Array:
+def drop_ones(x: jax.Array) -> jax.Array:
+    """x [G, K, R, S, D] without those of its first three axes that have one element, as XLA's products have it: where
+    a loop keeps them, a CPU copies a suffix at each step to write into it."""
+    return x.reshape([size for size in x.shape[:3] if size > 1] + list(x.shape[3:]))
+
+
+def restore_ones(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `drop_ones` was given, by its shape."""
+    return x if x.shape == shape else row_major(x.reshape(shape), on_cpu=True)
+
+
+def row_major(x: jax.Array, on_cpu: bool = False) -> jax.Array:
     """x [G, K, …], each axis inside the one before it in memory: else XLA may turn a whole cache round to write some of
-    it, a suffix before the decode loop and after it, and for a GPU's kernel at each step."""
+    it, a suffix before the decode loop and after it, and for a GPU's kernel at each step.
+
+    on_cpu: there too, where what makes x must not be one with what reads it.
+    """
 
     def constrain(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -127,8 +142,9 @@ def row_major(x: jax.Array) -> jax.Array:
         by_head = P(dividing_axes(mesh, BATCH_AXES, len(x)), dividing_axes(mesh, ("tensor",), x.shape[1]))
         return jax.shard_map(constrain, in_specs=by_head, out_specs=by_head, check_vma=False)(x)
 
-    platforms = {"tpu": constrain_each} | ({"cuda": constrain_each} if target_gpu() is not None else {})
-    return jax.lax.platform_dependent(x, default=lambda x: x, **platforms)
+    platforms = {"tpu": True, "cuda": target_gpu() is not None, "cpu": on_cpu}
+    each = {platform: constrain_each for platform, wanted in platforms.items() if wanted}
+    return jax.lax.platform_dependent(x, default=lambda x: x, **each)
 
 
 def _kernel_for_gpu(q) -> dict[str, Callable]:

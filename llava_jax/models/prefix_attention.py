@@ -9,7 +9,7 @@ from llava_jax.models.attention import MASKED
 from llava_jax.models.parts import Part, nothing
 from llava_jax.models.quantize import values_and_scale
 
-CHUNK = 64  # positions that are read at a time, so that what is taken out of the prefixes stays in the cache
+CHUNK = 256  # positions that are read at a time, so that what is taken out of the prefixes stays in the cache
 FEW = 2  # a position costs a CPU twice as much there, or less: below half of all positions chunks are faster
 
 
