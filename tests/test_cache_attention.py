@@ -15,7 +15,7 @@ from llava_jax.models.cache_attention import (
     decode_attention,
     question_attention,
 )
-from llava_jax.models.prefix_attention import by_chunks, over_all
+from llava_jax.models.prefix_attention import CHUNK, by_chunks, over_all
 from llava_jax.models.quantize import to_int8
 from llava_jax.models.tpu_attention import decode_apart, question_by_splash
 
@@ -112,20 +112,23 @@ def assert_same_part(got, expected):
     np.testing.assert_allclose(got_lse, expected_lse, atol=2e-6)
 
 
+P = 2 * CHUNK + 22  # positions of prefixes that are read in chunks
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_prefixes_in_chunks(int8):
     """The last chunk begins among what is counted already."""
-    q, k, v = normal(4, 2, 3, 8), normal(4, 2, 150, 8, seed=1), normal(4, 2, 150, 8, seed=2)
+    q, k, v = normal(4, 2, 3, 8), normal(4, 2, P, 8, seed=1), normal(4, 2, P, 8, seed=2)
     if int8:
         k, v = to_int8(k, -1), to_int8(v, -1)
-    arguments = q, k, v, np.array([150, 1, 64, 129], np.int32)
+    arguments = q, k, v, np.array([P, 1, CHUNK, 2 * CHUNK + 1], np.int32)
     assert_same_part(jax.jit(by_chunks)(*arguments), jax.jit(over_all)(*arguments))
 
 
 @pytest.mark.parametrize("form", [prefix_attention.over_few, tpu_attention.over_few])
-@pytest.mark.parametrize("lengths, reads_all", [([0, 150, 0, 150], False), ([1, 150, 0, 150], True)])
+@pytest.mark.parametrize("lengths, reads_all", [([0, P, 0, P], False), ([1, P, 0, P], True)])
 def test_prefixes_that_nobody_looks_at_are_not_read(form, lengths, reads_all):
-    q, k, v = normal(4, 2, 3, 8), normal(4, 2, 150, 8, seed=1), normal(4, 2, 150, 8, seed=2)
+    q, k, v = normal(4, 2, 3, 8), normal(4, 2, P, 8, seed=1), normal(4, 2, P, 8, seed=2)
     lengths = np.array(lengths, np.int32)
     expected = jax.jit(over_all)(q, k, v, lengths)
     v[2] = np.nan
