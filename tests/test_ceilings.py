@@ -94,6 +94,8 @@ def test_a_batch_of_many(topology):
     assert writes_nothing_whole(decode, question), (decode.whole_writes, question.whole_writes)
     assert not any(n for name, n in prefill.whole_writes["program"].items() if name != "kernel"), prefill.whole_writes
     assert is_as_planned(of, decode, question, prefill)
+    if topology == "v5e-1":  # 1,024 positions and 3,072: more would be int8 kernels turned round in a core's own memory
+        assert question.once.cycles < prefill.once.cycles
 
 
 @pytest.mark.parametrize("topology", topologies(SERVING_CEILINGS))

@@ -20,12 +20,16 @@ class Linear(nn.Module):
     features: int
     use_bias: bool = True
 
+    @property
+    def is_int8(self) -> bool:
+        return self.has_variable("params", SCALE)
+
     @nn.compact
     def __call__(self, x: jax.Array, int8_product: bool = False) -> jax.Array:
         """x [..., in] → [..., features]; `int8_product`: where the kernel is int8, x becomes int8 too, row by row."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        if not self.has_variable("params", SCALE):
+        if not self.is_int8:
             x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
             out = _product(x, kernel, jnp.matmul)
             return out if bias is None else out + bias
@@ -42,9 +46,21 @@ FEW_ROWS = 512  # on each device: up to about here, a TPU takes longer to read a
 MATRIX_UNIT_ROWS = 8  # fewer XLA multiplies on a TPU's vector unit, which takes longer than reading the other factor
 
 
+def _rows(x) -> int:
+    """On each device, of x [..., in]."""
+    return math.prod(x.shape[:-1]) // row_shards(x.shape[0])
+
+
+def is_less_than_int8_kernel(x: jax.Array) -> bool:
+    """Whether this is for a TPU, and what an int8 kernel [in, out] makes of x [..., in] is smaller than the kernel: one
+    of them is copied where heads are split. Not so of few rows, whose products are apart from that already."""
+    rows = _rows(x)
+    return target_platform() == "tpu" and rows >= FEW_ROWS and rows * x.dtype.itemsize < x.shape[-1]
+
+
 def _product(x, kernel, matmul, **platforms):
     """x [..., in] by kernel [in, out], by `matmul` where `platforms` has nothing else."""
-    rows = math.prod(x.shape[:-1]) // row_shards(x.shape[0])
+    rows = _rows(x)
     if target_platform() == "tpu" and rows < FEW_ROWS:
         return matmul_few_rows(matmul, rows, x, kernel)
     return jax.lax.platform_dependent(x, kernel, default=matmul, **platforms) if platforms else matmul(x, kernel)

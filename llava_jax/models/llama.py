@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from llava_jax.config import TextConfig
-from llava_jax.models.linear import Linear
+from llava_jax.models.linear import Linear, is_less_than_int8_kernel
 from llava_jax.models.ops import apply_rotary, rms_norm, rotary_embedding
 from llava_jax.parallel.sharding import constrain_batch, constrain_sequence
 
@@ -38,8 +38,10 @@ class LlamaAttention(nn.Module):
         config = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            out = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)(x, int8_products)
-            if int8_products:  # fused with the split into heads, a TPU would copy the kernel into another layout
+            linear = Linear(heads * config.head_dim, use_bias=config.attention_bias, name=name)
+            out = linear(x, int8_products)
+            # As one with the split into heads, a TPU copies the kernel into another layout; apart, what it made.
+            if int8_products or (linear.is_int8 and is_less_than_int8_kernel(x)):
                 out = jax.lax.optimization_barrier(out)
             return out.reshape(*cos.shape[:-1], heads, config.head_dim)
 
