@@ -50,7 +50,8 @@ class Chip:
     A link is one of the two by which a chip is in a ring, one way. Of a TPU: the bidirectional ICI bandwidth of those
     pages over its ports (4 of v5e and v6e, 6 of v4 and v5p); of a GPU: half of what NVLink (or PCIe) carries one way.
     `hbm` is what a program may have: on a TPU by XLA's own message about one that wants more, on a GPU the three
-    quarters of its memory that JAX takes by default.
+    quarters of its memory that JAX takes by default. `int8` of v5p, which is not in those pages, is what
+    jax-ml.github.io/scaling-book/tpus has.
     """
 
     flops: float  # bfloat16 (float16 where there is none), a second
@@ -120,7 +121,7 @@ GPUS = {
     "a100": Gpus(cuda.A100, 312e12, 150e9),
     "a100-8": Gpus(cuda.A100, 312e12, 150e9, 8),
     "l4": Gpus(cuda.L4, 121e12, 16e9),
-    "rtx4090": Gpus(cuda.RTX4090, 165e12, 16e9, int8=4),
+    "rtx4090": Gpus(cuda.RTX4090, 165e12, 16e9, int8=4),  # 661 TOPS; sums in float32 halve what it does in bfloat16
     "t4": Gpus(cuda.T4, 65e12, 8e9),
 }
 TOPOLOGIES: dict[str, Slice | Gpus] = {**SLICES, **GPUS}
