@@ -329,7 +329,7 @@ def test_what_has_nothing_to_do_stays_as_it_is():
 
 @pytest.mark.parametrize(("groups", "rows"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_cpu_copies_no_suffix(groups, rows):
-    """Neither at each step nor around the loop; one of one prefix, or of one row on each, it once did. 1 s each."""
+    """Neither at each step nor around the loop, where an axis of it has one element or none has. 1 s each."""
     slots, config, (_, params, _) = 29, model()[0].config.text, model()
     block, pool = device.empty_rows(config, groups, rows, slots, np.float32), filled(groups)
     arguments = [pool], [np.ones(groups, np.int32)], [[block]], [np.ones((groups, rows), bool)], 1, 1

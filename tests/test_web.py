@@ -537,8 +537,8 @@ class Tab:
         if not url.startswith((address, "data:", "blob:")):
             self.elsewhere.append(url)
 
-    def _is_greedy(self):
-        """Whether the page has kept the parameters; typed again if not: a page that is still being built drops them."""
+    def _has_kept_parameters(self):
+        """Whether the page has them; it gets those that are missing: a page that is still being built drops them."""
         wanted = {"Temperature": "0", "Max output tokens": "64"}
         numbers = {label: self.page.get_by_label(f"number input for {label}") for label in wanted}
         lost = [label for label, number in numbers.items() if number.input_value() != wanted[label]]
@@ -561,7 +561,7 @@ class Tab:
 
     def ask(self, question):
         """Until the question is among what was said."""
-        assert soon(self._is_greedy)
+        assert soon(self._has_kept_parameters)
         asked = self.page.locator("#chatbot [data-testid=user]")
         count = asked.count()
         self.page.fill("#question textarea", question)

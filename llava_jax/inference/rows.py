@@ -276,7 +276,7 @@ def decode(
 
     def body(state):
         blocks, chosen, taken = state
-        blocks = [_unpacked(block, block_before) for block, block_before in zip(blocks, all_blocks, strict=True)]
+        blocks = list(map(_unpacked, blocks, all_blocks))
         alive = living(blocks)
         parts: list[list[CacheBlock]] = [[] for _ in pools]
         for n, block, living_here in zip(pool_of, blocks, alive, strict=True):
@@ -298,7 +298,7 @@ def decode(
 
 
 def _packed(rows: Rows) -> Rows:
-    """With its suffix's axes of one left out, as products leave them out: else a CPU copies it at each step."""
+    """For the loop to carry: its suffix without axes of one element, for which a CPU copies it at each step."""
     return _with_keys(rows, jax.tree.map(drop_ones, rows.suffix.keys_values))
 
 
