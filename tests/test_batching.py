@@ -195,12 +195,36 @@ def test_phases_hold_every_group_once_within_the_budget():
         phases = planned(config, layout, groups, 32, budget)
         assert sorted(group.images for phase in phases for group in phase.groups) == list(range(40))
         for phase in phases:
-            shape, (pool,) = phase.shape, phase.shape.pools
+            shape, lengths_from = phase.shape, 0
             assert memory_bytes(shape, config, layout) <= budget or (shape.per_shard, shape.admitted) == (1, 1)
-            assert all(pool.capacity / 3 < group.prefix_length <= pool.capacity for group in phase.groups)
-            counts = [len(group.questions) for group in phase.groups]
-            assert counts == sorted(counts, reverse=True)
+            for pool in shape.pools:
+                own = [group for group in phase.groups if lengths_from < group.prefix_length <= pool.capacity]
+                assert all(pool.capacity / 3 < group.prefix_length for group in own)
+                counts = [len(group.questions) for group in own]
+                assert counts == sorted(counts, reverse=True)
+                lengths_from = pool.capacity
     assert max(phase.shape.per_shard for phase in phases) > 1
+
+
+def test_what_is_shorter_decodes_beside_the_rest_where_that_is_faster():
+    """Texts and pictures; where there is no room for both; and where eight texts would give one picture seven slots
+    that nobody needs, for as long as its answer takes."""
+    config, layout = LlavaConfig.preset("1.6-vicuna-7b"), CacheLayout(itemsize=2)
+
+    def group(name, length):
+        return Group(np.zeros(1), (np.zeros(30),), (name,), name, length)
+
+    texts, pictures = [group("text", 40)] * 32, [group("picture", 2928)] * 16
+    (phase,) = planned(config, layout, [*texts, *pictures], 64, 1 << 50)
+    assert [pool.capacity for pool in phase.shape.pools] == [64, 3072] and phase.shape.per_shard == 8
+    begun = [group.images for group in phase.groups]
+    assert sorted(begun) == ["picture"] * 16 + ["text"] * 32 and begun[:24].count("text") == 16
+    tight = memory_bytes(phase.shape, config, layout) - 1
+    apart = planned(config, layout, [*texts, *pictures], 64, tight)
+    assert [[pool.capacity for pool in phase.shape.pools] for phase in apart] == [[3072], [64]]
+    lengths = {"picture": 256, "text": 2}
+    apart = planned(config, layout, [*texts[:8], pictures[0]], 256, 1 << 50, lengths.__getitem__)
+    assert [phase.shape.per_shard for phase in apart] == [1, 8]
 
 
 def test_rows_are_as_many_as_are_soonest_done():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -211,16 +212,40 @@ def offline_shape(
     def fits(per_shard: int, rows: int) -> bool:
         return memory_bytes(shape(per_shard, rows), config, layout) <= budget
 
+    def cost(rows: int) -> int:
+        return decoding_cost(shape(per_shard, rows), [asked])
+
     most = min(MAX_GROUPS, -(-len(groups) // layout.shards))
     per_shard = next((n for n in range(most, 1, -1) if fits(n, 1)), 1)
-
-    def cost(rows: int) -> int:
-        """Steps times what each takes."""
-        steps = _last_end([_last_end(lengths, rows) for lengths in asked], per_shard * layout.shards)
-        return steps * (STEP_COST + per_shard * rows)
-
     buckets = {bucket_rows(n) for n in range(1, max(map(len, asked)) + 1)}
     return shape(per_shard, min((n for n in buckets if n == 1 or fits(per_shard, n)), key=cost))
+
+
+def side_by_side(one: BatchShape, other: BatchShape) -> BatchShape:
+    """The pools of both, made by `one_pool`, in a batch whose rows decode together."""
+    pools = sorted(one.pools + other.pools)
+    slots = max(row_class.slots for pool in pools for row_class in pool.classes)
+    return replace(
+        one,
+        per_shard=max(one.per_shard, other.per_shard),
+        pools=tuple(PoolShape(pool.capacity, (RowClass(pool.classes[0].rows, slots),)) for pool in pools),
+        question=max(one.question, other.question),
+        admitted=max(one.admitted, other.admitted),
+        max_model_len=max(one.max_model_len, other.max_model_len),
+    )
+
+
+def decoding_cost(shape: BatchShape, asked: Sequence[Sequence[Sequence[int]]]) -> int:
+    """About what decoding takes, in rows: those of each pool for as many steps as it has, and STEP_COST a step.
+
+    asked: for each pool, and each prefix that it is to hold, the new tokens of its questions.
+    """
+    rows = [pool.classes[0].rows for pool in shape.pools]
+    steps = [
+        _last_end([_last_end(lengths, count) for lengths in of_pool], shape.groups)
+        for count, of_pool in zip(rows, asked, strict=True)
+    ]
+    return STEP_COST * max(steps) + shape.per_shard * sum(map(operator.mul, rows, steps))
 
 
 def _last_end(lengths: Iterable[int], count: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.config import LlavaConfig
-from llava_jax.inference.batch_shape import BatchShape, memory_bytes, offline_shape
+from llava_jax.inference.batch_shape import BatchShape, decoding_cost, memory_bytes, offline_shape, side_by_side
 from llava_jax.inference.continuous_batch import ContinuousBatch, run
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Scores, SplitPrompt, Update
@@ -62,7 +62,7 @@ def local_mesh(axes: dict[str, int], config: LlavaConfig, dtype: str | None, qua
 
 @dataclass(frozen=True)
 class Phase:
-    """Groups whose prefixes are about as long, in the order in which they are begun, and the batch for them."""
+    """Groups in the order in which they are begun, and the batch for them; those of one pool are about as long."""
 
     groups: tuple[Group, ...]
     shape: BatchShape
@@ -85,6 +85,8 @@ def plan(
 ) -> list[Phase]:
     """The groups in phases, the longest prefixes first, and in each the most work first; with a line on stderr.
 
+    Groups of other lengths are a phase of their own where a batch of both is slower, or takes more than there is.
+
     Args:
         output_capacity: slots for new tokens in each row.
         budget: bytes of one device; None is most of those free.
@@ -95,27 +97,58 @@ def plan(
         return [limit(question) for question in group.questions]
 
     budget = memory_budget(params) if budget is None else whole_number("memory_budget", budget, 1, 1 << 62)
-    layout, phases = engine.cache_layout(params), []
+    config, layout = engine.config, engine.cache_layout(params)
+    batches: list[_Batch] = []
     left = sorted(groups, key=lambda group: group.prefix_length, reverse=True)
     while left:
-        least = bucket_length(left[0].prefix_length, engine.config) // 2
-        together = [group for group in left if bucket_length(group.prefix_length, engine.config) > least]
+        least = bucket_length(left[0].prefix_length, config) // 2
+        together = [group for group in left if bucket_length(group.prefix_length, config) > least]
         left = left[len(together) :]
-        shape = offline_shape(together, engine.config, layout, output_capacity, budget, limits)
-        phases.append(Phase(tuple(sorted(together, key=lambda group: sum(limits(group)), reverse=True)), shape))
-    if phases:
+        shape = offline_shape(together, config, layout, output_capacity, budget, limits)
+        batches.append(_Batch(shape, [sorted(together, key=lambda group: sum(limits(group)), reverse=True)]))
+        if len(batches) > 1:
+            last, alone = batches[-2:]
+            both = _Batch(side_by_side(last.shape, alone.shape), alone.pools + last.pools)
+            faster = both.cost(limits) < last.cost(limits) + alone.cost(limits)
+            if faster and memory_bytes(both.shape, config, layout) <= budget:
+                batches[-2:] = [both]
+    if batches:
         rows = sum(len(group.questions) for group in groups)
-        needed, most = max(
-            ((memory_bytes(phase.shape, engine.config, layout), phase.shape) for phase in phases),
-            key=lambda pair: pair[0],
-        )
+        needed = [memory_bytes(batch.shape, config, layout) for batch in batches]
         print(
-            f"{rows} questions on {len(groups)} prefixes in {len(phases)} phases; the largest has room for "
-            f"{most.groups} prefixes, {most.admitted} rows each, and takes "
-            f"{needed / 2**30:.2f} of {budget / 2**30:.2f} GiB",
+            f"{rows} questions on {len(groups)} prefixes in {len(batches)} phases; the largest has room for "
+            f"{_describe(batches[int(np.argmax(needed))].shape)}, and takes "
+            f"{max(needed) / 2**30:.2f} of {budget / 2**30:.2f} GiB",
             file=sys.stderr,
         )
-    return phases
+    return [Phase(batch.in_turn(limits), batch.shape) for batch in batches]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch and, for each of its pools, the groups that go there, those with the most work first."""
+
+    shape: BatchShape
+    pools: list[list[Group]]
+
+    def cost(self, limits: Callable[[Group], list[int]]) -> int:
+        return decoding_cost(self.shape, [list(map(limits, groups)) for groups in self.pools])
+
+    def in_turn(self, limits: Callable[[Group], list[int]]) -> tuple[Group, ...]:
+        """All groups, so that each pool has had about the same share of its work at any time."""
+        begins: list[tuple[float, Group]] = []
+        for groups in self.pools:
+            work = np.cumsum([0, *(sum(limits(group)) for group in groups)])
+            begins += zip((work / work[-1]).tolist(), groups, strict=False)
+        return tuple(group for _, group in sorted(begins, key=lambda pair: pair[0]))
+
+
+def _describe(shape: BatchShape) -> str:
+    pools = [
+        f"{shape.groups} prefixes of up to {pool.capacity} positions, {pool.classes[0].rows} rows each"
+        for pool in reversed(shape.pools)
+    ]
+    return " and ".join(pools)
 
 
 def generate(

@@ -19,6 +19,7 @@ from llava_jax.inference.prefix_filler import PrefixFiller, lane_slots
 from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Token
 from llava_jax.inference.rows import Chosen, Rows, row_settings
 from llava_jax.inference.scheduler import (
+    LOOKAHEAD,
     ActiveRequest,
     Admission,
     Living,
@@ -247,12 +248,12 @@ class _Read:
 def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> Iterator[None]:
     """Answer them all, in about this order; yields now and then, when some may have been answered.
 
-    They are taken until one finds no slot, so that their pictures need not all be in memory.
+    No more are taken than may find a slot next, so that their pictures need not all be in memory.
     """
     source, scheduler = iter(requests), batch.scheduler
     while True:
         scheduler.place()  # what was left waiting: there may be slots for more behind it
-        while not scheduler.waiting and (request := next(source, None)) is not None:
+        while len(scheduler.waiting) < LOOKAHEAD and (request := next(source, None)) is not None:
             scheduler.add(scheduler.check(request))
             scheduler.place()
         if batch.idle:
