@@ -15,7 +15,7 @@ from llava_jax.config import LlavaConfig, TextConfig
 from llava_jax.evaluation.benchmarks import BENCHMARKS
 from llava_jax.evaluation.benchmarks.benchmark import Workload
 from llava_jax.inference.batch_shape import BatchShape, Block
-from llava_jax.inputs.anyres import num_image_tokens, num_tiles
+from llava_jax.inputs.anyres import image_length, num_tiles
 from llava_jax.inputs.batch import bucket_count, bucket_length
 from llava_jax.inputs.groups import bucket_rows
 
@@ -290,7 +290,7 @@ def questions_a_second(
     """Each image encoded and prefilled once, its questions asked up to `rows` at a time, while `groups` images decode
     together; `data` such batches at once."""
     tiles = int(num_tiles(workload.size, config))
-    prefix = bucket_length(BEFORE_IMAGE + int(num_image_tokens(*workload.size, config)), config)
+    prefix = bucket_length(BEFORE_IMAGE + image_length(*workload.size, config), config)
     question, per_image = bucket_count(workload.question), workload.questions / workload.images
     passes = math.ceil(per_image / rows)
     rows = bucket_rows(math.ceil(per_image / passes))

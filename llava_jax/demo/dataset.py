@@ -13,7 +13,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.demo.scene_questions import Question, caption_sample, conversation, describe, sample, statements
 from llava_jax.demo.scenes import FORMS, SQUARE, Scene, draw, make_scene
 from llava_jax.files import write_atomically
-from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.anyres import image_length
 from llava_jax.inputs.workers import Workers
 
 DATA, IMAGES = "data.json", "images"
@@ -37,7 +37,7 @@ def make_sample(style: str, pictures: str, length: int, config: LlavaConfig, fol
     name = f"{i:07d}"
     file = f"{i // PICTURES_PER_FOLDER:03d}/{name}.png"
     draw(scene).save(os.path.join(folder, file))
-    room = length - int(num_image_tokens(scene.width, scene.height, config))
+    room = length - image_length(scene.width, scene.height, config)
     if style == "captions":
         text = describe(scene) if rng.random() < 0.5 else statements(scene, rng, room - 4)
         return caption_sample(name, file, text)

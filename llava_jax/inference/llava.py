@@ -22,7 +22,7 @@ from llava_jax.inference.engine import Engine, ForwardArrays
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.sampling import Sampling
 from llava_jax.inference.streaming import stream_text
-from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.anyres import image_length
 from llava_jax.inputs.batch import as_rows, bucket_length, pack, pack_text
 from llava_jax.inputs.conversation import Conversation
 from llava_jax.inputs.image import as_image_list, process_image
@@ -162,7 +162,7 @@ class Llava:
         text = len(self.prompt_ids(question, [(1, 1)])) - 1
         sizes: dict[int, tuple[int, int]] = {}  # of each length
         for height, width in itertools.product(sides.tolist(), repeat=2):
-            length = bucket_length(text + int(num_image_tokens(width, height, self.config)), self.config)
+            length = bucket_length(text + image_length(width, height, self.config), self.config)
             sizes.setdefault(length, (width, height))
         for size in sizes.values():
             self.engine.warmup(params, self._pack_prompt(Image.new("RGB", size), question), options)

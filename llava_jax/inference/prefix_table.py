@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.requests import SplitPrompt
-from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.anyres import image_length
 from llava_jax.inputs.groups import common_length
 
 # Positions that two prefixes must share for one to be made from the other: more than a system prompt has.
@@ -56,7 +56,7 @@ def prefix_key(prompt: SplitPrompt, config: LlavaConfig) -> PrefixKey:
         if token == IMAGE_TOKEN_INDEX:
             shown = prompt.images[image]
             elements += [int(half) for half in np.frombuffer(shown.digest, np.int64)]
-            widths += [0, int(num_image_tokens(*shown.size, config))]  # half a digest is no picture
+            widths += [0, image_length(*shown.size, config)]  # half a digest is no picture
             image += 1
         else:
             elements.append(token)

@@ -6,6 +6,7 @@ because `int()` of a product decides how many rows survive; every function takes
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -116,6 +117,12 @@ def num_image_tokens(widths, heights, config: LlavaConfig) -> np.ndarray:
     rounded = config.reading == "llava-hf"
     top, bottom, left, right = unpad_window((widths, heights), down * side, across * side, rounded)
     return config.tokens_per_tile + (bottom - top) * (right - left + 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def image_length(width: int, height: int, config: LlavaConfig) -> int:
+    """`num_image_tokens` of one image, kept, since each of its questions asks."""
+    return int(num_image_tokens(width, height, config))
 
 
 def num_tiles(image_size: tuple[int, int], config: LlavaConfig) -> int:

@@ -10,15 +10,14 @@ import numpy as np
 
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_jax.inputs.anyres import NEWLINE, image_index, num_image_tokens, num_tiles, pinpoints
+from llava_jax.inputs.anyres import NEWLINE, image_index, image_length, num_tiles, pinpoints
 from llava_jax.inputs.types import Batch, ProcessedImage, Targets
 
 
 def bucket_length(n: int, config: LlavaConfig) -> int:
     """Sequence lengths to a few: 64, 128, 256, then multiples of 512, or of more where images are longer than the
     published ones: one image of any size and a question are at most six lengths."""
-    widths, heights = np.transpose(pinpoints(config) or [(1, 1)])
-    largest = num_image_tokens(widths, heights, config).max()
+    largest = max(image_length(width, height, config) for width, height in pinpoints(config) or [(1, 1)])
     step = 512 * -(-(largest + 128) // (6 * 512))  # 128: room for a question
     return int(next((size for size in (64, 128, 256) if n <= size), -(-n // step) * step))
 
@@ -35,7 +34,7 @@ def merged_length(ids, sizes: Iterable[tuple[int, int]], config: LlavaConfig) ->
     Images beyond the placeholders are passed over: `ids` may be the beginning of a row.
     """
     placeholders = int(np.sum(np.asarray(ids) == IMAGE_TOKEN_INDEX))
-    images = (int(num_image_tokens(width, height, config)) for width, height in islice(sizes, placeholders))
+    images = (image_length(width, height, config) for width, height in islice(sizes, placeholders))
     return len(ids) - placeholders + sum(images)
 
 

@@ -15,7 +15,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.llava import Llava
 from llava_jax.inference.sampling import Sampling
-from llava_jax.inputs.anyres import num_image_tokens
+from llava_jax.inputs.anyres import image_length
 from llava_jax.inputs.batch import pack
 from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 
@@ -78,7 +78,7 @@ def answer_attention(
 def picture_positions(ids: Sequence[int], sizes, config: LlavaConfig) -> tuple[slice, ...]:
     """Where in the merged sequence of a prompt's ids each picture's positions are; sizes: (width, height) of each."""
     placeholders = np.flatnonzero(np.asarray(ids) == IMAGE_TOKEN_INDEX)
-    lengths = [int(num_image_tokens(width, height, config)) for width, height in sizes]
+    lengths = [image_length(width, height, config) for width, height in sizes]
     starts = placeholders + np.cumsum([0, *lengths])[:-1] - np.arange(len(lengths))
     return tuple(slice(int(start), int(start) + n) for start, n in zip(starts, lengths, strict=True))
 
