@@ -159,7 +159,7 @@ def load_once(loads, monkeypatch):
 
 @pytest.fixture(scope="session")
 def model(converted, loads):
-    """variant → (llava, params) in float32."""
+    """variant → (llava, params), in what the device computes in: float32 on a CPU."""
     return lambda variant: loads(converted(variant))
 
 

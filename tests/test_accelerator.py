@@ -9,6 +9,7 @@ import pytest
 from test_attention import plain_attention, qkv
 from test_triton_attention import arrays, in_blocks, slots_used
 
+import llava_jax
 from llava_jax.models.attention import full_attention
 from llava_jax.models.cache_attention import Appended, attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
@@ -19,10 +20,10 @@ pytestmark = pytest.mark.accelerator
 
 
 @pytest.mark.parametrize("variant, name", [("vicuna", "chelsea"), ("mistral", "astronaut"), ("s2", "coffee")])
-def test_recorded_tokens_and_logits(golden, model, pictures, variant, name):
+def test_recorded_tokens_and_logits(golden, converted, pictures, variant, name):
     """Float32 at the highest precision; looser than on a CPU, whose sums the reference shares."""
     assert jax.default_backend() != "cpu"
-    recorded, (llava, params) = golden(variant), model(variant)
+    recorded, (llava, params) = golden(variant), llava_jax.load(converted(variant), dtype="float32")
     ids, picture = recorded["image/input_ids"], pictures[name]
     logits = llava.forward(params, ids, picture).logits[0, -1]
     np.testing.assert_allclose(logits[::11], recorded[f"image/{name}/logits_last"], atol=1e-3)
@@ -31,8 +32,6 @@ def test_recorded_tokens_and_logits(golden, model, pictures, variant, name):
 
 
 def test_bfloat16_is_the_default_there(converted, pictures):
-    import llava_jax
-
     llava, params = llava_jax.load(converted("vicuna"))
     assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(params))
     assert llava.generate(params, pictures["chelsea"], "What is it?", max_new_tokens=8)

@@ -6,7 +6,8 @@
 Weights and caches are random and made on the device, so that no checkpoint is needed: prefixes of 3,072 positions, and
 questions of 64, which are admitted to one prefix. A program is called once, which compiles it, and then five times; its
 time is the median. A step of decoding is what more steps take longer. `XLA` is attention over the cache without the
-kernel.
+kernel. `pope` is all of it together: pictures with 18 questions each, answered in two tokens, as evaluation has them;
+they are processed beforehand.
 
 The shares are of what cannot be avoided (`llava_jax.capacity.roofline`) in that time: bytes of the bandwidth and
 operations of the peak in half precision. Each row is printed, and written, as it comes; what there is no time for is
@@ -27,20 +28,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.capacity.roofline import GPUS, Precision, works
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference.batch_shape import BatchShape, one_pool
+from llava_jax.inference.batching import LoadedGroup, generate, plan
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import RowOptions
 from llava_jax.inference.rows import row_settings
+from llava_jax.inputs.batch import merged_length
+from llava_jax.inputs.groups import Group
+from llava_jax.inputs.image import process_image
 from llava_jax.inputs.types import Questions
 from llava_jax.models.llava_llama import param_shapes
 from llava_jax.models.quantize import SCALE, is_quantized, to_int8
@@ -51,17 +59,21 @@ PREFIX, QUESTION, SLOTS = 3072, 64, 128
 FEW_STEPS, MANY_STEPS = 9, 41
 CALLS = 5
 WAVES = (8, 16), (1, 1), (8, 1)  # prefixes, rows of each
+POPE = 24, 18  # pictures, questions on each
 TESTS_SHARE = 0.4  # of the time, at most
 
 
 def run_tests(tiny: bool, seconds: float) -> str:
     """The last line of `pytest -m accelerator`, in a process of its own, before this one takes the card's memory."""
-    command = [sys.executable, "-m", "pytest", "-m", "accelerator", *(["--collect-only"] if tiny else [])]
+    tests = REPOSITORY / "tests"
+    modules = [path for path in sorted(tests.glob("test_*.py")) if "mark.accelerator" in path.read_text()]
+    options = ["--tb=line", *(["--collect-only"] if tiny else [])]  # others may need what is not installed here
+    command = [sys.executable, "-m", "pytest", "-m", "accelerator", *options, *map(str, modules)]
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"not done after {seconds:.0f} s"
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E ", "/"))]
     last = (done.stdout or done.stderr).strip().splitlines()[-1:]
     return "\n".join([*failed, *last])
 
@@ -85,10 +97,23 @@ def cases() -> list[Case]:
     out = []
     for int8 in (False, True):
         out += [Case("encode", "", int8, one), Case("prefill", "", int8, one)]
-        out += both("kernel", int8, large) + both("kernel", int8, one) + both("XLA", int8, large)
+        out += both("kernel", int8, large) + both("kernel", int8, one)
+        out += [*both("XLA", int8, large), Case("pope", "kernel", int8, POPE)]
     for int8 in (True, False):
         out += both("kernel", int8, some) + both("XLA", int8, one) + both("XLA", int8, some)
     return out
+
+
+def pope(config, pictures: int, questions: int) -> list[LoadedGroup]:
+    """Pictures of 640 x 480 with questions of 30 tokens each."""
+    rng, asked = np.random.default_rng(0), []
+    for n in range(pictures):
+        image = process_image(rng.integers(0, 256, (480, 640, 3), np.uint8), config)
+        prefix = np.array([1, IMAGE_TOKEN_INDEX, 2, 3])
+        suffixes = tuple(rng.integers(0, config.text.vocab_size, (questions, 30)))
+        length = merged_length(prefix, [image.size], config)
+        asked.append(LoadedGroup(Group(prefix, suffixes, tuple(range(questions)), n, length), [image]))
+    return asked
 
 
 class Bench:
@@ -101,13 +126,16 @@ class Bench:
 
     def call(self, case: Case) -> Callable[[], float]:
         """What runs the case once, and returns its seconds."""
+        if case.name == "pope":
+            return partial(self.answer, self.engines[case.form], pope(self.config, *case.wave))
         programs, shape = self.engines[case.form].batch, batch(case.wave)
         embeds = jnp.zeros((1, PREFIX, self.config.text.hidden_size), self.dtype)
         if case.name == "encode":
             size, tiles = self.config.tile_size, self.config.max_tiles_per_image
             pixels = random_array((tiles, size, size, 3), jnp.uint8)
             rows = jnp.arange(PREFIX)[None] % (tiles * self.config.tokens_per_tile)
-            return lambda: seconds_of(lambda: programs.place_image(self.params, embeds.copy(), pixels, rows))
+            kept = [embeds]
+            return lambda: self.replacing(kept, lambda embeds: programs.place_image(self.params, embeds, pixels, rows))
         pool, first = self.pool(case.wave[0]), jnp.zeros(1, jnp.int32)
         if case.name == "prefill":
             return lambda: self.replacing(
@@ -115,7 +143,8 @@ class Bench:
             )
         rows = [self.full_rows(programs, shape)]
         if case.name == "question":
-            return lambda: self.replacing(rows, lambda rows: self.admit(programs, pool[0], rows, shape))
+            questions = self.questions(shape)
+            return lambda: self.replacing(rows, lambda rows: self.admit(programs, pool[0], rows, questions))
         return lambda: self.step_seconds(programs, pool[0], rows, shape)
 
     @staticmethod
@@ -125,17 +154,19 @@ class Bench:
         kept.append(jax.block_until_ready(run(kept.pop())))
         return time.perf_counter() - began
 
-    def admit(self, programs, pool, rows, shape: BatchShape):
-        """A question for every row of the first prefix."""
+    def questions(self, shape: BatchShape) -> tuple:
+        """What `admit` is told of a question for every row of the first prefix."""
         count, first = shape.admitted, jnp.zeros(1, jnp.int32)
         ids = jnp.broadcast_to(jnp.arange(QUESTION) % self.config.text.vocab_size, (1, count, QUESTION))
         questions = Questions(ids, jnp.full((1, count), QUESTION, jnp.int32), jnp.ones((1, count), bool))
         settings = jax.tree.map(lambda x: jnp.full((1, count, *x.shape), x), row_settings(RowOptions(SLOTS), SLOTS))
         nothing, said = jnp.zeros((1, count), jnp.int32), jnp.full((1, count, shape.max_model_len), -1, jnp.int32)
         row_ids = jnp.arange(count)[None]
-        return programs.admit(
-            self.params, pool, first + PREFIX, rows, first, row_ids, questions, settings, nothing, said
-        )[0]
+        return jax.block_until_ready((first, row_ids, questions, settings, nothing, said))
+
+    def admit(self, programs, pool, rows, questions: tuple):
+        lengths = jnp.full(1, PREFIX, jnp.int32)
+        return programs.admit(self.params, pool, lengths, rows, *questions)[0]
 
     def full_rows(self, programs, shape: BatchShape):
         """Rows that go on for ever, each after a whole prefix."""
@@ -163,6 +194,14 @@ class Bench:
             return self.replacing(kept, run)
 
         return (decode(MANY_STEPS) - decode(FEW_STEPS)) / (MANY_STEPS - FEW_STEPS)
+
+    def answer(self, engine: Engine, asked: list[LoadedGroup]) -> float:
+        """Seconds of answers of two tokens."""
+        began = time.perf_counter()
+        for phase in plan(engine, self.params, [group for group, _ in asked], 2):
+            for _ in generate(engine, self.params, phase, asked, lambda question: RowOptions(2)):
+                pass
+        return time.perf_counter() - began
 
     def pool(self, groups: int) -> list:
         """[the pool of full prefixes of random keys and values]"""
@@ -200,12 +239,6 @@ def random_params(config, dtype, int8: bool) -> dict:
     return unflatten_dict(params, sep="/")
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
-
-
 def work_of(config, case: Case):
     """What the case cannot avoid."""
     work = works(config, batch(case.wave), 1, Precision("int8", True) if case.int8 else Precision())
@@ -232,6 +265,8 @@ def measure(bench: Bench, case: Case, kind: str) -> dict:
         return row | {"error": str(error).splitlines()[0][:200]}
     finally:
         mock.patch.stopall()
+    if case.name == "pope":
+        return row | {"per_second": case.wave[0] * case.wave[1] / row["seconds"]}
     work, peak = work_of(bench.config, case), peaks(kind)
     if peak:
         row["of_bandwidth"] = work.moved / row["seconds"] / peak[0]
@@ -259,6 +294,8 @@ def describe(row: dict) -> str:
     if "error" in row:
         return "| " + " | ".join([*cells, row["error"]]) + " |"
     shares = [f"{row[name]:.0%}" if name in row else "" for name in ("of_bandwidth", "of_flops")]
+    if "per_second" in row:
+        shares = [f"{row['per_second']:.0f} questions/s", ""]
     return "| " + " | ".join([*cells, f"{1e3 * row['seconds']:.2f}", *shares, f"{row['first_seconds']:.0f}"]) + " |"
 
 
