@@ -213,7 +213,7 @@ def test_axes_by_default(devices, kv_heads, params, memory, axes):
 def test_mesh_that_cannot_be(converted):
     count = len(jax.devices())
     with pytest.raises(
-        ValueError, match=rf"axes={{'tensor': {count + 1}}} need {count + 1} devices; there are {count}"
+        ValueError, match=rf"^mesh tensor={count + 1}: needs {count + 1} devices, and here are {count} "
     ):
         make_mesh(tensor=count + 1)
     with pytest.raises(ValueError, match="positive size for each axis"):

@@ -50,11 +50,12 @@ def make_mesh(devices=None, **axes: int) -> Mesh:
     Raises:
         ValueError: no axis is given, a size is not positive, or there are fewer devices than the mesh needs.
     """
+    mesh = "mesh " + ",".join(f"{name}={size}" for name, size in axes.items())
     if not axes or any(size < 1 for size in axes.values()):
-        raise ValueError(f"make_mesh: axes={axes} must give a positive size for each axis, like data=2, tensor=4")
+        raise ValueError(f"{mesh}: must give a positive size for each axis, like data=2,tensor=4")
     needed, devices = math.prod(axes.values()), devices or jax.devices()
     if needed > len(devices):
-        raise ValueError(f"make_mesh: axes={axes} need {needed} devices; there are {len(devices)} ({devices[0]})")
+        raise ValueError(f"{mesh}: needs {needed} devices, and here are {len(devices)} ({devices[0]}, …)")
     kinds = (AxisType.Auto,) * len(axes)  # jax's default, Explicit, breaks Flax Linen
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed])
 
