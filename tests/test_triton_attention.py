@@ -1,12 +1,14 @@
 """The GPU's kernel over the cache, in Pallas' interpreter, against XLA's form of it; and which programs get it."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import normal, pretend
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from test_attention import normal
 
 from llava_jax.models.cache_attention import Appended, Own, attend_and_append, decode_attention, question_attention
 from llava_jax.models.quantize import to_int8
@@ -166,22 +168,32 @@ def test_what_it_takes(dtype, width, gpu, kernel):
     assert takes(jax.ShapeDtypeStruct((1, 1, 1, 4, width), dtype), gpu) == kernel
 
 
+def on(kind, multiprocessors):
+    """Programs are for such a GPU, which need not be here."""
+    device = AbstractDevice(kind, multiprocessors, "gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("tensor",), (AxisType.Auto,), abstract_device=device))
+
+
 @pytest.mark.parametrize("attend", [decode_attention, question_attention])
-@pytest.mark.parametrize(("capability", "kernel"), [("8.0", True), ("7.5", False), (None, False)])
-def test_which_programs_get_it(monkeypatch, attend, capability, kernel):
-    if capability:
-        pretend(monkeypatch, capability)
+@pytest.mark.parametrize(
+    ("where", "kernel"),
+    [(on("NVIDIA A100-SXM4-40GB", 108), True), (on("Tesla T4", 40), False), (nullcontext(), False)],
+    ids=["A100", "T4", "here"],
+)
+def test_which_programs_get_it(attend, where, kernel):
     q, k, v, *shared = arrays(1, 2, 1, 1, 64, dtype=jnp.bfloat16)
     valid = [np.ones((1, 2, 1), bool)] if attend is decode_attention else []
-    traced = jax.jit(lambda *parts: attend(*parts)).trace(q, k, v, *valid, *shared, np.array([40], np.int32))
-    assert ("cache_attention" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
-    assert "cache_attention" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    with where:
+        traced = jax.jit(lambda *parts: attend(*parts)).trace(q, k, v, *valid, *shared, np.array([40], np.int32))
+        assert ("cache_attention" in traced.lower(lowering_platforms=("cuda",)).as_text()) == kernel
+        assert "cache_attention" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
-def test_blocks_of_rows_share_a_kernel(monkeypatch):
-    pretend(monkeypatch, "9.0")
+def test_blocks_of_rows_share_a_kernel():
     q, k, v, *shared = arrays(1, 3, 1, 64, 64, dtype=jnp.bfloat16)
     _, owns = in_blocks(((2, 32, 9), (1, 64, 9)), k, v, [np.array([40], np.int32)] * 2)
     blocks = [Appended(tuple(x[:, :, :, 8:9] for x in own.suffix), np.int32(8), None, own) for own in owns]
-    traced = jax.jit(lambda *parts: attend_and_append(*parts)).trace(q, blocks, *shared)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count('name = "cache_attention"') == 1
+    with on("NVIDIA H100 80GB HBM3", 132):
+        traced = jax.jit(lambda *parts: attend_and_append(*parts)).trace(q, blocks, *shared)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('name = "cache_attention"') == 1
