@@ -21,7 +21,7 @@ from llava_jax.errors import reason_of
 TRACEBACK = "LLAVA_JAX_TRACEBACK"  # set to 1: the traceback as well
 INTERRUPTED, READER_GONE = 130, 141  # 128 and the number of the signal, as a shell counts
 WRITTEN_WITHIN = 0.2  # seconds for a compiled program that is just going into the cache
-AGAIN = 0.05  # seconds until an interruption that was lost comes again
+AGAIN = 0.05  # seconds until an interruption that was lost comes again, and between those that nobody notices
 
 
 def exit_status(program: str, run: Callable[[], int | None], own_process: bool = False) -> int:
@@ -84,7 +84,7 @@ def _threads_heard(own_process: bool) -> Iterator[None]:
 
     def hook(dropped) -> None:
         if isinstance(dropped.exc_value, KeyboardInterrupt):
-            threading.Timer(AGAIN, _interrupt).start()
+            _interrupt_again()
         elif str(dropped.exc_value) != "Event loop is closed":
             before(dropped)
 
@@ -96,11 +96,26 @@ def _threads_heard(own_process: bool) -> Iterator[None]:
             sys.unraisablehook = before
 
 
-def _interrupt() -> None:
-    if sys.platform == "win32":
-        _thread.interrupt_main()
-    else:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which ends a system call, too
+def _interrupt_again() -> None:
+    """Until Python notices it: one that comes just before a system call waits for its end, and the next one ends it."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # then it was no signal that was lost
+        return
+
+    def noticed(*args) -> None:
+        signal.signal(signal.SIGINT, before)
+        before(*args)
+
+    def interrupt() -> None:
+        while signal.getsignal(signal.SIGINT) is noticed:
+            if sys.platform == "win32":
+                _thread.interrupt_main()
+            else:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(AGAIN)
+
+    signal.signal(signal.SIGINT, noticed)
+    threading.Timer(AGAIN, interrupt).start()
 
 
 def describe(error: BaseException) -> str:
