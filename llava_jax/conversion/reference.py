@@ -16,6 +16,7 @@ as a script, has neither JAX nor this package.
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def _record_torch(model, projector, decoder, inputs: dict) -> Record:
     import torch
 
     seen = {}
+    named = inspect.signature(model.forward).parameters
+    cache = "cache" if "cache" in named else "past_key_values"  # as older ones call it
 
     def project(_, args, output):
         seen["tower"], seen["projector"] = args[0], output
@@ -58,7 +61,7 @@ def _record_torch(model, projector, decoder, inputs: dict) -> Record:
             tokens.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
             again = torch.tensor([tokens[-1:]])
-            out = model(input_ids=again, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=again, use_cache=True, **{cache: getattr(out, cache)})
     record = {name: tensor.float().numpy() for name, tensor in seen.items()}
     return record | {"tokens": np.array(tokens), "gaps": np.array(gaps)}
 
