@@ -23,6 +23,8 @@ class Card:
 
 
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 84942979072, 3352.32e9, 132, 128, 2048, 228, 227, 50, 1.98)
+# As a driver said and, its bandwidth, NVIDIA's data sheet; XLA has no description of it.
+H200 = Card("NVIDIA H200", (9, 0), 150754820096, 4800e9, 132, 128, 2048, 228, 227, 60, 1.98)
 A100 = Card("NVIDIA A100-SXM4-40GB", (8, 0), 42481549312, 1555e9, 108, 64, 2048, 164, 163, 40, 1.41)
 L4 = Card("NVIDIA L4", (8, 9), 23659347968, 300.096e9, 58, 128, 1536, 100, 99, 48, 2.04)
 RTX4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 25393692672, 1008.096e9, 128, 128, 1536, 100, 99, 72, 2.52)

@@ -118,6 +118,7 @@ class Gpus:
 GPUS = {
     "h100": Gpus(cuda.H100, 989e12, 225e9),
     "h100-8": Gpus(cuda.H100, 989e12, 225e9, 8),
+    "h200": Gpus(cuda.H200, 989e12, 225e9),
     "a100": Gpus(cuda.A100, 312e12, 150e9),
     "a100-8": Gpus(cuda.A100, 312e12, 150e9, 8),
     "l4": Gpus(cuda.L4, 121e12, 16e9),
