@@ -68,15 +68,19 @@ class ContinuousBatch:
         """Nothing is to be done until a request comes."""
         return self.scheduler.idle and not self._unread and not self._filler.busy
 
-    def step(self) -> None:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Give the device what is next, and say what it has answered meanwhile: one chunk of decoding behind, but where
-        only throughput counts and somebody waits for the rows of those who end in it."""
+        only throughput counts and somebody waits for the rows of those who end in it.
+
+        meanwhile: what is to be done while the device works.
+        """
         self._filler.fill_some()
         for found in self.scheduler.admissions():
             self._score(found) if isinstance(found, Scoring) else self._admit(found)
         for move in self.scheduler.moves():
             self._move(move)
         decoding = self._decode()
+        meanwhile()
         ahead = int(decoding and not (self.shape.chunk is None and self.scheduler.somebody_waits))
         while len(self._unread) > ahead:
             self._unread.popleft()()
@@ -248,15 +252,18 @@ class _Read:
 def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> Iterator[None]:
     """Answer them all, in about this order; yields now and then, when some may have been answered.
 
-    No more are taken than may find a slot next, so that their pictures need not all be in memory.
+    They are taken while the device works, and no more than may find a slot next: their pictures need not all be in
+    memory.
     """
     source, scheduler = iter(requests), batch.scheduler
-    while True:
-        scheduler.place()  # what was left waiting: there may be slots for more behind it
+
+    def take() -> None:
+        scheduler.place()
         while len(scheduler.waiting) < LOOKAHEAD and (request := next(source, None)) is not None:
             scheduler.add(scheduler.check(request))
             scheduler.place()
-        if batch.idle:
-            return
-        batch.step()
+
+    take()
+    while not batch.idle:
+        batch.step(meanwhile=take)
         yield
