@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.config import TextConfig
-from llava_jax.inference import generate
+from llava_jax.inference import generate, ring
 from llava_jax.inference.cache import Prefix, Suffix, empty_suffix
 from llava_jax.inference.generate import apply, at_last_position
 from llava_jax.inference.pool import Pool, by_shard, read_slots
@@ -157,15 +157,17 @@ def _ended(token: jax.Array, step: jax.Array, settings: RowSettings) -> jax.Arra
 
 
 def _put(shards: int, x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """x [G, R, ...] with `new` [B, n, ...] as rows int32 [B, n] of a slot of each shard."""
-    put = jax.vmap(lambda x, new, slot, rows: x.at[slot, rows].set(new, mode="drop"))
-    return put(by_shard(shards, x), new, slots, row_ids).reshape(x.shape)
+    """x [G, R, ...] with `new` [B, n, ...] as rows int32 [B, n], no two alike, of a slot of each shard."""
+
+    def put(x, new, slot, rows):
+        return x.at[slot, rows].set(new, mode="drop", unique_indices=True)
+
+    return jax.vmap(put)(by_shard(shards, x), new, slots, row_ids).reshape(x.shape)
 
 
-def _put_by_head(shards: int, x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """x [G, K, R, S, D] with `new` [B, n, K, S, D], as `_put`."""
-    put = jax.vmap(lambda x, new, slot, rows: x.at[slot, :, rows].set(new, mode="drop"))
-    return put(by_shard(shards, x), new, slots, row_ids).reshape(x.shape)
+def _valid_in_ring(size: int, cursor: jax.Array, lengths: jax.Array) -> jax.Array:
+    """bool [..., S]: the slots of rows with so many positions before the cursor."""
+    return (cursor - 1 - jnp.arange(size)) % size < lengths[..., None]
 
 
 def admit(
@@ -196,7 +198,7 @@ def admit(
     """
     shards, (groups, count, size) = len(slots), rows.suffix.valid.shape
     living = questions.active & (slots < groups // shards)[:, None] & (row_ids < count)
-    row_ids = jnp.where(living, row_ids, count)  # dropped
+    row_ids = jnp.where(living, row_ids, count + jnp.arange(row_ids.shape[1]))  # those are dropped
     prefix = Prefix(read_slots(pool, shards, slots), prefix_lengths)
     suffix, hidden = generate.prefill_questions(model, 0, params, prefix, questions)
     logits = apply(model, params, at_last_position(hidden, questions.lengths), method="logits")
@@ -204,23 +206,17 @@ def admit(
     said = said_words(said_ids, len(vocabulary))
     chosen = _choose(logits, said, steps, settings, living)
 
-    starts = rows.cursor - questions.lengths
-
-    def in_ring(x):  # [B, n, Q, ...] → [B, n, S, ...], from each row's start on
-        room = [(0, 0)] * 2 + [(0, size - x.shape[2])] + [(0, 0)] * (x.ndim - 3)
-        return jax.vmap(jax.vmap(lambda x, start: jnp.roll(x, start, axis=0)))(jnp.pad(x, room), starts)
-
     def put(x, new):
         return _put(shards, x, new, slots, row_ids)
 
-    def put_keys(old, new):  # [B, K, n, Q, D] as [B, n, Q, K, D], and as [B, n, K, S, D] in its place
-        return _put_by_head(shards, old, in_ring(new.transpose(0, 2, 3, 1, 4)).swapaxes(2, 3), slots, row_ids)
+    def put_keys(old, new):
+        return ring.put(old, new, slots, row_ids, rows.cursor - questions.lengths)
 
     new_rows = replace(
         rows,
         suffix=Suffix(
             jax.tree.map(put_keys, rows.suffix.keys_values, suffix.keys_values),
-            put(rows.suffix.valid, in_ring(suffix.valid)),
+            put(rows.suffix.valid, _valid_in_ring(size, rows.cursor, questions.lengths)),
         ),
         token=put(rows.token, chosen.tokens),
         position=put(rows.position, prefix_lengths[:, None] + questions.lengths),
@@ -376,21 +372,18 @@ def move(
     oldest_first = (shorts.cursor + jnp.arange(valid.shape[-1])) % valid.shape[-1]
     order = oldest_first[jnp.argsort(valid[:, 0][:, oldest_first], axis=-1, stable=True)]  # [B, S], its own at the end
 
-    def to_ring(x):  # one row's slots [S, ...]
-        return jnp.roll(jnp.pad(x, [(size - len(x), 0)] + [(0, 0)] * (x.ndim - 1)), longs.cursor, axis=0)
-
     def move_keys(old, new):
         ordered = jax.vmap(lambda x, order: x[0][:, order])(read_by_head(old), order)  # [B, K, S, D]
-        return _put_by_head(shards, new, jax.vmap(jax.vmap(to_ring))(ordered)[:, None], slots, targets)
+        starts = jnp.broadcast_to(longs.cursor - ordered.shape[2], targets.shape)
+        return ring.put(new, ordered[:, :, None], slots, targets, starts)
 
-    valid = jax.vmap(lambda valid, order: to_ring(valid[0, order]))(valid, order)[:, None]
     settings = replace(jax.tree.map(read, shorts.settings), limit=limits[:, None])
     token, step = read(shorts.token), read(shorts.step)
     longs = replace(
         longs,
         suffix=Suffix(
             jax.tree.map(move_keys, shorts.suffix.keys_values, longs.suffix.keys_values),
-            put(longs.suffix.valid, valid),
+            put(longs.suffix.valid, _valid_in_ring(size, longs.cursor, valid.sum(-1))),
         ),
         token=put(longs.token, token),
         position=put(longs.position, read(shorts.position)),
