@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax.inference.pool import by_shard
+from llava_jax.models.cache_attention import row_major
 
 
 def put(x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array, starts: jax.Array) -> jax.Array:
@@ -18,13 +19,13 @@ def put(x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array, star
         slots: int32 [B], a slot of each shard; row_ids: int32 [B, n], no two alike. Out of range: nothing changes.
         starts: int32 [B, n], any number.
     """
-    arguments = by_shard(len(slots), x), new, slots, row_ids, starts % x.shape[3]
-    return jax.lax.platform_dependent(*arguments, default=_by_position, tpu=_by_block).reshape(x.shape)
+    arguments = x, new, slots, row_ids, starts % x.shape[3]
+    return jax.lax.platform_dependent(*arguments, default=_by_position, tpu=_by_block)
 
 
 def _by_position(x, new, slots, row_ids, starts):
     """Each position to its slot: the fewest bytes, where memory has no tiles."""
-    at = (starts[..., None] + jnp.arange(new.shape[3])) % x.shape[4]
+    at = (starts[..., None] + jnp.arange(new.shape[3])) % x.shape[3]
     return _scatter(x, new.transpose(0, 2, 3, 1, 4), slots, row_ids[..., None], at)
 
 
@@ -33,20 +34,20 @@ def _by_block(x, new, slots, row_ids, starts):
     positions to fit. It does so fastest by a product with ones and zeros, which is exact."""
     *of_rows, size, width = x.shape
     block = new.shape[3] if size % new.shape[3] == 0 else size
-    blocks = x.reshape(*of_rows, size // block, block, width)
+    blocks = row_major(x.reshape(*of_rows, size // block, block, width))
     for n in range(min(2, size // block)):
         which = (starts // block + n) % (size // block)
         of_slot = (which[..., None] * block + jnp.arange(block) - starts[..., None]) % size  # [B, n, block]
         is_there = (of_slot[..., None] == jnp.arange(new.shape[3])).astype(new.dtype)
         turned = jnp.einsum("bnsq,bknqd->bnksd", is_there, new, precision="highest")
-        blocks = _scatter(blocks, turned, slots, row_ids, which)
+        blocks = row_major(_scatter(blocks, turned, slots, row_ids, which))
     return blocks.reshape(x.shape)
 
 
 def _scatter(x, new, slots, *places):
-    """x [B, G / B, K, …] with `new` in a slot of each shard, [:, *places] of it; B in front of all the others."""
+    """x [G, K, …] with `new` in a slot of each shard, as [:, *places] of it; the others have B in front."""
 
     def scatter(x, new, slot, *places):
         return x.at[(slot, slice(None), *places)].set(new, mode="drop", unique_indices=True)  # else a GPU locks each
 
-    return jax.vmap(scatter)(x, new, slots, *places)
+    return jax.vmap(scatter)(by_shard(len(slots), x), new, slots, *places).reshape(x.shape)
