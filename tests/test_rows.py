@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_pool import CHUNK, filled, images, model, prefilled, prompt
@@ -325,6 +326,26 @@ def test_what_has_nothing_to_do_stays_as_it_is():
     assert np.array_equal(new.suffix.valid, old.suffix.valid)
     host.decode(MAX_STEPS)
     assert answer.tokens == wanted("text", 0, options(10, end_ids=()))
+
+
+def test_questions_end_at_the_cursor():
+    """Wherever it is: a row's ring goes round within its question too. Several rows of several lengths, in any order."""
+    host, (_, questions) = text_host(), parts("text")
+    slots, rows, asked = 40, [2, 0], [(questions[i], options(5), 5) for i in (1, 0)]
+    first = {}
+    for cursor in (slots - 1, len(questions[1]), 3, 0):
+        host.blocks[0] = replace(host.blocks[0], cursor=jnp.int32(cursor))
+        before = jax.tree.map(np.array, host.blocks[0])
+        host.admit(0, 0, asked, rows)
+        after = jax.tree.map(np.array, host.blocks[0])
+        assert np.array_equal(after.suffix.valid[:, 1], before.suffix.valid[:, 1])
+        for row, (ids, _, _) in zip(rows, asked, strict=True):
+            at = np.arange(cursor - len(ids), cursor) % slots
+            assert sorted(at) == np.flatnonzero(after.suffix.valid[0, row]).tolist()
+            keys_values = [x[0, :, row, at] for x in jax.tree.leaves(after.suffix.keys_values)]
+            assert all(map(np.array_equal, keys_values, first.setdefault(row, keys_values)))
+        for old, new in zip(*map(jax.tree.leaves, (before.suffix.keys_values, after.suffix.keys_values)), strict=True):
+            assert np.array_equal(old[:, :, 1], new[:, :, 1])
 
 
 @pytest.mark.parametrize(("groups", "rows"), [(1, 1), (1, 2), (2, 1), (2, 2)])

@@ -20,16 +20,16 @@ def put(x: jax.Array, new: jax.Array, slots: jax.Array, row_ids: jax.Array, star
         starts: int32 [B, n], any number.
     """
     arguments = x, new, slots, row_ids, starts % x.shape[3]
-    return jax.lax.platform_dependent(*arguments, default=_by_position, tpu=_by_block)
+    return jax.lax.platform_dependent(*arguments, default=by_position, tpu=by_block)
 
 
-def _by_position(x, new, slots, row_ids, starts):
+def by_position(x, new, slots, row_ids, starts):
     """Each position to its slot: the fewest bytes, where memory has no tiles."""
     at = (starts[..., None] + jnp.arange(new.shape[3])) % x.shape[3]
     return _scatter(x, new.transpose(0, 2, 3, 1, 4), slots, row_ids[..., None], at)
 
 
-def _by_block(x, new, slots, row_ids, starts):
+def by_block(x, new, slots, row_ids, starts):
     """The one or two blocks of Q slots in which positions lie, whole: a TPU writes tiles of slots, and has to turn the
     positions to fit. It does so fastest by a product with ones and zeros, which is exact."""
     *of_rows, size, width = x.shape
