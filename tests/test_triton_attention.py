@@ -144,10 +144,11 @@ def test_what_no_query_sees_is_not_looked_at(dead):
 
 
 def test_tilings():
-    """Every multiprocessor has a program where there are few; a pass over the keys for each tile of 128 queries."""
+    """Every multiprocessor has a program where there are few; a pass over the keys for each tile of queries."""
     assert choose_tiling(16, 256, H100) == Tiling(queries=16, keys=64, splits=1, warps=4, stages=3)
     assert choose_tiling(1, 32, H100).splits == 4 and choose_tiling(4, 8, A100).splits == 13
-    assert choose_tiling(16 * 64, 256, H100) == Tiling(queries=128, keys=64, splits=1, warps=8, stages=3)
+    assert choose_tiling(16 * 64, 256, H100) == Tiling(queries=64, keys=64, splits=1, warps=4, stages=3)
+    assert choose_tiling(16 * 64, 256, A100) == Tiling(queries=128, keys=32, splits=1, warps=8, stages=3)
     assert choose_tiling(64, 64, A100) == Tiling(queries=64, keys=32, splits=1, warps=4, stages=3)
     assert choose_tiling(17, 8, L4) == Tiling(queries=32, keys=32, splits=7, warps=4, stages=2)
 
