@@ -239,20 +239,20 @@ def _two_parts(q, prefix_k, prefix_v, k, v, in_prefix, seen):
 
     An int8 position's scale meets its score, or its weight, instead of its D numbers.
     """
-    wide = dict(preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
     prefix_k, k_scale = values_and_scale(prefix_k, q.dtype)
     prefix_v, v_scale = values_and_scale(prefix_v, q.dtype)
     if q.shape[1] == 1:  # the keys first: second, a CPU would turn all of them round
-        over_prefix = jnp.einsum("pd,rlhd->prlh", prefix_k, q, **wide).transpose(1, 2, 3, 0)
+        over_prefix = einsum("pd,rlhd->prlh", prefix_k, q).transpose(1, 2, 3, 0)
     else:
-        over_prefix = jnp.einsum("rlhd,pd->rlhp", q, prefix_k, **wide)
+        over_prefix = einsum("rlhd,pd->rlhp", q, prefix_k)
     over_prefix = over_prefix * (scale * k_scale)
-    over_own = jnp.einsum("rlhd,rsd->rlhs", q, k, **wide) * scale
+    over_own = einsum("rlhd,rsd->rlhs", q, k) * scale
     over_prefix = jnp.where(in_prefix, over_prefix, MASKED)
     over_own = jnp.where(seen[:, :, None], over_own, MASKED)
     largest = jnp.maximum(over_prefix.max(-1, keepdims=True), over_own.max(-1, keepdims=True))
     on_prefix, on_own = jnp.exp(over_prefix - largest), jnp.exp(over_own - largest)
-    out = jnp.einsum("rlhp,pd->rlhd", (on_prefix * v_scale).astype(prefix_v.dtype), prefix_v, **wide)
-    out += jnp.einsum("rlhs,rsd->rlhd", on_own.astype(v.dtype), v, **wide)
+    out = einsum("rlhp,pd->rlhd", (on_prefix * v_scale).astype(prefix_v.dtype), prefix_v)
+    out += einsum("rlhs,rsd->rlhd", on_own.astype(v.dtype), v)
     return (out / (on_prefix.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True))).astype(q.dtype)

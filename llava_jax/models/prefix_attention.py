@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -56,14 +58,14 @@ def add(sums: Part, q, k, v, seen, keys_first: bool = False) -> Part:
 
     keys_first: they are many, and a CPU would turn all of them round if they were the second in the product.
     """
-    wide = dict(preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     (k, k_scale), (v, v_scale) = values_and_scale(k, q.dtype), values_and_scale(v, q.dtype)
     if keys_first:  # else XLA makes one of the product and its transposition
-        scores = jax.lax.optimization_barrier(jnp.einsum("...sd,...xd->...sx", k, q, **wide)).swapaxes(-1, -2)
+        scores = jax.lax.optimization_barrier(einsum("...sd,...xd->...sx", k, q)).swapaxes(-1, -2)
     else:
-        scores = jnp.einsum("...xd,...sd->...xs", q, k, **wide)
+        scores = einsum("...xd,...sd->...xs", q, k)
     scores = jnp.where(seen, scores * (q.shape[-1] ** -0.5 * k_scale), MASKED)
     largest = jnp.maximum(sums.largest, scores.max(-1))
     weights, fade = jnp.exp(scores - largest[..., None]), jnp.exp(sums.largest - largest)
-    new = jnp.einsum("...xs,...sd->...xd", (weights * v_scale).astype(v.dtype), v, **wide)
+    new = einsum("...xs,...sd->...xd", (weights * v_scale).astype(v.dtype), v)
     return Part(sums.sum * fade[..., None] + new, largest, sums.weight * fade + weights.sum(-1))

@@ -82,13 +82,13 @@ def _part(q, k, v, seen) -> Part:
 
     An int8 position's scale meets its score, or its weight, instead of its D numbers.
     """
-    count, wide = q.shape[-2], dict(preferred_element_type=jnp.float32)
+    count, einsum = q.shape[-2], partial(jnp.einsum, preferred_element_type=jnp.float32)
     (k, k_scale), (v, v_scale) = values_and_scale(k, q.dtype), values_and_scale(v, q.dtype)
-    scores = jnp.einsum("...xd,...sd->...xs", _matrix_unit_rows(q), k, **wide) * q.shape[-1] ** -0.5 * k_scale
+    scores = einsum("...xd,...sd->...xs", _matrix_unit_rows(q), k) * q.shape[-1] ** -0.5 * k_scale
     scores = jnp.where(seen if seen.shape[-2] == 1 else _matrix_unit_rows(seen), scores, MASKED)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
-    out = jnp.einsum("...xs,...sd->...xd", (weights * v_scale).astype(v.dtype), v, **wide)
+    out = einsum("...xs,...sd->...xd", (weights * v_scale).astype(v.dtype), v)
     return Part(out[..., :count, :], largest[..., :count, 0], weights.sum(-1)[..., :count])
 
 
