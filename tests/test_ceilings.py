@@ -26,6 +26,8 @@ MIB = 2**20
 CEILINGS = {"h100": (1.01, 1.15), "v5e-1": (1.01, 1.05), "v5e-8": (1.01, 1.03), "v6e-8": (1.01, 1.03)}
 SERVING_CEILINGS = {"h100": 1.15, "v5e-8": 1.05}  # of all rows of a batch with two pools and two classes of rows
 TEMPORARIES_MIB = 150  # of the prefill of 16 questions after one prefix of each shard, and of decoding: no scores
+ADMISSION_SHARE = 0.75  # of the estimated cycles of a prefill of 3,072 positions, for 16 questions of 64
+MOVED_MIB = 12  # when a row of 128 slots, 4 MiB in two layers, goes on in one of 512
 
 
 def shallow(config: LlavaConfig, layers: int) -> LlavaConfig:
@@ -94,8 +96,8 @@ def test_a_batch_of_many(topology):
     assert writes_nothing_whole(decode, question), (decode.whole_writes, question.whole_writes)
     assert not any(n for name, n in prefill.whole_writes["program"].items() if name != "kernel"), prefill.whole_writes
     assert is_as_planned(of, decode, question, prefill)
-    if topology == "v5e-1":  # 1,024 positions and 3,072: more would be int8 kernels turned round in a core's own memory
-        assert question.once.cycles < prefill.once.cycles
+    if topology not in GPUS:
+        assert question.once.cycles < ADMISSION_SHARE * prefill.once.cycles
 
 
 @pytest.mark.parametrize("topology", topologies(SERVING_CEILINGS))
@@ -104,9 +106,10 @@ def test_a_batch_that_serves(topology):
     of = programs(topology, 2, serving(8))  # 6 x 512 would be one of 3072
     decode, longs = of.decode(), Block(1, 1)
     others = [of.encode(), of.prefill(), of.prefill_next(512), of.copy(), of.questions(longs), of.score()]
-    others.append(of.move(Block(1, 0)))
+    others.append(move := of.move(Block(1, 0)))
     assert decode.step.ratio < SERVING_CEILINGS[topology]
     assert writes_nothing_whole(decode, *others), [program.whole_writes for program in (decode, *others)]
+    assert move.once.bytes < MOVED_MIB * MIB
     assert is_as_planned(of, decode, *others)
 
 

@@ -329,7 +329,7 @@ def test_what_has_nothing_to_do_stays_as_it_is():
 
 
 def test_questions_end_at_the_cursor():
-    """Wherever it is: a ring goes round within a question too. Several rows of several lengths, in any order."""
+    """Wherever it is: a ring may go round within a question. Several rows of several lengths, in any order."""
     host, (_, questions) = text_host(), parts("text")
     slots, rows, asked = 40, [2, 0], [(questions[i], options(5), 5) for i in (1, 0)]
     first = {}

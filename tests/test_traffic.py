@@ -256,6 +256,8 @@ def test_collectives_by_layer():
         ("bf16[4]{0}", "collective-permute", "vision_tower/layers_0/fc1"),
         ("bf16[4]{0}", "all-gather", "reduce"),
     )
+    of_one = 'channel_id=7, metadata={op_name="jit(run)/while/body/language_model/layers_0/mlp/up_proj/dot_general"}'
+    body += "".join(f"  %g.{n} = bf16[4]{{0}} all-gather(%y), {of_one}\n" for n in range(3))
     scattered = lines(("bf16[4]{0}", "all-reduce", "vision_tower/layers_1/fc1"))
     before = lines(("bf16[4]{0}", "all-reduce", "language_model/layers_0/mlp/down_proj"))
     before += "".join(f"  %f.{n} = bf16[4]{{0}} fusion(%y), kind=kCustom, calls=%scatter\n" for n in range(2))
@@ -264,4 +266,4 @@ def test_collectives_by_layer():
         f"{UNKNOWN}%body (p: bf16[4]) -> bf16[4] {{\n{body}}}\n\n%scatter (p: bf16[4]) -> bf16[2] {{\n{scattered}}}\n"
     )
     text += f"\nENTRY %main (p: bf16[4]) -> bf16[4] {{\n{before}}}\n"
-    assert traffic.collectives(parse(text)) == Collectives(3, 2, {"all-gather of token choice": 1})
+    assert traffic.collectives(parse(text)) == Collectives(4, 2, {"all-gather of token choice": 1})

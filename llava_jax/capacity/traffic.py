@@ -252,7 +252,7 @@ def _is_product(module: Module, instruction: Instruction) -> bool:
 
 # ---- what chips say to each other
 
-_COLLECTIVE = r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(-start)?"
+_COLLECTIVE = r"(?:all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?"
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,13 @@ def collectives(module: Module) -> Collectives:
     """Counted by the layers that compiled instructions say they come from (`op_name`), the loop apart from the rest."""
     met: Counter[tuple[str, ...]] = Counter()
     for section, runs in _sections(module).items():
-        for times, kind, path in ((n, *found) for n, _, i in runs for found in _collectives(module, i)):
-            layer = re.search(r"/layers_\d+/", path)
+        channels = set[str]()  # of one meeting, where libtpu divides it among the fusions that run meanwhile
+        for times, instruction, path in ((n, *found) for n, _, i in runs for found in _collectives(module, i)):
+            channel = instruction.attribute(r"channel_id=(\d+)")
+            if channel and channel in channels:
+                continue
+            channels.add(channel)
+            kind, layer = instruction.operation.removesuffix("-start"), re.search(r"/layers_\d+/", path)
             if layer:
                 met[section, "tower" if "vision_tower" in path else "decoder", layer.group()] += times
             else:
@@ -286,11 +291,11 @@ def _subject(path: str) -> str:
     return "embeddings" if "embed" in path else "token choice"
 
 
-def _collectives(module: Module, instruction: Instruction, path: str = "") -> Iterator[tuple[str, str]]:
-    """(its kind, its `op_name`) of an instruction that is a collective, or of those that it wraps."""
+def _collectives(module: Module, instruction: Instruction, path: str = "") -> Iterator[tuple[Instruction, str]]:
+    """(itself, its `op_name`) of an instruction that is a collective, or of those that it wraps."""
     path = instruction.path or path
-    if found := re.fullmatch(_COLLECTIVE, instruction.operation):
-        yield found.group(1), path
+    if re.fullmatch(_COLLECTIVE, instruction.operation):
+        yield instruction, path
     elif instruction.operation in ("fusion", "async-start"):
         for inside in module.called_by(instruction):
             yield from _collectives(module, inside, path)
