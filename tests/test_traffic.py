@@ -1,5 +1,7 @@
 """What is read from optimised HLO: bytes of HBM, arrays written whole, collectives; on texts written by hand."""
 
+import re
+
 import pytest
 
 from llava_jax.capacity import traffic
@@ -188,7 +190,7 @@ DECODING = f"""HloModule decoding
 }}
 
 %body (t: (bf16[4,8], bf16[2,3])) -> (bf16[4,8], bf16[2,3]) {{
-  %t = (bf16[4,8]{{1,0}}, bf16[2,3]{{1,0}}) parameter(0)
+  %t = (bf16[4,8]{{1,0:T(8,128)(2,1)}}, bf16[2,3]{{1,0}}) parameter(0)
   %whole = bf16[4,8]{{1,0:T(8,128)(2,1)}} get-tuple-element(%t), index=0
   %other = bf16[2,3]{{1,0}} get-tuple-element(%t), index=1
   %one = bf16[1,8]{{1,0}} slice(%whole), slice={{[0:1], [0:8]}}
@@ -225,6 +227,26 @@ ENTRY %main (p: bf16[4,8], k: s8[3,7], v: s8[4,7]) -> bf16[4,8] {{
   ROOT %back = bf16[2,3]{{1,0}} copy(%while.1)
 }}
 """
+
+
+def in_place(text):
+    """The text as JAX 0.12 has it: an element of a tuple is named where it is used, `%t#1`."""
+    computations = []
+    for computation in text.split("\n}\n"):
+        for name, of, index in re.findall(r"\n  (%\S+) = .* get-tuple-element\((%\S+)\), index=(\d+)", computation):
+            computation = re.sub(rf"\n  {name} = .*", "", computation)
+            computation = re.sub(rf"{name}(?![\w.])", f"{of}#{index}", computation)
+        computations.append(computation)
+    return "\n}\n".join(computations)
+
+
+@pytest.mark.parametrize("text, loop", [(LOOPS, "counting"), (DECODING, "body")])
+def test_elements_of_tuples_that_are_named_where_they_are_used(text, loop):
+    older, newer = parse(text), parse(in_place(text))
+    assert "get-tuple-element" not in in_place(text)
+    assert traffic.computation_traffic(newer, "main") == traffic.computation_traffic(older, "main")
+    assert traffic.computation_traffic(newer, loop) == traffic.computation_traffic(older, loop)
+    assert newer.loops == older.loops
 
 
 def test_only_what_reaches_hbm_whole_counts():

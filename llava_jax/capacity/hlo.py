@@ -12,7 +12,7 @@ from functools import cached_property
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^{}]*)?\})?")
-_OPERAND = re.compile(r"%([\w.-]+)")
+_OPERAND = re.compile(r"%([\w.-]+(?:#\d+)?)")  # name#1: an element of a tuple
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|\S+)"
 )
@@ -145,20 +145,30 @@ class Module:
 
 def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
-    entry, lines = "", dict[str, Instruction]()
+    entry, lines, types = "", dict[str, Instruction](), dict[str, str]()
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            lines = {}
+            lines, types = {}, {}
             computations[header[2]] = Computation(lines)
             entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[2], found[3], bool(found[1]))
-            lines[instruction.name] = instruction
+            made, rest = _until_closed(found[3])  # a type, as "(f32[2]{0}, f32[3]{0}) tuple(…)" begins with it
+            instruction = _instruction(found[2], made, rest, bool(found[1]))
+            for name in instruction.operands:
+                if "#" in name and name not in lines:
+                    lines[name] = _element(name, types)
+            lines[instruction.name], types[instruction.name] = instruction, made
     return Module(computations, entry)
 
 
-def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    made, rest = _until_closed(rest)  # a type, as "(f32[2]{0}, f32[3]{0}) tuple(…)" begins with it
+def _element(name: str, types: dict[str, str]) -> Instruction:
+    """What "tuple#1" stands for, in JAX 0.12's texts: what older ones have as an instruction of its own."""
+    of, _, index = name.partition("#")
+    made = arrays(_elements(types[of])[int(index)])
+    return Instruction(name, "get-tuple-element", made, (of,), (), f"index={index}", False)
+
+
+def _instruction(name: str, made: str, rest: str, is_root: bool) -> Instruction:
     operation, _, rest = rest.lstrip().partition("(")
     inside, attributes = _until_closed("(" + rest)
     if operation in ("parameter", "constant"):
