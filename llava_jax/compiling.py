@@ -22,23 +22,22 @@ from llava_jax.inputs.types import Batch, Questions
 # every step, to be multiplied at once.
 GPU_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_dot_merger_threshold_mb": 16}
 
-# Nothing goes back from a core's own memory to HBM, where XLA would update whole suffixes and write them back at every
-# step.
-TPU_DECODING_OPTIONS = {"xla_msa_max_outstanding_evictions": 0}
+# Nothing goes back from a core's own memory to HBM, where XLA would update whole suffixes and write them back.
+TPU_SUFFIX_OPTIONS = {"xla_msa_max_outstanding_evictions": 0}
 
 
-def compiler_options(mesh: Mesh | None = None, decodes: bool = False) -> dict[str, bool | int]:
+def compiler_options(mesh: Mesh | None = None, updates_suffix: bool = False) -> dict[str, bool | int]:
     """What to tell XLA of a program for the mesh's devices, or this process's: of the options above, those it knows.
 
     Args:
-        decodes: whether the decode loop is in the program.
+        updates_suffix: whether the program writes into suffixes, as the decode loop does.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     options: dict[str, bool | int] = {}
     if platform == "gpu":
         options |= GPU_COMPILER_OPTIONS
-    if platform == "tpu" and decodes:
-        options |= TPU_DECODING_OPTIONS
+    if platform == "tpu" and updates_suffix:
+        options |= TPU_SUFFIX_OPTIONS
     where = mesh if platform == "tpu" else None  # any XLA knows the options for GPUs, and only a TPU's those for TPUs
     return {name: value for name, value in options.items() if _is_option(name, value, where)}
 

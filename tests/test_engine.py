@@ -9,7 +9,7 @@ from small import small_model
 
 from llava_jax.capacity.ahead import slice_mesh
 from llava_jax.capacity.roofline import SLICES
-from llava_jax.compiling import GPU_COMPILER_OPTIONS, TPU_DECODING_OPTIONS, LoggedJit, compiler_options
+from llava_jax.compiling import GPU_COMPILER_OPTIONS, TPU_SUFFIX_OPTIONS, LoggedJit, compiler_options
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.sampling import Greedy, Sample
 from llava_jax.inputs.batch import merged_length, pack
@@ -64,7 +64,7 @@ def test_options_are_one_checked_value():
 def test_only_accelerators_compilers_are_told_options(monkeypatch):
     """And nothing that this XLA does not know, which it would refuse."""
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert compiler_options() == compiler_options(jax.make_mesh((1,), ("data",)), decodes=True) == {}
+    assert compiler_options() == compiler_options(jax.make_mesh((1,), ("data",)), updates_suffix=True) == {}
     assert compiler_options(gpu) == GPU_COMPILER_OPTIONS
     monkeypatch.setitem(GPU_COMPILER_OPTIONS, "xla_gpu_of_another_time", True)
     assert "xla_gpu_of_another_time" not in compiler_options(gpu)
@@ -72,6 +72,6 @@ def test_only_accelerators_compilers_are_told_options(monkeypatch):
 
 def test_a_tpus_decode_loop_writes_no_suffix_back(monkeypatch, no_tpu):
     tpus = slice_mesh(SLICES["v5e-4"], data=1, tensor=4)
-    assert compiler_options(tpus, decodes=True) == TPU_DECODING_OPTIONS and compiler_options(tpus) == {}
-    monkeypatch.setitem(TPU_DECODING_OPTIONS, "xla_msa_of_another_time", 0)
-    assert "xla_msa_of_another_time" not in compiler_options(tpus, decodes=True)
+    assert compiler_options(tpus, updates_suffix=True) == TPU_SUFFIX_OPTIONS and compiler_options(tpus) == {}
+    monkeypatch.setitem(TPU_SUFFIX_OPTIONS, "xla_msa_of_another_time", 0)
+    assert "xla_msa_of_another_time" not in compiler_options(tpus, updates_suffix=True)

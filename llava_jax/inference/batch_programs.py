@@ -36,9 +36,12 @@ class BatchPrograms:
         self.prefill_first = of_model("first chunk", pool.prefill_first, pools, static_argnums=0, donate_argnums=2)
         self.prefill_next = of_model("next chunk", pool.prefill_next, pools, static_argnums=0, donate_argnums=2)
         self.copy_slot = program("copy", _then(pools, pool.copy_slot), static_argnums=1, donate_argnums=0)
-        self.admit = of_model("admission", rows.admit, rows_in, donate_argnums=3)
-        self.decode = of_model("decoding", rows.decode, rows_in, decodes=True, static_argnums=0, donate_argnums=4)
-        self.move = program("move", _then(rows_in, rows.move), static_argnums=2, donate_argnums=(0, 1))
+        self.admit = of_model("admission", rows.admit, rows_in, updates_suffix=True, donate_argnums=3)
+        self.decode = of_model(
+            "decoding", rows.decode, rows_in, updates_suffix=True, static_argnums=0, donate_argnums=4
+        )
+        move = _then(rows_in, rows.move)
+        self.move = program("move", move, updates_suffix=True, static_argnums=2, donate_argnums=(0, 1))
         self.score = of_model("scores", rows.score, by_shard, static_argnums=2)
 
     @property

@@ -64,16 +64,16 @@ class Engine:
         model = LlavaLlamaForCausalLM(config, int8_prefix=int8_prefix, int8_activations=int8_activations)
         self.model = model
 
-        def program(name: str, function, decodes: bool = False, **options) -> LoggedJit:
-            compiler = compiler_options(mesh, decodes)
+        def program(name: str, function, updates_suffix: bool = False, **options) -> LoggedJit:
+            compiler = compiler_options(mesh, updates_suffix)
             return LoggedJit(name, jax.jit(function, compiler_options=compiler, **options), mesh)
 
         def of_model(name: str, function, **options) -> LoggedJit:
             return program(name, partial(function, model), **options)
 
-        self._generate = of_model("generate", generate.generate, decodes=True, static_argnums=0)
+        self._generate = of_model("generate", generate.generate, updates_suffix=True, static_argnums=0)
         self._prefill_and_sample = of_model("start", generate.prefill_and_sample, static_argnums=0)
-        self._decode = of_model("decode", generate.decode_loop, decodes=True, donate_argnums=2)
+        self._decode = of_model("decode", generate.decode_loop, updates_suffix=True, donate_argnums=2)
         self._prefill = of_model("prefill", generate.prefill)
         self._first_token = of_model("first token", generate.sample_first_token, static_argnums=0)
         self._append_to_prefix = program("append", cache.append_to_prefix, static_argnums=(0, 1))
