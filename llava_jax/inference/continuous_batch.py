@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import jax
@@ -259,8 +259,9 @@ def run(batch: ContinuousBatch, requests: Iterable[Request | ScoreRequest]) -> I
 
     def take() -> None:
         scheduler.place()
-        while len(scheduler.waiting) < LOOKAHEAD and (request := next(source, None)) is not None:
-            scheduler.add(scheduler.check(request))
+        while new := list(islice(source, max(0, LOOKAHEAD - len(scheduler.waiting)))):
+            for request in new:
+                scheduler.add(scheduler.check(request))
             scheduler.place()
 
     take()
