@@ -182,8 +182,11 @@ def test_when_one_of_several_is_killed_the_others_stop(benchmark, tmp_path, vict
     started[victim].wait(timeout=300)
     _, error = started[1 - victim].communicate(timeout=60)
     assert started[1 - victim].returncode not in (0, None)
-    ended = "process 1 has ended (nothing was heard of it for 6 seconds)", "process 1 was stopped"
-    assert ended[victim == 0] in error and "start it again, everywhere, to go on" in error
+    if victim == 0:  # process 1 asks it in vain, unless JAX, whose own call waits there, aborts first
+        ended = "process 0 has ended (it keeps what the others say, and does not reply)", "process 1 was stopped"
+    else:
+        ended = ("process 1 has ended (nothing was heard of it for 6 seconds)",)
+    assert any(words in error for words in ended) and "start it again, everywhere, to go on" in error
     started[victim].communicate()
     assert (tmp_path / f"answers.jsonl.part-{victim}").read_bytes()
     started = start(answers.parent, command, processes=2)
