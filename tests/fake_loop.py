@@ -89,9 +89,10 @@ class FakeLoop:
         cached = 0 if said else self._look_up(request.prompt)
         if self.failing is not None:
             error, self.failing = self.failing, None
-            last = Scores(np.zeros(0), error) if isinstance(request, ScoreRequest) else Update((), Finish.ERROR, error)
+            nothing = Scores(np.zeros(0), np.zeros(0, bool), error)
+            last = nothing if isinstance(request, ScoreRequest) else Update((), Finish.ERROR, error)
         elif isinstance(request, ScoreRequest):
-            last = Scores(self.likely(request), cached=cached)
+            last = Scores(self.likely(request), np.zeros(len(request.candidates), bool), cached=cached)
         else:
             said.append(token := self._next(request, said))
             finish = Finish.STOP if token.id in request.options.end_ids else None

@@ -100,6 +100,20 @@ def test_each_question_has_its_own_limit(small, requests):
         llava.generate_batch(params, requests, max_new_tokens=[*limits[1:], 0])
 
 
+def test_a_stop_string_ends_its_answer_in_a_batch(small, requests, programs):
+    """And the row of that answer decodes no more."""
+    llava, params = small
+    requests, options = requests[:1], dict(max_new_tokens=100, temperature=1.0, seed=3)
+    *others, whole = llava.generate_batch(params, requests, **options)
+    pieces = (whole[i : i + 4] for i in range(5, len(whole)))
+    stop = next(piece for piece in pieces if not any(piece in other for other in others))
+    programs.clear()
+    answers = llava.generate_batch(params, requests, stop=["not there", stop], **options)
+    assert answers == [*others, whole[: whole.index(stop)].strip()]
+    living = [args[5][0].tolist() for name, args in programs if name == "decoding"]
+    assert living[0] == [[True] * 3] and living[-1] == [[True, True, False]]
+
+
 def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_row(small, pictures):
     llava, params = small
     asked = ["Is there a cat?", "word " * 5000, "<image> <image>?"]

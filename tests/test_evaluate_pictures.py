@@ -148,6 +148,7 @@ def test_a_picture_of_several_groups_is_loaded_once(monkeypatch):
     monkeypatch.setattr(pictures, "load_picture", load)
     one, other, none = pictures.Picture("a", ((4, 4),)), pictures.Picture("b", ((4, 4),)), pictures.Picture(None)
     asked = [Group(np.zeros(1), (), (), picture, 1) for picture in (one, none, one, other, one)]
-    found = list(pictures.load_ahead(None, False, asked))
+    with pictures.load_ahead_in_processes(None, False, asked) as ahead:
+        found = list(ahead)
     assert [len(images) for _, images in found] == [1, 0, 1, 1, 1] and loaded == ["a", "b"]
     assert all(group is expected for (group, _), expected in zip(found, asked, strict=True))

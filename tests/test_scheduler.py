@@ -134,7 +134,8 @@ class Device:
         for found in scheduler.admissions():
             if isinstance(found, Scoring):
                 for active in filter(None, found.lanes):
-                    scheduler.scored(active, np.zeros(len(active.request.candidates), np.float32))
+                    count = len(active.request.candidates)
+                    scheduler.scored(active, np.zeros(count, np.float32), np.zeros(count, bool))
                 continue
             assert isinstance(found, Admission)
             for lane in found.lanes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llava_jax.constants import DTYPES
 from llava_jax.inputs.conversation import conv_templates
-from llava_jax.parallel.mesh_axes import check_axes
+from llava_jax.parallel.mesh_axes import check_axes, parse_axes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 def mesh_axes(text: str) -> tuple[tuple[str, int], ...]:
     """A mesh as `--mesh` takes it, like data=2,fsdp=4."""
     try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return tuple((name, int(size)) for name, size in pairs)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like data=2,fsdp=4") from None
+        return parse_axes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def options_from(kind: type, args: argparse.Namespace):

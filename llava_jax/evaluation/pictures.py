@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llava_jax.config import LlavaConfig
 from llava_jax.errors import reason_of
+from llava_jax.inference.batching import LoadedGroup
 from llava_jax.inputs.groups import Group
 from llava_jax.inputs.image import image_size, image_source, load_image, process_images
 from llava_jax.inputs.sources import source_name
@@ -23,13 +25,29 @@ WORKERS = 8  # processes, where there are so many cores
 AHEAD = 16  # groups whose pictures are being loaded while the device works
 
 
+class Shared(Protocol):
+    """The pictures that questions share, before they are loaded; or none."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each, for which prompts and batches are planned."""
+
+    @property
+    def name(self) -> str:
+        """What an error calls them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A picture that questions share, before it is loaded; or that they have none."""
 
     source: str | bytes | None  # what `load_image` takes
-    sizes: tuple[tuple[int, int], ...] = ()  # its (width, height), for which prompts and batches are planned, or none
+    sizes: tuple[tuple[int, int], ...] = ()  # its (width, height), or none
     error: str | None = None  # why it cannot be read
+
+    @property
+    def name(self) -> str:
+        return source_name(self.source or b"")
 
 
 def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Picture]:
@@ -46,9 +64,9 @@ def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Pic
         return list(threads.map(find, images))
 
 
-def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> ProcessedImage:
-    """One picture, as the original's evaluation programs see it: EXIF is ignored, `rgb` is the `Layout`'s. What is
-    wrong with it is a ValueError."""
+def load_picture(config: LlavaConfig, rgb: bool, source) -> ProcessedImage:
+    """One picture, as `load_image` takes it, as the original's evaluation programs see it: EXIF is ignored, `rgb` is
+    the `Layout`'s. What is wrong with it is a ValueError."""
     try:
         image = load_image(source, exif=False, rgb=rgb)
     except OSError as error:
@@ -60,6 +78,11 @@ def load_picture(config: LlavaConfig, rgb: bool, source: str | bytes) -> Process
         raise ValueError(f"{source_name(source)} cannot be made into tiles: {reason_of(error)}") from error
 
 
+def load_pictures(config: LlavaConfig, rgb: bool, *sources) -> list[ProcessedImage]:
+    """`load_picture` of each."""
+    return [load_picture(config, rgb, source) for source in sources]
+
+
 class LoadedOrLost(NamedTuple):
     """A group and its pictures, or what is wrong with one."""
 
@@ -67,35 +90,54 @@ class LoadedOrLost(NamedTuple):
     images: list[ProcessedImage] | ValueError
 
 
-def load_ahead(config: LlavaConfig, rgb: bool, groups: Iterable[Group]) -> Generator[LoadedOrLost]:
-    """Each group with its picture, which processes load while `AHEAD` groups before it are worked on: once for all of
-    those that ask about the same one."""
+def load_ahead(groups: Iterable[Group], begin: Callable[[Any], Future | None]) -> Generator[LoadedOrLost]:
+    """Each group with its pictures, which others load while `AHEAD` groups before it are worked on: once for all of
+    those that ask about the same ones.
+
+    begin: has the pictures of a group, a `Shared`, loaded; None where there are none.
+    """
     waiting: deque[tuple[Group, Future | None]] = deque()
-    with Workers(partial(load_picture, config, rgb), min(WORKERS, os.cpu_count() or 1)) as workers:
-        for group in groups:
-            source = group.images.source
-            same = next((future for other, future in waiting if other.images is group.images), None)
-            waiting.append((group, None if source is None else same or workers.submit(source)))
-            if len(waiting) > AHEAD:
-                yield _finish(*waiting.popleft())
-        while waiting:
+    for group in groups:
+        same = next((future for other, future in waiting if other.images is group.images), None)
+        waiting.append((group, same or begin(group.images)))
+        if len(waiting) > AHEAD:
             yield _finish(*waiting.popleft())
+    while waiting:
+        yield _finish(*waiting.popleft())
+
+
+@contextlib.contextmanager
+def load_ahead_in_processes(
+    config: LlavaConfig, rgb: bool, groups: Iterable[Group]
+) -> Iterator[Iterator[LoadedOrLost]]:
+    """`load_ahead` of groups whose images are a `Picture` each."""
+    with Workers(partial(load_pictures, config, rgb), min(WORKERS, os.cpu_count() or 1)) as workers:
+        yield load_ahead(groups, lambda picture: None if picture.source is None else workers.submit(picture.source))
+
+
+def without_lost(
+    loaded: Iterable[LoadedOrLost], lost: Callable[[Sequence[Any], ValueError], None]
+) -> Iterator[LoadedGroup]:
+    """The groups whose pictures could be read; `lost` is told the questions of the others, and why."""
+    for group, images in loaded:
+        if isinstance(images, ValueError):
+            lost(group.questions, images)
+        else:
+            yield LoadedGroup(group, images)
 
 
 def _finish(group: Group, future: Future | None) -> LoadedOrLost:
-    return LoadedOrLost(group, _result(group.images, future))
+    return LoadedOrLost(group, [] if future is None else _result(group.images, future))
 
 
-def _result(picture: Picture, future: Future | None) -> list[ProcessedImage] | ValueError:
-    if picture.source is None or future is None:
-        return []
-    name = source_name(picture.source)
+def _result(pictures: Shared, future: Future) -> list[ProcessedImage] | ValueError:
     try:
-        image = future.result()
+        images = future.result()
     except ValueError as error:
         return error
     except WorkerDied:
-        return ValueError(f"{name}: the process that read it died, perhaps for memory")
-    if (image.size,) != picture.sizes:  # another picture by now, or a file that says two things; the prompt is planned
-        return ValueError(f"{name}: was {[*picture.sizes]} (width, height) at first, and is {[image.size]} now")
-    return [image]
+        return ValueError(f"{pictures.name}: the process that read it died, perhaps for memory")
+    sizes = [image.size for image in images]
+    if sizes != [*pictures.sizes]:  # others by now, or a file that says two things; the prompt is planned
+        return ValueError(f"{pictures.name}: was {[*pictures.sizes]} (width, height) at first, and is {sizes} now")
+    return images

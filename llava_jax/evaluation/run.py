@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,13 +17,19 @@ from llava_jax.checkpoint import check_int8_kernels, fingerprint, load_config
 from llava_jax.config import LlavaConfig
 from llava_jax.evaluation.answers import AnswerFile, AnswerShard, answer_id, answer_line, failure_of
 from llava_jax.evaluation.evaluate_options import EvaluateOptions
-from llava_jax.evaluation.pictures import LoadedOrLost, Picture, find_pictures, load_ahead
+from llava_jax.evaluation.pictures import (
+    LoadedOrLost,
+    Picture,
+    find_pictures,
+    load_ahead_in_processes,
+    without_lost,
+)
 from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference import batching
-from llava_jax.inference.batching import LoadedGroup, Phase
+from llava_jax.inference.batching import Phase
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
 from llava_jax.inference.llava import Llava
-from llava_jax.inference.text_requests import group_questions, row_options
+from llava_jax.inference.text_requests import generate_texts, group_questions
 from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode
 from llava_jax.inputs.groups import Group
 from llava_jax.inputs.sources import stands_alone
@@ -52,9 +57,7 @@ class Job:
 
     def prompt(self, question: Question) -> Conversation:
         """A question in its template, to the letter of the reference's programs."""
-        template = conv_templates[self.conv_mode]
-        turn = user_turn(question, self.config.mm_use_im_start_end)
-        return template.append_message(template.roles[0], turn).append_message(template.roles[1], None)
+        return conv_templates[self.conv_mode].with_turns([user_turn(question, self.config.mm_use_im_start_end)])
 
 
 def evaluate(options: EvaluateOptions) -> list[str]:
@@ -169,7 +172,7 @@ def _answer_share(job: Job, shard: AnswerShard, done: Collection[str]) -> None:
     count = sum(len(group.questions) for group in groups)
     progress = tqdm(total=count, unit="question", disable=not multihost.is_primary(), dynamic_ncols=True)
     in_order = [group for phase in phases for group in phase.groups]
-    with contextlib.closing(load_ahead(job.config, options.layout.rgb, in_order)) as ahead, progress:
+    with load_ahead_in_processes(job.config, options.layout.rgb, in_order) as ahead, progress:
         for phase in phases:
             for lines in _answer_phase(job, llava, params, phase, islice(ahead, len(phase.groups))):
                 shard.append(lines)
@@ -180,17 +183,13 @@ def _answer_phase(job: Job, llava: Llava, params, phase: Phase, loaded: Iterable
     """The lines of a phase's questions as they come; a picture that turned out to be damaged takes its own questions
     along only."""
     lines: list[str] = []
-    how = row_options(job.config, job.generation)
 
-    def whole() -> Iterator[LoadedGroup]:
-        for group, images in loaded:
-            if isinstance(images, ValueError):
-                lines.extend(job.failure(question, str(images)) for question in group.questions)
-            else:
-                yield LoadedGroup(group, images)
+    def lost(questions: Sequence[Question], error: ValueError) -> None:
+        lines.extend(job.failure(question, str(error)) for question in questions)
 
-    for ended in batching.generate(llava.engine, params, phase, whole(), lambda question: how):
-        lines += [answer_line(question, llava.decode(tokens), job.config.name) for question, tokens in ended]
+    whole = without_lost(loaded, lost)
+    for ended in generate_texts(llava, params, phase, whole, lambda question: job.generation):
+        lines += [answer_line(question, text, job.config.name) for question, text in ended]
         yield lines.copy()
         lines.clear()
     yield lines

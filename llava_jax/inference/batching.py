@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from llava_jax.config import LlavaConfig
 from llava_jax.inference.batch_shape import BatchShape, decoding_cost, memory_bytes, offline_shape, side_by_side
 from llava_jax.inference.continuous_batch import ContinuousBatch, run
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Scores, SplitPrompt, Update
+from llava_jax.inference.requests import Finish, Request, RowOptions, ScoreRequest, Scores, SplitPrompt, Update
 from llava_jax.inputs.batch import bucket_length
 from llava_jax.inputs.groups import Group
 from llava_jax.inputs.numbers import whole_number
@@ -29,6 +29,7 @@ CPU_BUDGET = 4 << 30  # bytes; a GPU or TPU says how much it has
 SHARE = 0.8  # of what an accelerator has free
 
 Options = Callable[[Any], RowOptions]  # of a question
+Ends = Callable[[int], bool]  # told an answer's tokens one by one: whether the answer ends with this one
 
 
 def memory_budget(params) -> int:
@@ -152,49 +153,99 @@ def _describe(shape: BatchShape) -> str:
 
 
 def generate(
-    engine: Engine, params, phase: Phase, loaded: Iterable[LoadedGroup], options: Options
+    engine: Engine,
+    params,
+    phase: Phase,
+    loaded: Iterable[LoadedGroup],
+    options: Options,
+    ends: Callable[[Any], Ends | None] = lambda question: None,
 ) -> Iterator[list[tuple[Any, np.ndarray]]]:
     """Questions, as the caller has them, and their new tokens, int32 [tokens]: lists of those that have just ended.
 
-    `loaded` are the phase's groups, in its order, or some of them; they are taken as there is room for them.
+    Args:
+        loaded: the phase's groups, in its order, or some of them; they are taken as there is room for them.
+        ends: of a question whose answer may end before `options` say so.
     """
-    ended: list[tuple[Any, np.ndarray]] = []
-    requests = (request for group in loaded for request in _requests(group, options, ended))
-    for _ in run(ContinuousBatch(engine, params, phase.shape), requests):
-        if ended:
-            yield ended.copy()
-            ended.clear()
+    answers = _Answers()
+    requests = (request for group in loaded for request in _requests(group, options, ends, answers))
+    batch = ContinuousBatch(engine, params, phase.shape)
+    for _ in run(batch, requests):
+        while answers.cut:
+            batch.scheduler.cancel(answers.cut.pop())
+        if answers.ended:
+            yield answers.ended.copy()
+            answers.ended.clear()
 
 
-def _requests(loaded: LoadedGroup, options: Options, ended: list) -> Iterator[Request]:
-    """A group's, the longest answers first; each puts its question and its tokens into `ended` when it has ended."""
+@dataclass(frozen=True)
+class _Answers:
+    """What the answers to a phase's requests have come to since it was looked at last."""
+
+    ended: list[tuple[Any, np.ndarray]] = field(default_factory=list)
+    cut: list[Request] = field(default_factory=list)  # ended here, while the batch goes on with them
+
+    def emit(self, question, request: Request, tokens: list[int], ends: Ends | None, update: Update) -> None:
+        """Take what is new of an answer whose tokens so far are these."""
+        if update.finish is Finish.CANCELLED:  # by `cut`: it is among the ended already
+            return
+        for token in update.tokens:
+            tokens.append(token.id)
+            if ends is not None and ends(token.id):
+                if update.finish is None:
+                    self.cut.append(request)
+                break
+        else:
+            if update.finish is None:
+                return
+        self.ended.append((question, np.array(tokens, np.int32)))
+
+
+def _requests(
+    loaded: LoadedGroup, options: Options, ends: Callable[[Any], Ends | None], answers: _Answers
+) -> Iterator[Request]:
+    """A group's, the longest answers first."""
     group, images = loaded
     asked = zip(group.suffixes, group.questions, map(options, group.questions), strict=True)
     for suffix, question, how in sorted(asked, key=lambda one: one[2].max_new_tokens, reverse=True):
         prompt = SplitPrompt(np.concatenate([group.prefix, suffix]), len(group.prefix), images)
-        yield Request(prompt, how, _collect(question, ended))
+        yield _request(prompt, how, question, ends(question), answers)
 
 
-def _collect(question, ended: list) -> Callable[[Update], None]:
+def _request(prompt: SplitPrompt, how: RowOptions, question, ends: Ends | None, answers: _Answers) -> Request:
     tokens: list[int] = []
-
-    def emit(update: Update) -> None:
-        tokens.extend(token.id for token in update.tokens)
-        if update.finish is not None:
-            ended.append((question, np.array(tokens, np.int32)))
-
-    return emit
+    request = Request(prompt, how, lambda update: answers.emit(question, request, tokens, ends, update))
+    return request
 
 
-def score(engine: Engine, params, phase: Phase, loaded: LoadedGroup, starts: Sequence[int]) -> np.ndarray:
-    """The log-likelihood of each of a group's suffixes, whose first id all have and does not count, float32.
+class Scored(NamedTuple):
+    """A question's own ids after its prompt."""
 
-    starts: how many more ids of each suffix do not count.
+    logprob: float  # the sum over them
+    greedy: bool  # greedy decoding would choose each of them
+
+
+def score(
+    engine: Engine, params, phase: Phase, loaded: Iterable[LoadedGroup], starts: Callable[[Any], int]
+) -> Iterator[list[tuple[Any, Scored]]]:
+    """How likely the groups' suffixes are, whose first id all of a group have and does not count: lists of those that
+    have just been scored.
+
+    starts: where in a question's ids, those of the prefix included, its own begin.
     """
-    group, heard = loaded.group, list[Scores]()
+    heard: list[tuple[Group, Scores]] = []
+    for _ in run(ContinuousBatch(engine, params, phase.shape), (_scored(group, starts, heard) for group in loaded)):
+        for group, scores in heard:
+            yield [
+                (question, Scored(float(logprob), bool(greedy)))
+                for question, logprob, greedy in zip(group.questions, scores.logprobs, scores.greedy, strict=True)
+            ]
+        heard.clear()
+
+
+def _scored(loaded: LoadedGroup, starts: Callable[[Any], int], heard: list) -> ScoreRequest:
+    group, images = loaded
     ids = np.concatenate([group.prefix, group.suffixes[0][:1]])
-    prompt = SplitPrompt(ids, len(group.prefix), loaded.images)
-    request = ScoreRequest(prompt, [suffix[1:] for suffix in group.suffixes], heard.append, starts)
-    for _ in run(ContinuousBatch(engine, params, phase.shape), [request]):
-        pass
-    return heard[0].logprobs
+    candidates = [suffix[1:] for suffix in group.suffixes]
+    prompt = SplitPrompt(ids, len(group.prefix), images)
+    skipped = [starts(question) - len(ids) for question in group.questions]
+    return ScoreRequest(prompt, candidates, lambda scores: heard.append((group, scores)), skipped)

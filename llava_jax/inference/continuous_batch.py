@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.inference.batch_shape import BatchShape, Block
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import activation_dtype
+from llava_jax.inference.generate import ScoredTokens, activation_dtype
 from llava_jax.inference.pool import Pool
 from llava_jax.inference.prefix_filler import PrefixFiller, lane_slots
 from llava_jax.inference.requests import Request, RowOptions, ScoreRequest, Token
@@ -222,14 +222,15 @@ class ContinuousBatch:
             parts.append(self.programs.score(self.params, pool, shards, place(lengths), slots, place(questions)))
         self._unread.append(partial(self._read_scores, scoring, parts))
 
-    def _read_scores(self, scoring: Scoring, parts: list[jax.Array]) -> None:
-        logprobs = np.concatenate([np.asarray(part) for part in parts], axis=1)
+    def _read_scores(self, scoring: Scoring, parts: list[ScoredTokens]) -> None:
+        logprobs, likeliest = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
         for b, active in enumerate(scoring.lanes):
             if active is not None:
                 candidates, starts = active.scores.candidates, active.scores.starts or repeat(0)
-                rows = zip(logprobs[b], candidates, starts, strict=False)
-                sums = [row[start : len(candidate)].sum() for row, candidate, start in rows]
-                self.scheduler.scored(active, np.array(sums, np.float32))
+                own = [slice(start, len(ids)) for ids, start in zip(candidates, starts, strict=False)]
+                sums = [row[ids].sum() for row, ids in zip(logprobs[b], own, strict=False)]
+                greedy = [row[ids].all() for row, ids in zip(likeliest[b], own, strict=False)]
+                self.scheduler.scored(active, np.array(sums, np.float32), np.array(greedy, bool))
 
 
 class _Read:

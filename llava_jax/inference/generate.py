@@ -7,6 +7,7 @@ on one image share a prefix, and a row's question is what comes after it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -130,8 +131,15 @@ def generate(model, output_capacity: int, params, batch: Batch, questions, sampl
     return state.tokens, state.step
 
 
-def score(model, params, prefix: Prefix, questions: Questions) -> jax.Array:
-    """Log-probability of each question's next token at each of its positions but the last, float32 [G, R, Q - 1]."""
+class ScoredTokens(NamedTuple):
+    """Of each question's next token at each of its positions but the last, [G, R, Q - 1]."""
+
+    logprobs: jax.Array  # float32
+    likeliest: jax.Array  # bool: greedy decoding would choose it
+
+
+def score(model, params, prefix: Prefix, questions: Questions) -> ScoredTokens:
+    """How likely the questions' own tokens are after their prefixes."""
     _, hidden = prefill_questions(model, 0, params, prefix, questions)
-    logits = apply(model, params, hidden[:, :, :-1], method="logits")
-    return label_log_probs(logits, questions.ids[:, :, 1:])
+    logits, labels = apply(model, params, hidden[:, :, :-1], method="logits"), questions.ids[:, :, 1:]
+    return ScoredTokens(label_log_probs(logits, labels), jnp.argmax(logits, axis=-1) == labels)

@@ -181,6 +181,7 @@ class Llava:
         top_k: int | None = None,
         seed: int | None = None,
         sampling: Sampling | None = None,
+        stop: str | Sequence[str] | None = None,
         conv_mode: str | None = None,
     ) -> list:
         """Answer many questions; each image is encoded and prefilled once for all of its own.
@@ -197,7 +198,7 @@ class Llava:
         """
         limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else None
         asked: Sequence[int] = [max_new_tokens] if not isinstance(max_new_tokens, Sequence) else limits or [1]
-        each = [self._options(limit, temperature, top_p, top_k, seed, sampling) for limit in asked]
+        each = [self._options(limit, temperature, top_p, top_k, seed, sampling, stop) for limit in asked]
         options = max(each, key=lambda one: one.max_new_tokens)
         return text_requests.generate_batch(self, params, requests, memory_budget, conv_mode, options, limits)
 

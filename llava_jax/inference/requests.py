@@ -76,6 +76,7 @@ class Scores:
     """The last, and only, thing said of a `ScoreRequest`."""
 
     logprobs: np.ndarray  # float32 [candidates]; empty with an error
+    greedy: np.ndarray  # bool [candidates]: greedy decoding would choose each of its tokens that count
     error: Exception | None = None
     cached: int = 0
 

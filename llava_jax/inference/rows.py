@@ -398,6 +398,6 @@ def move(
 
 def score(
     model, params, pool: Pool, shards: int, prefix_lengths: jax.Array, slots: jax.Array, questions: Questions
-) -> jax.Array:
-    """`generate.score` of questions [B, n, Q] after the prefixes in a slot of each shard, float32 [B, n, Q - 1]."""
+) -> generate.ScoredTokens:
+    """`generate.score` of questions [B, n, Q] after the prefixes in a slot of each shard, [B, n, Q - 1] each."""
     return generate.score(model, params, Prefix(read_slots(pool, shards, slots), prefix_lengths), questions)

@@ -190,8 +190,8 @@ class Scheduler:
 
     def _break_off(self, active: ActiveRequest, finish: Finish, error: Exception) -> None:
         scores = isinstance(active.request, ScoreRequest)
-        nothing = np.zeros(0, np.float32)
-        self._end(active, Scores(nothing, error) if scores else Update(finish=finish, error=error))
+        nothing = Scores(np.zeros(0, np.float32), np.zeros(0, bool), error)
+        self._end(active, nothing if scores else Update(finish=finish, error=error))
 
     def _end(self, active: ActiveRequest, last: Update | Scores) -> None:
         self._leave(active)
@@ -378,10 +378,10 @@ class Scheduler:
         if mine:
             active.emit(Update(tuple(mine), cached=active.cached))
 
-    def scored(self, active: ActiveRequest, logprobs: np.ndarray) -> None:
-        """The log-likelihoods of a request's candidates."""
+    def scored(self, active: ActiveRequest, logprobs: np.ndarray, greedy: np.ndarray) -> None:
+        """The log-likelihoods of a request's candidates, and which of them are the likeliest token by token."""
         if not active.ended:
-            self._end(active, Scores(logprobs, cached=active.cached))
+            self._end(active, Scores(logprobs, greedy, cached=active.cached))
 
 
 def _pieces(items: list, size: int) -> list[list]:

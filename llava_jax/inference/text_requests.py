@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.config import LlavaConfig
+from llava_jax.constants import IMAGE_TOKEN_INDEX
 from llava_jax.inference import batching
-from llava_jax.inference.batching import LoadedGroup
+from llava_jax.inference.batching import Ends, LoadedGroup, Phase
 from llava_jax.inference.generation_options import GenerationOptions
 from llava_jax.inference.requests import RowOptions
 from llava_jax.inputs.batch import merged_length
+from llava_jax.inputs.detokenizer import IncrementalDetokenizer
 from llava_jax.inputs.groups import Group, Prompt, common_length, group_prompts
 from llava_jax.inputs.prompt import as_prompts, as_texts, prompt_ids
 from llava_jax.inputs.types import ProcessedImage
@@ -76,21 +79,59 @@ def generate_batch(
     def limit(i: int) -> int:
         return options.max_new_tokens if limits is None else limits[i]
 
-    def of_row(i: int) -> RowOptions:
-        return row_options(llava.config, options, limit(i))
+    def of_question(i: int) -> GenerationOptions:
+        return replace(options, max_new_tokens=limit(i))
 
     for phase in batching.plan(llava.engine, params, groups, options.output_capacity, memory_budget, limit):
         loaded = (LoadedGroup(group, images[group.images]) for group in phase.groups)
-        for ended in batching.generate(llava.engine, params, phase, loaded, of_row):
-            for i, tokens in ended:
-                answers[i] = llava.decode(tokens)
+        for ended in generate_texts(llava, params, phase, loaded, of_question):
+            for i, text in ended:
+                answers[i] = text
     return answers
 
 
-def row_options(config: LlavaConfig, options: GenerationOptions, max_new_tokens: int | None = None) -> RowOptions:
-    """A row's, of an answer as `Llava.generate` gives it."""
-    limit = options.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return RowOptions(limit, tuple(config.generation.eos_token_ids), options.sampling)
+def generate_texts(
+    llava: Llava, params, phase: Phase, loaded: Iterable[LoadedGroup], options: Callable[[Any], GenerationOptions]
+) -> Iterator[list[tuple[Any, str]]]:
+    """A phase's questions, as the caller has them, and their answers: lists of those that have just ended.
+
+    Args:
+        loaded: as `batching.generate` takes it.
+        options: of a question.
+    """
+
+    def of_row(question) -> RowOptions:
+        return row_options(llava.config, options(question))
+
+    def ends(question) -> Ends | None:
+        stop = options(question).stop
+        return _at_stop_string(llava.tokenizer, stop) if stop else None
+
+    for ended in batching.generate(llava.engine, params, phase, loaded, of_row, ends):
+        yield [(question, _text(llava, tokens, options(question).stop)) for question, tokens in ended]
+
+
+def row_options(config: LlavaConfig, options: GenerationOptions) -> RowOptions:
+    """A row's, of an answer as `Llava.generate` gives it; stop strings are looked for in its text."""
+    return RowOptions(options.max_new_tokens, tuple(config.generation.eos_token_ids), options.sampling)
+
+
+def _at_stop_string(tokenizer, stop: Sequence[str]) -> Ends:
+    text = IncrementalDetokenizer(tokenizer, stop)
+
+    def ends(token: int) -> bool:
+        text.push(token)
+        return text.stopped
+
+    return ends
+
+
+def _text(llava: Llava, tokens: np.ndarray, stop: Sequence[str]) -> str:
+    """An answer without its stop string, if it has come to one."""
+    if not stop:
+        return llava.decode(tokens)
+    text = IncrementalDetokenizer(llava.tokenizer, stop)
+    return "".join([*map(text.push, tokens.tolist()), text.flush()])
 
 
 def score_candidates(
@@ -100,18 +141,44 @@ def score_candidates(
     texts = as_texts(candidates, "candidates")
     images = llava.load_images(image)
     sizes = [picture.size for picture in images]
-    prompt, rows = np.asarray(llava.prompt_ids(question, sizes, conv_mode)), []
+    prompt, rows = np.asarray(llava.prompt_ids(question, sizes, conv_mode)), list[Continued]()
     for i, text in enumerate(texts):
         try:
-            rows.append(np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, text)))
+            ids = np.asarray(prompt_ids(llava.config, llava.tokenizer, question, sizes, conv_mode, text))
         except ValueError as error:
             raise ValueError(f"candidates[{i}] ({text!r:.60}): {error}") from None
-    if not rows:
-        return np.zeros(0, np.float32)
-    starts = [common_length([prompt, row]) for row in rows]
-    shared = min(starts)  # less than the prompt, where a candidate's first letters make a token with the prompt's last
-    prefix, suffixes = prompt[: shared - 1], tuple(row[shared - 1 :] for row in rows)
-    group = Group(prefix, suffixes, tuple(range(len(rows))), 0, merged_length(prefix, sizes, llava.config))
-    (phase,) = batching.plan(llava.engine, params, [group], 0, memory_budget)
-    counted = [start - shared for start in starts]
-    return batching.score(llava.engine, params, phase, LoadedGroup(group, images), counted)
+        # Less than the prompt, where a candidate's first letters make a token with the prompt's last.
+        rows.append(Continued(i, ids, common_length([prompt, ids])))
+    scores = np.zeros(len(rows), np.float32)
+    groups = group_continuations(rows, images, sizes, llava.config) if rows else []
+    for phase in batching.plan(llava.engine, params, groups, 0, memory_budget):
+        loaded = (LoadedGroup(group, images) for group in phase.groups)
+        for scored in batching.score(llava.engine, params, phase, loaded, lambda i: rows[i].start):
+            for i, found in scored:
+                scores[i] = found.logprob
+    return scores
+
+
+class Continued(NamedTuple):
+    """A prompt and what is to follow it."""
+
+    question: Any  # the caller's own object
+    ids: np.ndarray  # int64 [L], all of it, -200 where an image goes
+    start: int  # where in them what follows begins
+
+
+def group_continuations(rows: Sequence[Continued], images, sizes, config: LlavaConfig) -> list[Group]:
+    """Groups as `batching.score` takes them: one of all rows, if what their prompts share holds all their images, or
+    one of those with the same prompt.
+
+    images: what the caller calls the images; sizes: (width, height) of each.
+    """
+    shared = min(common_length([row.ids for row in rows]), *(row.start for row in rows))
+    apart: dict[bytes, list[Continued]] = {}
+    for row in rows:
+        apart.setdefault(row.ids[: row.start].tobytes(), []).append(row)
+    if len(apart) > 1 and (shared < 2 or any(np.any(row.ids[shared - 1 :] == IMAGE_TOKEN_INDEX) for row in rows)):
+        return [group for some in apart.values() for group in group_continuations(some, images, sizes, config)]
+    prefix = rows[0].ids[: shared - 1]
+    suffixes, questions = tuple(row.ids[shared - 1 :] for row in rows), tuple(row.question for row in rows)
+    return [Group(prefix, suffixes, questions, images, merged_length(prefix, sizes, config))]

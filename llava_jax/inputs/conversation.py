@@ -6,6 +6,7 @@ Source: `llava/conversation.py` and `llava/eval/run_llava.py`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -43,6 +44,19 @@ class Conversation:
     def append_message(self, role: str, message: Message) -> Conversation:
         """A new conversation with one turn more; `message=None` is the turn that the model is to write."""
         return replace(self, messages=(*self.messages, (role, message)))
+
+    def with_turns(self, texts: Iterable[str], system: str | None = None) -> Conversation:
+        """A new conversation with these turns, the user's first, and the model's open at the end.
+
+        system: in place of the template's own prompt; None keeps that.
+        """
+        filled = self
+        if system is not None:
+            start = "<|im_start|>system\n" if self.sep_style is SeparatorStyle.MPT else ""
+            filled = replace(self, system=start + system)
+        for i, text in enumerate([*texts, None]):
+            filled = filled.append_message(self.roles[i % 2], text)
+        return filled
 
     def replace_last(self, role: str, message: Message) -> Conversation:
         """A new conversation with the last turn replaced, say the one that the model is to write."""

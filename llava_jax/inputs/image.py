@@ -36,7 +36,7 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
         source: a path, a URL (http, https, file, gs), a data URI, the bytes of a file, a PIL image, or a uint8 array
             [H, W], [H, W, 3] or [H, W, 4].
         exif: turn a file upright by its EXIF orientation. The original ignores it, so evaluation passes False.
-        rgb: False leaves a file in its own mode, as some of the original's programs do.
+        rgb: False leaves a file, or a PIL image, in its own mode, as some of the original's programs do.
 
     Raises:
         FileNotFoundError: no such file, or one that cannot be read.
@@ -50,7 +50,7 @@ def load_image(source, exif: bool = True, rgb: bool = True) -> Image.Image:
     if isinstance(source, Image.Image):
         with _faults_of("image: a PIL image"):
             _check_size(source.size, most=None)
-            return source.convert("RGB")
+            return source.convert("RGB") if rgb else source.copy()
     array = np.asarray(source)
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
     if array.dtype != np.uint8 or not shaped or not array.size:

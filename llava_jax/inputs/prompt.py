@@ -10,7 +10,7 @@ import numpy as np
 from llava_jax.config import LlavaConfig
 from llava_jax.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_jax.inputs.batch import check_ids, merged_length
-from llava_jax.inputs.conversation import Conversation, SeparatorStyle, conv_templates, pick_conv_mode, user_message
+from llava_jax.inputs.conversation import Conversation, conv_templates, pick_conv_mode, user_message
 from llava_jax.inputs.text import check_text
 from llava_jax.inputs.tokenizer import join_around_images
 
@@ -143,17 +143,8 @@ def build_conversation(config: LlavaConfig, prompt, num_images: int = 0, conv_mo
     if later > num_images:
         raise ValueError(f"prompt: {later} {DEFAULT_IMAGE_TOKEN} in later turns, but there are {num_images} images")
     first = user_message(said.texts[0], num_images - later, config.mm_use_im_start_end)
-    return _in_template(config, (first, *said.texts[1:]), said.system, conv_mode)
-
-
-def _in_template(config: LlavaConfig, texts: Iterable[str], system: str | None, conv_mode: str | None) -> Conversation:
-    conversation = conv_templates[pick_conv_mode(config, conv_mode)]
-    if system is not None:
-        start = "<|im_start|>system\n" if conversation.sep_style is SeparatorStyle.MPT else ""
-        conversation = replace(conversation, system=start + system)
-    for i, text in enumerate([*texts, None]):
-        conversation = conversation.append_message(conversation.roles[i % 2], text)
-    return conversation
+    template = conv_templates[pick_conv_mode(config, conv_mode)]
+    return template.with_turns((first, *said.texts[1:]), said.system)
 
 
 # ---- a conversation → ids
@@ -221,7 +212,7 @@ def _spoken(config: LlavaConfig, dialogue: Dialogue, conv_mode: str | None) -> C
 
     system = dialogue.system
     marked = None if system is None else _in_words(check_text(system, "prompt: its system prompt"))
-    return _in_template(config, map(written, dialogue.turns), marked, conv_mode)
+    return conv_templates[pick_conv_mode(config, conv_mode)].with_turns(map(written, dialogue.turns), marked)
 
 
 def _ids_of(text: str, tokenizer) -> list[int]:

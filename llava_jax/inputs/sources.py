@@ -29,6 +29,8 @@ def source_name(source) -> str:
     """What an error calls a source: on one line, and not longer than can be read."""
     if isinstance(source, bytes | bytearray):
         return f"image: {len(source)} bytes"
+    if not isinstance(source, str | os.PathLike):
+        return "image: a PIL image"
     return f"image {shortened(os.fsdecode(source))!r}"
 
 

@@ -48,6 +48,17 @@ def any_of(value: bool) -> bool:
     return bool(allgather_max([value])[0])
 
 
+def allgather_bytes(data: bytes) -> list[bytes]:
+    """What each process has, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [data]
+    lengths = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
 def local_shards(mesh: Mesh) -> list[int]:
     """Which shards of a batch's rows this process's devices hold, in order."""
     placed = batch_sharding(mesh).addressable_devices_indices_map((num_batch_shards(mesh),))
