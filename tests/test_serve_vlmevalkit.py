@@ -20,6 +20,8 @@ from served import served
 from llava_jax.demo.held_out import held_out_scene
 from llava_jax.demo.scenes import draw
 
+pytestmark = pytest.mark.long
+
 FAILED = "Failed to obtain answer via API."
 KEY = "sk-admin"  # what it gives if --key says nothing
 POSITIONS = 512  # of the model's context

@@ -66,7 +66,7 @@ def from_messages(messages: Sequence[Mapping], context: str | None = None) -> Tu
     pictures = [_picture(part.get("url")) for message in messages for part in _parts(message, "image")]
     if system is None and len(messages) == 1 and _says(context, _text_of(messages[0])):
         return _one_turn(context or "", pictures)
-    if any(DEFAULT_IMAGE_TOKEN in _text_of(message) for message in messages):
+    if any(DEFAULT_IMAGE_TOKEN in _text_of(message) for message in messages[::2]):
         texts = [_text_of(message) for message in messages]  # which place the pictures themselves
     else:
         texts = [_interleaved(message) for message in messages]

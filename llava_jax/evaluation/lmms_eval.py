@@ -73,7 +73,7 @@ class LlavaJax(lmms):
                 raise ValueError(f"--model_args distributed=true: {others}; leave one of the two out")
             jax.distributed.initialize()
         self._seed = seed
-        self._harness = Harness(
+        self.harness = Harness(
             HarnessOptions(
                 str(pretrained),
                 conv_template,
@@ -94,7 +94,7 @@ class LlavaJax(lmms):
     def clean(self) -> None:
         """Called when all is answered: a judge may need the device."""
         super().clean()
-        self._harness.close()
+        self.harness.close()
 
     # ---- what lmms-eval calls
 
@@ -128,11 +128,11 @@ class LlavaJax(lmms):
         lmms-eval 0.7.3 makes a text of a pair, whichever model it is from, and then fails, but not of what is in a
         `GenerationResult`.
         """
-        found = self._harness.score(list(map(self._continuation, requests)), divide=self.world_size == 1)
+        found = self.harness.score(list(map(self._continuation, requests)), divide=self.world_size == 1)
         return [GenerationResult((likelihood.loss, likelihood.greedy)) for likelihood in found]
 
     def _answer(self, requests: Sequence[HarnessRequest]) -> list[str]:
-        return self._harness.answer(requests, divide=self.world_size == 1)
+        return self.harness.answer(requests, divide=self.world_size == 1)
 
     # ---- its requests as ours
 
@@ -196,7 +196,7 @@ class LlavaJax(lmms):
 
     def _options(self, task: str, gen_kwargs: Mapping[str, Any]) -> GenerationOptions:
         try:
-            return options_of(self._harness.config, gen_kwargs, self._seed)
+            return options_of(self.harness.config, gen_kwargs, self._seed)
         except ValueError as error:
             raise ValueError(f"{task}: generation_kwargs: {reason_of(error)}") from None
 

@@ -20,6 +20,9 @@ def write(folder, pictures, seed=0):
     """Data sets `pope` and `choice`, and pope.jsonl, choice.jsonl and their images, about so many pictures.
 
     A task names its data set by a relative path: lmms-eval is to run in this folder.
+
+    Returns:
+        {data set: its rows, in order}
     """
     (folder / "images").mkdir(parents=True)
     tables = {"pope": [], "choice": []}
@@ -35,8 +38,8 @@ def write(folder, pictures, seed=0):
             elif question.kind in CHOICES:
                 choices = _four(CHOICES[question.kind], question.answer, number)
                 tables["choice"].append(row | {"choices": choices, "answer": choices.index(question.answer)})
+    tables = {name: rows[::2] + rows[1::2] for name, rows in tables.items()}  # a picture's are not side by side
     for name, rows in tables.items():
-        rows = rows[::2] + rows[1::2]  # a picture's questions are not side by side
         table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
         datasets.DatasetDict(test=table).save_to_disk(str(folder / name))
         asked = [{"question_id": n, "image": r["image_source"], "text": r["question"]} for n, r in enumerate(rows)]
