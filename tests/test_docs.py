@@ -58,7 +58,9 @@ def parser_of(command):
 
 PARSERS = {command: parser_of(command) for command in COMMANDS}
 FLAGS = {name: flags_in(parser.format_help()) for name, parser in PARSERS.items()}
-ANY_FLAG = set().union(*FLAGS.values(), {"--durations"})  # which is pytest's
+OTHERS = {"--durations", "--log_samples", "--output_path", "--use_cache"}  # pytest's, lmms-eval's
+OTHERS |= {"--api-nproc", "--key", "--local-media", "--model", "--verbose"}  # VLMEvalKit's
+ANY_FLAG = set().union(*FLAGS.values(), OTHERS)
 
 
 def wrong_commands(text):
@@ -206,6 +208,7 @@ SAID = {  # what a page says that its opening prints
     "docs/evaluating.md": "gqa, 57 answers",
     "docs/exporting.md": "model: as the conversion wrote it",
     "docs/generating.md": "\nL4\n",
+    "docs/harnesses.md": " of 57 answers are right\n",
     "docs/models.md": "description",
     "docs/serving.md": "the server has ended",
     "docs/training.md": "yellow cross\n",
