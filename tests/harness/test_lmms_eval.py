@@ -22,6 +22,7 @@ import scenes_data
 from lmms_eval.api.instance import Instance
 from PIL import Image
 from served import served
+from test_notebooks import committed, execute
 
 from llava_jax.cli import main
 from llava_jax.evaluation.benchmarks.pope import score_category
@@ -207,6 +208,14 @@ def test_processes_of_lmms_eval_divide_the_documents(data, plugin, scenes_model,
     each = [one | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2)]
     side_by_side(data[0], tmp_path, {"pretrained": scenes_model}, each)
     assert found(tmp_path / "0") == plugin and not (tmp_path / "1").exists()
+
+
+def test_the_notebook_runs_the_plugin(tmp_path):
+    """test_notebooks.py runs it where there is no lmms-eval; here, what the cell needs of it."""
+    notebook = committed("batch_evaluation")
+    notebook.cells = [cell for cell in notebook.cells if cell.id not in ("sheet", "stopped", "mesh")]
+    cell = next(cell for cell in execute(notebook, tmp_path).cells if cell.id == "lmms-eval-pope")
+    assert "the same answers: True" in cell.outputs[-1].text
 
 
 @pytest.mark.parametrize(
