@@ -115,6 +115,12 @@ def test_what_cannot_be_asked_costs_nobody_else_his_answer(harness, ask, capsys)
         assert reason in said, reason
 
 
+def test_texts_alone_are_asked_a_few_together(harness, ask, capsys):
+    """All of them share the system prompt, but one prefix keeps one device busy."""
+    answers = harness.answer([ask([], f"How many are {n}?", max_new_tokens=1) for n in range(17)])
+    assert len(answers) == 17 and "17 questions on 2 prefixes" in capsys.readouterr().err
+
+
 def test_an_answer_ends_where_the_context_does(harness, ask, monkeypatch):
     """MathVista asks for 16,384 tokens."""
     taken = []

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import llava_jax
 from llava_jax.checkpoint import check_int8_kernels, fingerprint, load_config
+from llava_jax.constants import DTYPES
 from llava_jax.evaluation.answer_cache import AnswerCache, cache_key
 from llava_jax.evaluation.harness_prompts import conv_template
 from llava_jax.evaluation.harness_requests import (
@@ -34,6 +35,7 @@ from llava_jax.evaluation.harness_requests import (
     threads,
 )
 from llava_jax.evaluation.pictures import load_ahead, without_lost
+from llava_jax.evaluation.questions import TEXT_ONLY
 from llava_jax.inference import batching
 from llava_jax.inference.batching import LoadedGroup, Phase, Scored
 from llava_jax.inference.generation_options import GenerationOptions
@@ -64,6 +66,10 @@ class HarnessOptions:
 
     def __post_init__(self):
         check_axes(self.mesh, "data", "tensor")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype={self.dtype!r:.40} must be one of {', '.join(DTYPES)}")
+        if self.quantize not in (None, "int8"):
+            raise ValueError(f"quantize={self.quantize!r:.40} must be int8, or be left out")
 
 
 class Likelihood(NamedTuple):
@@ -94,6 +100,7 @@ class Harness:
         self._template = conv_templates[conv_template(self.config, options.conv_template)]
         self._cache = None if options.cache is None else AnswerCache(options.cache)
         digest = hashlib.sha256(repr(self.config).encode(errors="backslashreplace")).hexdigest()
+        self._mesh = batching.local_mesh(dict(options.mesh), self.config, options.dtype, options.quantize)
         held = (options.dtype, options.quantize, options.int8_prefix, options.int8_activations)
         self._model_key = [fingerprint(options.pretrained), digest, *held]
         self._loaded: tuple[Llava, Any] | None = None
@@ -145,7 +152,7 @@ class Harness:
         cache, as they come."""
         processes, process = (jax.process_count(), jax.process_index()) if divide else (1, 0)
         once = dict(one for one in asked if one is not None)
-        mine = dict(pair for group in [*_by_pictures(once).values()][process::processes] for pair in group.items())
+        mine = dict(pair for group in _by_pictures(once)[process::processes] for pair in group.items())
         found = {} if self._cache is None else self._cache.known(mine)
         left = {key: one for key, one in mine.items() if key not in found}
         with multihost.abort_on_peer_failure(RESUMES) if processes > 1 else contextlib.nullcontext():
@@ -175,7 +182,7 @@ class Harness:
         llava, params = self._load()
         options: dict[str, GenerationOptions] = {}
         by_capacity: dict[int, list[Group]] = {}
-        for together in _by_pictures(asked).values():
+        for together in _by_pictures(asked):
             pictures = next(iter(together.values())).pictures
             prompts = [(key, one.conversation) for key, one in together.items()]
             grouped = group_questions(llava, prompts, pictures, pictures.sizes)
@@ -211,7 +218,7 @@ class Harness:
         llava, params = self._load()
         rows: dict[str, Continued] = {}
         groups: list[Group] = []
-        for together in _by_pictures(asked).values():
+        for together in _by_pictures(asked):
             pictures = next(iter(together.values())).pictures
             continued = list(self._continued(llava, together))
             rows |= {row.question: row for row in continued}
@@ -241,11 +248,10 @@ class Harness:
     def _load(self) -> tuple[Llava, Any]:
         if self._loaded is None:
             options = self.options
-            mesh = batching.local_mesh(dict(options.mesh), self.config, options.dtype, options.quantize)
             self._loaded = llava_jax.load(
                 options.pretrained,
                 options.dtype,
-                mesh,
+                self._mesh,
                 quantize=options.quantize,
                 int8_prefix=options.int8_prefix,
                 int8_activations=options.int8_activations,
@@ -273,12 +279,13 @@ class Harness:
         return tqdm(total=count, unit=unit, disable=not multihost.is_primary(), dynamic_ncols=True)
 
 
-def _by_pictures(asked: Mapping[str, Asked]) -> dict[tuple[str, ...], dict[str, Asked]]:
-    """Those on the same pictures together."""
+def _by_pictures(asked: Mapping[str, Asked]) -> list[dict[str, Asked]]:
+    """Those on the same pictures together; of those without any, a few together."""
     together: dict[tuple[str, ...], dict[str, Asked]] = {}
     for key, one in asked.items():
         together.setdefault(one.pictures.digests, {})[key] = one
-    return together
+    without = [*together.pop((), {}).items()]
+    return [*together.values(), *(dict(without[n : n + TEXT_ONLY]) for n in range(0, len(without), TEXT_ONLY))]
 
 
 def _with_seed(asked: Asked, before: int) -> Asked:

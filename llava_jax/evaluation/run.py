@@ -24,7 +24,7 @@ from llava_jax.evaluation.pictures import (
     load_ahead_in_processes,
     without_lost,
 )
-from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.questions import TEXT_ONLY, Question, get_chunk, read_questions, user_turn
 from llava_jax.inference import batching
 from llava_jax.inference.batching import Phase
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
@@ -36,7 +36,6 @@ from llava_jax.inputs.sources import stands_alone
 from llava_jax.parallel import multihost
 
 MOST_NAMED_ROWS = 20  # of which something is not asked
-TEXT_ONLY = 16  # questions without a picture that share a prefix
 
 
 @dataclass(frozen=True)
