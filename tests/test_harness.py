@@ -186,12 +186,12 @@ def test_losses_are_those_of_the_forward_pass(harness, ask, bundled):
     question = questions_about(SCENES[0], 3, 0)[0]
     choices = [f" {word}" for word in (question.answer, "red", "a heart", "No")]
     pairs = [(0, question.text, choice) for choice in choices]
-    pairs += [(1, question.text, choices[0]), ([], "Hi", choices[0])]
+    pairs += [(1, question.text, choices[0]), (1, "Is <image> red?", choices[0]), ([], "Hi", choices[0])]
     found = harness.score([ask(shown, text, choice) for shown, text, choice in pairs])
     template = conv_templates[harness.config.conv_mode or "llava_v1"]
     for (shown, text, choice), likelihood in zip(pairs, found, strict=True):
         pictures = [] if shown == [] else [PICTURES[shown]]
-        asked = template.with_turns(["<image>\n" * bool(pictures) + text])
+        asked = template.with_turns(["<image>\n" * (bool(pictures) and "<image>" not in text) + text])
         said = asked.replace_last(asked.roles[1], choice)
         start, ids = (llava.prompt_ids(one, [p.size for p in pictures]) for one in (asked, said))
         own = np.array(ids[len(start) :])
