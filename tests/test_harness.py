@@ -6,6 +6,7 @@ It takes 30 seconds, most of it for compiling.
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,11 +16,12 @@ from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
 from llava_jax.evaluation import harness as harness_module
 from llava_jax.evaluation.answer_cache import AnswerCache
-from llava_jax.evaluation.harness import Harness, HarnessOptions
+from llava_jax.evaluation.harness import Harness, HarnessOptions, share_of_process
 from llava_jax.evaluation.harness_prompts import Turns, from_context, options_of
 from llava_jax.evaluation.harness_requests import HarnessRequest
 from llava_jax.inference import batch_shape
 from llava_jax.inputs.conversation import conv_templates
+from llava_jax.parallel import multihost
 
 SCENES = [held_out_scene(3, number) for number in range(3)]
 PICTURES = [draw(scene) for scene in SCENES]
@@ -204,6 +206,29 @@ def test_losses_are_those_of_the_forward_pass(harness, ask, bundled):
     spoken = questions_about(SCENES[0], 3, 0)[0].answer  # as the model itself says it, without a second space
     (found,) = harness.score([ask(0, question.text, spoken)])
     assert found.greedy and found.loss < 0.1
+
+
+def test_every_picture_has_one_process_though_one_reads_fewer(monkeypatch):
+    def asked(*pictures):
+        return {
+            f"{name} {n}": SimpleNamespace(pictures=SimpleNamespace(digests=name)) for name in pictures for n in "12"
+        }
+
+    read = [asked((), ("a",), ("b",), ("c", "d")), asked((), ("b",), ("c", "d"))]
+    told: list[bytes] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "allgather_bytes", lambda data: told.append(data) or [data])
+    for each in read:
+        share_of_process(each)
+    monkeypatch.setattr(multihost, "allgather_bytes", lambda data: told)
+    shares = []
+    for process, each in enumerate(read):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(share_of_process(each))
+    assert shares[0].keys() | shares[1].keys() | {"('a',) 1", "('a',) 2"} == read[0].keys()
+    assert not shares[0].keys() & shares[1].keys() and all(shares)
+    of_b = [share for share in shares if "('b',) 1" in share]
+    assert len(of_b) == 1 and "('b',) 2" in of_b[0]
 
 
 def test_options_are_checked_before_anything_is_loaded(scenes_model, tmp_path):

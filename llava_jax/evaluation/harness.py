@@ -150,19 +150,19 @@ class Harness:
     def _collect(self, asked: Sequence[Keyed | None], answers: Callable, divide: bool) -> dict[str, Any]:
         """The answers by key, of all processes where the work is divided. `answers` gives those that are not in the
         cache, as they come."""
-        processes, process = (jax.process_count(), jax.process_index()) if divide else (1, 0)
-        once = dict(one for one in asked if one is not None)
-        mine = dict(pair for group in _by_pictures(once)[process::processes] for pair in group.items())
-        found = {} if self._cache is None else self._cache.known(mine)
-        left = {key: one for key, one in mine.items() if key not in found}
-        with multihost.abort_on_peer_failure(RESUMES) if processes > 1 else contextlib.nullcontext():
-            if left or processes > 1:  # of several, all load the model together
+        divide = divide and jax.process_count() > 1
+        with multihost.abort_on_peer_failure(RESUMES) if divide else contextlib.nullcontext():
+            once = dict(one for one in asked if one is not None)
+            mine = share_of_process(once) if divide else once
+            found = {} if self._cache is None else self._cache.known(mine)
+            left = {key: one for key, one in mine.items() if key not in found}
+            if left or divide:  # of several processes, all load the model together
                 for new in answers(left):
                     found |= new
                     if self._cache is not None:
                         self._cache.add(new)
             self._report()
-            shares = multihost.allgather_bytes(json.dumps(found).encode()) if processes > 1 else []
+            shares = multihost.allgather_bytes(json.dumps(found).encode()) if divide else []
         return found | {key: answer for share in shares for key, answer in json.loads(share).items()}
 
     def _report(self) -> None:
@@ -277,6 +277,15 @@ class Harness:
     @staticmethod
     def _progress(count: int, unit: str) -> tqdm:
         return tqdm(total=count, unit=unit, disable=not multihost.is_primary(), dynamic_ncols=True)
+
+
+def share_of_process(asked: Mapping[str, Asked]) -> dict[str, Asked]:
+    """This process's part. Pictures are dealt out in an order on which all agree, though one may have read fewer."""
+    pictures = {key: "".join(one.pictures.digests) or key for key, one in asked.items()}
+    lists = multihost.allgather_bytes(json.dumps([*set(pictures.values())]).encode())
+    dealt = sorted({each for seen in lists for each in json.loads(seen)})
+    mine = set(dealt[jax.process_index() :: jax.process_count()])
+    return {key: one for key, one in asked.items() if pictures[key] in mine}
 
 
 def _by_pictures(asked: Mapping[str, Asked]) -> list[dict[str, Asked]]:
