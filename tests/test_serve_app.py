@@ -434,9 +434,11 @@ def test_a_line_is_logged_for_each_request(address, client, caplog):
     caplog.set_level(logging.INFO, "llava_jax.serve")
     answer = ask(client, ASKED)
     wrong = post(address, b"{")
-    wait_for(lambda: len([r for r in caplog.records if r.name == "llava_jax.serve"]) == 2)
-    good, bad = [r.getMessage() for r in caplog.records if r.name == "llava_jax.serve"]
-    assert bad.startswith(wrong.headers["x-request-id"])
+    unknown = post(address, json.dumps({"model": "a\nb", "messages": []}).encode())
+    wait_for(lambda: len([r for r in caplog.records if r.name == "llava_jax.serve"]) == 3)
+    good, bad, other = [r.getMessage() for r in caplog.records if r.name == "llava_jax.serve"]
+    assert bad.startswith(wrong.headers["x-request-id"]) and bad.endswith(wrong.json()["error"]["message"])
+    assert unknown.json()["error"]["message"] in other and "\n" not in other
     assert good.startswith(f"{answer.id} 200 prompt={answer.usage.prompt_tokens} cached=0 new={TOKENS} first=0.")
     assert " 400 prompt=0" in bad and "first=- tokens/s=-" in bad
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from llava_jax.errors import reason_of
 from llava_jax.serve.completions import Envelope, Form, Json, Piece, Tally
 from llava_jax.serve.jobs import Job, Served
 from llava_jax.serve.logprobs import Writer
@@ -71,6 +72,7 @@ class Seen:
     id: str
     started: float = field(default_factory=time.monotonic)
     status: int = 200
+    problem: str = ""  # what the client was told instead of answers
     first: float | None = None  # when its first token came
     streams: bool = False  # its headers are sent
     ended: int = 0  # of its answers
@@ -94,7 +96,7 @@ class Endpoint:
             seen.answers, seen.n, seen.tally.prompt_tokens = job.answers, job.n, job.positions
             await _unless_gone(receive, self._respond(job, seen, scope, receive, send))
         except ApiError as error:
-            seen.status = error.status
+            seen.status, seen.problem = error.status, error.message
             await error_response(error, seen.id)(scope, receive, send)
         except ClientDisconnect:
             seen.status = GONE
@@ -189,7 +191,7 @@ class Endpoint:
             if job.tells_usage:
                 await _send_event(send, envelope.closing(seen.tally.usage(job.n)))
         except ApiError as error:
-            seen.status = error.status
+            seen.status, seen.problem = error.status, error.message
             await _send_event(send, error.body())
         except Exception:
             log.exception("%s failed", seen.id)
@@ -238,7 +240,8 @@ class Endpoint:
         line = "%s %d prompt=%d cached=%d new=%d first=%s tokens/s=%s seconds=%.3f"
         cached = tally.cached_tokens(seen.n)
         numbers = tally.prompt_tokens, cached, tally.new_tokens, first, speed, now - seen.started
-        log.info(line, seen.id, seen.status, *numbers)
+        problem = f" {reason_of(seen.problem)}" if seen.problem else ""  # on one line, whatever the client wrote
+        log.info(line + "%s", seen.id, seen.status, *numbers, problem)
 
 
 def error_response(error: ApiError, id: str | None = None) -> JSONResponse:
