@@ -381,6 +381,7 @@ def test_one_command_gives_the_answers_and_the_score(benchmark, tmp_path, capsys
     assert "none: not there; pope needs the folder" in capsys.readouterr().err and not (tmp_path / "b.jsonl").exists()
 
 
+@pytest.mark.long  # every day test_questions.py reads what these read, and asks nothing
 def test_science_and_mmbench(benchmark, tmp_path, capsys):
     """Text alone, and a picture within the file; the bundled model has nothing to say to either."""
     flags, _, _ = benchmark

@@ -141,9 +141,10 @@ def test_prefill_gives_int8_and_answers_are_the_same_in_a_batch_and_in_chat(load
         assert np.max(abs(folded - wanted)) < 0.03 * np.max(abs(wanted))
 
 
-@pytest.mark.parametrize("scenes", [4, pytest.param(12, marks=pytest.mark.long)])
-def test_int8_answers_nearly_as_well(loaded, scenes):
+@pytest.mark.long
+def test_int8_answers_nearly_as_well(loaded):
     (llava, params), (llava8, int8) = loaded
+    scenes = 12
     asked = [(scene := held_out_scene(1, n), [q.text for q in questions_about(scene, 1, n)]) for n in range(scenes)]
     requests = [(draw(scene), texts) for scene, texts in asked]
     ours, theirs = (x.generate_batch(p, requests, max_new_tokens=24) for x, p in ((llava8, int8), (llava, params)))

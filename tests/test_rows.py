@@ -382,7 +382,8 @@ def test_scores():
     host, (shared, questions) = text_host(), parts("text")
     packed = pack_questions([questions], 1, 3)
     got = host.run.score(host.params, host.pool, 1, host.lengths, np.zeros(1, np.int32), packed)
-    for row, ids in zip(np.asarray(got)[0], questions, strict=True):
+    for row, likeliest, ids in zip(got.logprobs[0], got.likeliest[0], questions, strict=True):
         logits = next_logits(np.concatenate([shared, ids[:1]]), ids[1:])
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
         np.testing.assert_allclose(row[: len(ids) - 1], expected, atol=2e-5)
+        assert likeliest[: len(ids) - 1].tolist() == (np.argmax(logits, axis=-1) == ids[1:]).tolist()

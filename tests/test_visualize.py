@@ -143,7 +143,8 @@ def test_pixel_map():
 # ---- attention
 
 
-@pytest.mark.parametrize("variant", ["mistral", pytest.param("vicuna", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("variant", ["mistral", "vicuna"])
 def test_rows_are_those_of_forward(model, pictures, variant):
     """The rows of an answer against the whole matrices of every layer, with and without grouped queries."""
     llava, params = model(variant)

@@ -432,7 +432,8 @@ def upload(port, size):
     return reply.status, reply.read().decode()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_ended_and_sends_nothing_elsewhere(scenes_model, port, tmp_path, ending):
     pytest.importorskip("gradio", reason='pip install "llava-jax[web]"')
     command = [sys.executable, "-c", SERVE, "web", "--model-path", str(scenes_model), "--port", str(port)]
