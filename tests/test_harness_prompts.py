@@ -109,6 +109,8 @@ def test_options_are_read_as_llava_reads_them():
     assert (nothing.max_new_tokens, nothing.sampling, nothing.stop) == (1024, Greedy(), ())
     greedy = options_of(CONFIG, dict(max_new_tokens=16, temperature=0, top_p=0, num_beams=1, until="\n\n"), 0)
     assert (greedy.max_new_tokens, greedy.sampling, greedy.stop) == (16, Greedy(), ("\n\n",))
+    said = [options_of(CONFIG, dict(until=until), 0).stop for until in (["\n\n"], ["\n\n", "Q:"], [], None)]
+    assert said == [(), ("\n\n", "Q:"), (), ()]  # the first is what lmms-eval puts where a task says nothing
     drawn = options_of(CONFIG, dict(temperature=0.2, do_sample=False, top_p=None, until=["a", None, ""]), 7)
     assert drawn.stop == ("a",) and isinstance(drawn.sampling, Sample)
     assert (drawn.sampling.top_p, drawn.sampling.top_k, drawn.sampling.seed) == (1, 50, 7)

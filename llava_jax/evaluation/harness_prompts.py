@@ -20,6 +20,7 @@ from llava_jax.inputs.image import load_image
 from llava_jax.inputs.numbers import whole_number
 
 MAX_NEW_TOKENS = 1024  # of `llava`, where a task does not say
+UNSAID = ["\n\n"]  # what lmms-eval makes of `until` where a task does not say: answers of one paragraph
 # Its template of the published Vicuna checkpoints, as in LLaVA's scripts/v1_5/eval; their model cards have llava_v1.
 VICUNA_TEMPLATE = "vicuna_v1"
 
@@ -146,7 +147,7 @@ def _picture(visual: Any) -> Image.Image:
 
 
 def options_of(config: LlavaConfig, gen_kwargs: Mapping[str, Any], seed: int) -> GenerationOptions:
-    """As `llava` reads a task's generation_kwargs, with `until` besides, which it ignores.
+    """As `llava` reads a task's generation_kwargs, with `until` besides, which it ignores, where a task says one.
 
     Raises:
         ValueError: one of them is out of range, or asks for a beam search.
@@ -155,6 +156,7 @@ def options_of(config: LlavaConfig, gen_kwargs: Mapping[str, Any], seed: int) ->
     if whole_number("num_beams", given.get("num_beams") or 1, 1, 1 << 20) > 1:
         raise ValueError(f"num_beams={given['num_beams']}: there is no beam search here; --gen_kwargs num_beams=1")
     until = given.get("until") or []
+    until = [] if until == UNSAID else until
     stop = [until] if isinstance(until, str) else [text for text in until if text]
     temperature, limit = given.get("temperature") or 0, given.get("max_new_tokens")
     limit = MAX_NEW_TOKENS if limit is None else limit
