@@ -1,6 +1,6 @@
 """lmms-eval's own command line over drawn scenes: the plugin, the server and `llava-jax evaluate` give the same.
 
-These run in lmms-eval's environment: `requirements.txt` says how to make it. They take two minutes on two cores.
+These run in lmms-eval's environment: `requirements.txt` says how to make it. They take three minutes on two cores.
 """
 
 import importlib
