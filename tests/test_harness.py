@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.demo.held_out import held_out_scene, questions_about
 from llava_jax.demo.scenes import draw
@@ -91,7 +92,7 @@ def test_the_same_is_asked_once_and_drawn_anew(harness, ask, bundled, programs):
     assert answers[1::2] == wanted and len(set(wanted)) > 1
 
 
-def test_what_cannot_be_asked_costs_nobody_else_his_answer(harness, ask, capsys):
+def test_what_cannot_be_asked_costs_nobody_else_his_answer(harness, ask, capsys, tmp_path):
     def broken():
         raise OSError("the file is truncated")
 
@@ -101,19 +102,23 @@ def test_what_cannot_be_asked_costs_nobody_else_his_answer(harness, ask, capsys)
     reads, how = itertools.count(), options_of(harness.config, SHORT, 0)
     bad = [HarnessRequest("changing", lambda: next(reads), another, how)]
     bad += [HarnessRequest("damaged", broken, another, how)]
+    PICTURES[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+    bad += [HarnessRequest("cut", lambda: None, lambda _: from_context("?", [Image.open(tmp_path / "cut.png")]), how)]
     bad += [ask("a.mp4", "video"), ask(0, "long " * 300), ask([], "<image> of what?"), ask(0, "half \udc80")]
     asked = [ask(0, ASKED[0][1]), *bad, ask(0, ASKED[1][1])]
     first, *refused, last = harness.answer(asked)
-    assert refused == [""] * 6 and [first, last] == harness.answer([asked[0], asked[-1]]) and first and last
+    assert refused == [""] * 7 and [first, last] == harness.answer([asked[0], asked[-1]]) and first and last
     said = capsys.readouterr().err
     for reason in (
         "changing: its pictures are others than when it was read first",
         "damaged: the file is truncated",
+        "cut: image file is truncated",
         "'video': image 'a.mp4': no such file",
         "are more than this model's",
         "1 <image>, but there are 0 images",
         "half of a surrogate pair",
-        "6 requests could not be asked, and count as answered with nothing",
+        "7 requests could not be asked, and count as answered with nothing",
     ):
         assert reason in said, reason
 

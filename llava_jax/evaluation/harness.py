@@ -117,7 +117,7 @@ class Harness:
 
         divide: among JAX's processes, all of which have these requests, and get all answers.
         """
-        asked = self._read(requests, drawn_apart=True)
+        asked = self._read(requests)
         answers = self._collect(asked, self._answers, divide)
         return ["" if one is None else answers.get(one.key, "") for one in asked]
 
@@ -127,7 +127,7 @@ class Harness:
         scores = self._collect(asked, self._scores, divide)
         return [Likelihood(*scores.get("" if one is None else one.key, (math.inf, False))) for one in asked]
 
-    def _read(self, requests: Sequence[HarnessRequest], drawn_apart: bool = False) -> list[Keyed | None]:
+    def _read(self, requests: Sequence[HarnessRequest]) -> list[Keyed | None]:
         """None where a request cannot be asked."""
         found: list[Keyed | None] = []
         times: Counter[str] = Counter()
@@ -137,9 +137,9 @@ class Harness:
                 found.append(None)
                 continue
             key = self._key(asked)
-            if drawn_apart:
-                times[key] += 1
-                asked = _with_seed(asked, times[key] - 1)
+            before, times[key] = times[key], times[key] + 1
+            if before:
+                asked = _with_seed(asked, before)
                 key = self._key(asked)
             found.append(Keyed(key, asked))
         return found

@@ -53,7 +53,8 @@ class DocumentPictures:
         """
         with _as_value_error():
             pictures = self.read()
-        if tuple(map(_digest, pictures)) != self.digests:
+            digests = tuple(map(_digest, pictures))
+        if digests != self.digests:
             raise ValueError("its pictures are others than when it was read first; a task must give the same each time")
         return load_pictures(config, False, *pictures)
 
@@ -107,12 +108,12 @@ def _read(request: HarnessRequest, loaded: Future, template: Conversation) -> As
         continuation = None if request.continuation is None else request.continuation(document)
         conversation = template.with_turns(turns.texts, turns.system)
         conversation.get_prompt()
+        digests = tuple(map(_digest, turns.pictures))  # a file that was only opened is decoded here
 
     def read() -> Sequence[Image.Image]:
         return request.turns(request.document()).pictures
 
-    digests, sizes = tuple(map(_digest, turns.pictures)), tuple(picture.size for picture in turns.pictures)
-    pictures = DocumentPictures(request.name, read, digests, sizes)
+    pictures = DocumentPictures(request.name, read, digests, tuple(picture.size for picture in turns.pictures))
     return Asked(request.name, conversation, pictures, request.options, continuation)
 
 
