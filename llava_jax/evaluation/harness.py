@@ -34,8 +34,7 @@ from llava_jax.evaluation.harness_requests import (
     read_requests,
     threads,
 )
-from llava_jax.evaluation.pictures import load_ahead, without_lost
-from llava_jax.evaluation.questions import TEXT_ONLY
+from llava_jax.evaluation.pictures import by_pictures, load_ahead, without_lost
 from llava_jax.inference import batching
 from llava_jax.inference.batching import LoadedGroup, Phase, Scored
 from llava_jax.inference.generation_options import GenerationOptions
@@ -290,11 +289,7 @@ def share_of_process(asked: Mapping[str, Asked]) -> dict[str, Asked]:
 
 def _by_pictures(asked: Mapping[str, Asked]) -> list[dict[str, Asked]]:
     """Those on the same pictures together; of those without any, a few together."""
-    together: dict[tuple[str, ...], dict[str, Asked]] = {}
-    for key, one in asked.items():
-        together.setdefault(one.pictures.digests, {})[key] = one
-    without = [*together.pop((), {}).items()]
-    return [*together.values(), *(dict(without[n : n + TEXT_ONLY]) for n in range(0, len(without), TEXT_ONLY))]
+    return list(map(dict, by_pictures(asked.items(), lambda pair: pair[1].pictures.digests or None)))
 
 
 def _with_seed(asked: Asked, before: int) -> Asked:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from llava_jax.config import LlavaConfig
 from llava_jax.errors import reason_of
@@ -22,7 +22,10 @@ from llava_jax.inputs.workers import WorkerDied, Workers
 
 READERS = 32  # threads: an object store answers many requests at a time
 WORKERS = 8  # processes, where there are so many cores
+TEXT_ONLY = 16  # questions without a picture that share a prefix
 AHEAD = 16  # groups whose pictures are being loaded while the device works
+
+T = TypeVar("T")
 
 
 class Shared(Protocol):
@@ -48,6 +51,15 @@ class Picture:
     @property
     def name(self) -> str:
         return source_name(self.source or b"")
+
+
+def by_pictures(asked: Iterable[T], pictures: Callable[[T], Hashable]) -> list[list[T]]:
+    """What is asked about the same pictures together; what is about none, whose key is None, a few together."""
+    together: dict[Hashable, list[T]] = {}
+    for one in asked:
+        together.setdefault(pictures(one), []).append(one)
+    without = together.pop(None, [])
+    return [*together.values(), *(without[i : i + TEXT_ONLY] for i in range(0, len(without), TEXT_ONLY))]
 
 
 def find_pictures(images: Iterable[str | bytes | None], folder: str) -> list[Picture]:

@@ -20,7 +20,6 @@ SINGLE_PRED_PROMPT = {  # by language
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
-TEXT_ONLY = 16  # questions without a picture that share a prefix
 ID = (str, int, float, bool, type(None))  # the reference repeats whatever an id is; its scorers look these up
 
 

@@ -20,11 +20,12 @@ from llava_jax.evaluation.evaluate_options import EvaluateOptions
 from llava_jax.evaluation.pictures import (
     LoadedOrLost,
     Picture,
+    by_pictures,
     find_pictures,
     load_ahead_in_processes,
     without_lost,
 )
-from llava_jax.evaluation.questions import TEXT_ONLY, Question, get_chunk, read_questions, user_turn
+from llava_jax.evaluation.questions import Question, get_chunk, read_questions, user_turn
 from llava_jax.inference import batching
 from llava_jax.inference.batching import Phase
 from llava_jax.inference.generation_options import GenerationOptions, generation_options
@@ -196,11 +197,7 @@ def _answer_phase(job: Job, llava: Llava, params, phase: Phase, loaded: Iterable
 
 def by_image(questions: Sequence[Question]) -> list[list[Question]]:
     """Those on one image together; of those without an image, a few together."""
-    together: dict[object, list[Question]] = {}
-    for question in questions:
-        together.setdefault(question.image, []).append(question)
-    without = together.pop(None, [])
-    return [*together.values(), *(without[i : i + TEXT_ONLY] for i in range(0, len(without), TEXT_ONLY))]
+    return by_pictures(questions, lambda question: question.image)
 
 
 def described(question: Question, why: str) -> str:
