@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -137,6 +138,11 @@ class LlavaConfig:
         if self.image_aspect_ratio != "anyres":
             return 1
         return 1 + max(w * h for w, h in self.image_grid_pinpoints) // self.vision.image_size**2
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all settings: answers that were kept are those of the same ones."""
+        return hashlib.sha256(repr(self).encode(errors="backslashreplace")).hexdigest()
 
     def replace(self, **changes) -> LlavaConfig:
         """A copy with some fields changed (checked again)."""

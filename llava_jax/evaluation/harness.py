@@ -6,7 +6,6 @@ It knows no harness; `llava_jax.evaluation.lmms_eval` has the one for lmms-eval.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import sys
@@ -98,10 +97,9 @@ class Harness:
             check_int8_kernels(options.pretrained, options.quantize)
         self._template = conv_templates[conv_template(self.config, options.conv_template)]
         self._cache = None if options.cache is None else AnswerCache(options.cache)
-        digest = hashlib.sha256(repr(self.config).encode(errors="backslashreplace")).hexdigest()
         self._mesh = batching.local_mesh(dict(options.mesh), self.config, options.dtype, options.quantize)
         held = (options.dtype, options.quantize, options.int8_prefix, options.int8_activations)
-        self._model_key = [fingerprint(options.pretrained), digest, *held]
+        self._model_key = [fingerprint(options.pretrained), self.config.digest, *held]
         self._loaded: tuple[Llava, Any] | None = None
         self._refused: list[Refused] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -121,8 +120,7 @@ def prepare(options: EvaluateOptions) -> Job:
     if options.int8_activations:  # without it, ids are those of earlier runs
         check_int8_kernels(options.model_path, options.quantize)
         of_options.append("int8_activations")
-    digest = hashlib.sha256(repr(config).encode(errors="backslashreplace")).hexdigest()
-    settings = (config.name, digest, conv_mode, options.new_tokens, *of_options)
+    settings = (config.name, config.digest, conv_mode, options.new_tokens, *of_options)
     weights = fingerprint(options.model_path)
     questions = [replace(q, answer_id=answer_id(weights, settings, n, q)) for n, q in enumerate(questions)]
     return Job(options, config, conv_mode, generation, AnswerFile(path, questions))
