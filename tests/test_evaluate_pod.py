@@ -201,7 +201,7 @@ def test_an_error_of_one_stops_the_others(benchmark, tmp_path):
     flags = flags | {"--question-file": tmp_path / "questions.jsonl", "--strict": True}
     command = scenes.command(flags, answers_file=tmp_path / "answers.jsonl")
     first, second = start(answers.parent, command, processes=2)
-    _, error = second.communicate(timeout=300)
+    _, error = second.communicate(timeout=60)
     assert second.returncode == 1 and "llava-jax: error: question" in error and "missing.png': no such file" in error
-    _, error = first.communicate(timeout=300)
+    _, error = first.communicate(timeout=60)
     assert first.returncode == 1 and "process 1 has ended (question" in error and "to go on" in error

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import random
+import time
 from dataclasses import dataclass
 
 import jax
@@ -207,6 +208,8 @@ def test_who_goes_away_frees_the_row(loop, address, scenes, monkeypatch):
         )
         next(iter(stream))
         assert loop.stats().running == 1
+        began = time.monotonic()
         stream.close()
         wait_for(lambda: loop.stats().running == 0)
+    assert time.monotonic() - began < 2
     assert running[0] == 1  # it did not end by itself

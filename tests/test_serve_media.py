@@ -37,7 +37,7 @@ def refusal(url, policy=DEFAULT, network=MACHINE) -> str:
     said = str(caught.value)
     assert said.isprintable() and len(said) < 300
     assert not re.search(r"/(tmp|etc|proc|root|home)|passwd|example|localhost|\d+\.\d+\.\d+|::|\b0x|Error", said), said
-    assert time.monotonic() - began < 30  # far less on an idle machine
+    assert time.monotonic() - began < 5  # far less on an idle machine
     return said
 
 
@@ -361,7 +361,7 @@ def test_a_name_that_is_looked_up_for_long_or_in_vain(world):
     over = threading.Event()
 
     def slow(host, port):
-        over.wait(60)
+        over.wait(8)
         return [PUBLIC]
 
     def unknown(host, port):
